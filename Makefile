@@ -1,0 +1,60 @@
+# What one can do here. Everything sets up what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DO_NOT_TRACK = 1
+export DVC_NO_ANALYTICS = 1
+export PREFECT_SERVER_ANALYTICS_ENABLED = false
+export MLFLOW_DISABLE_TELEMETRY = true
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run repro test fast-test lint types ui server deploy worker clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | column -t -s '|'
+
+setup: $(READY)  ## install everything into .venv, at the versions that were tested together
+
+# uv installs in a fraction of pip's time. Byte-compiling once here saves seconds at the start of every step.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+run: $(READY)  ## run the recipe as a Prefect flow
+	unfreeze run
+
+repro: $(READY)  ## run the recipe with DVC alone
+	dvc repro
+
+test: $(READY)  ## run all tests
+	pytest -q -n 2 --dist loadfile
+
+fast-test: $(READY)  ## run the tests that take no minutes
+	pytest -q -n 2 --dist loadfile --ignore tests/integration
+
+lint: $(READY)  ## look for mistakes and untidiness
+	ruff check . && ruff format --check .
+
+types: $(READY)  ## check the types
+	mypy
+
+ui: $(READY)  ## open MLflow's pages on the local database: http://127.0.0.1:5000
+	mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///mlflow.db
+
+server: $(READY)  ## start a Prefect server: http://127.0.0.1:4200
+	prefect server start --host 127.0.0.1
+
+deploy: $(READY)  ## create the work pool gpu and deploy the recipe to it
+	prefect work-pool inspect gpu > /dev/null 2>&1 || prefect work-pool create gpu --type process
+	prefect --no-prompt deploy --all
+
+worker: $(READY)  ## start a worker for the pool gpu
+	prefect worker start --pool gpu
+
+clean:  ## remove the environment and all that the recipe made, but not DVC's cache and MLflow's database
+	rm -rf $(VENV) artifacts

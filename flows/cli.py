@@ -1,0 +1,133 @@
+"""The command line: `unfreeze run`, `unfreeze check`, `unfreeze predict`, `unfreeze report`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from unfreeze.errors import UserError
+
+TTA_VIEWS = 8
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 well, 1 a step failed, 2 something for the user to mend."""
+    from tasks.environment import set_environment
+
+    set_environment()
+    chosen = _parser().parse_args(arguments)
+    try:
+        return int(chosen.command(chosen))
+    except UserError as error:
+        print(f"unfreeze: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="unfreeze", description="Easy steps to a world-class image classifier.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    run = commands.add_parser("run", help="run the recipe; what has not changed is not run again")
+    run.add_argument(
+        "-S", "--set-param", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="change a value in params.yaml first, as in `dvc exp run -S`; may be repeated",
+    )  # fmt: skip
+    run.set_defaults(command=_run)
+
+    check = commands.add_parser("check", help="check params.yaml and the source of images without running anything")
+    check.set_defaults(command=_check)
+
+    predict = commands.add_parser("predict", help="classify images with the trained model")
+    predict.add_argument("images", nargs="+", type=Path, help="files, or folders of images")
+    predict.add_argument(
+        "--model", type=Path, default=Path("artifacts/retrain/model.safetensors"),
+        help="weights to use (default: %(default)s)",
+    )  # fmt: skip
+    predict.add_argument("--tta", action="store_true", help="average over augmented views: slower, often better")
+    predict.add_argument("--csv", action="store_true", help="print CSV with every class's probability")
+    predict.set_defaults(command=_predict)
+
+    report = commands.add_parser("report", help="print the accuracies and where the reports are")
+    report.set_defaults(command=_report)
+    return parser
+
+
+def _run(chosen: argparse.Namespace) -> int:
+    from flows.overrides import apply_overrides
+    from unfreeze.settings import load_settings
+    from unfreeze.sources import read_source
+
+    if chosen.overrides:
+        apply_overrides("params.yaml", chosen.overrides)
+    read_source(load_settings().data.source)
+
+    from flows.recipe import recipe
+    from flows.stage import StageFailed
+    from flows.summary import print_summary
+
+    try:
+        print_summary(recipe())
+    except StageFailed as error:
+        print(f"unfreeze: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _check(chosen: argparse.Namespace) -> int:
+    from unfreeze.backbones import check_backbone_name
+    from unfreeze.settings import load_settings
+    from unfreeze.sources import read_source
+
+    settings = load_settings()
+    table = read_source(settings.data.source)
+    check_backbone_name(settings.backbone.name)
+    print(f"params.yaml is right; {len(table)} images in {settings.data.source}:")
+    for label, count in table["label"].value_counts().sort_index().items():
+        print(f"  {count:7,d}  {label}")
+    return 0
+
+
+def _predict(chosen: argparse.Namespace) -> int:
+    files = _image_files(chosen.images)
+    from unfreeze.inference import Predictor
+
+    table = Predictor(chosen.model).predict(files, TTA_VIEWS if chosen.tta else 0)
+    table.insert(0, "path", [str(file) for file in files])
+    if chosen.csv:
+        print(table.to_csv(index=False), end="")
+    else:
+        for row in table.itertuples(index=False):
+            best = max(row[2:-1]) if not row.reason else 0.0
+            print(f"{row.path}: " + (f"{row.predicted} {best:.1%}" if not row.reason else f"not read: {row.reason}"))
+    return 0 if table["reason"].eq("").all() else 1
+
+
+def _image_files(named: list[Path]) -> list[Path]:
+    """The files named, and those in the folders named."""
+    from unfreeze.sources import walk
+
+    files: list[Path] = []
+    for path in named:
+        if not path.exists():
+            raise UserError(f"{path} does not exist.")
+        files += [Path(file) for file in walk(str(path))] if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"There are no images in {', '.join(map(str, named))}.")
+    return files
+
+
+def _report(chosen: argparse.Namespace) -> int:
+    from flows.summary import print_summary
+    from tasks import STAGES
+    from tasks.environment import artifact
+
+    missing = [stage for stage in STAGES if not artifact(stage, "metrics.json").exists()]
+    if missing:
+        raise UserError(
+            f"There is no finished run here: {', '.join(missing)} still to be done. Start with `unfreeze run`."
+        )
+    print_summary({})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

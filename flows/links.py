@@ -1,0 +1,43 @@
+"""Links from Prefect to MLflow: the run, the learning-rate plots, the confusion matrices, as Prefect artifacts."""
+
+import os
+
+from prefect.artifacts import create_link_artifact
+
+from tasks.environment import artifact
+from tasks.tracking import client, find_parent
+
+LINKED = {
+    "lr_find": ("lr_find.png", "LR plot of the head"),
+    "unfreeze_lr_find": ("lr_find.png", "LR plot of the whole network"),
+    "evaluate": ("confusion_matrix.png", "Confusion matrix"),
+    "register": ("confusion_matrix.png", "Confusion matrix of the retrained model"),
+}
+
+
+def ui_address() -> str:
+    """Where MLflow's pages are: the tracking server, or the address that `make ui` serves the local database at."""
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    return uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+
+
+def run_address(experiment: str, run: str) -> str:
+    """The page of an MLflow run."""
+    return f"{ui_address()}/#/experiments/{experiment}/runs/{run}"
+
+
+def publish_links(stage: str) -> None:
+    """Make Prefect artifacts of what a step leaves to look at; says nothing where MLflow cannot be reached."""
+    if stage not in LINKED and stage != "ingest":
+        return
+    mlflow = client()
+    parent = find_parent(mlflow)
+    if parent is None:
+        return
+    address = run_address(mlflow.get_run(parent).info.experiment_id, parent)
+    if stage == "ingest":
+        create_link_artifact(address, "MLflow run", key="mlflow-run")
+    else:
+        name, title = LINKED[stage]
+        if artifact(stage, name).exists():
+            create_link_artifact(f"{address}/artifacts/{stage}/{name}", title, key=f"{stage.replace('_', '-')}-plot")

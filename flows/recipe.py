@@ -1,0 +1,62 @@
+"""The recipe as a Prefect flow: easy steps to a world-class image classifier."""
+
+from typing import Any
+
+from prefect import flow
+
+from flows.finish import finish
+from flows.overrides import apply_overrides
+from flows.stage import Outcome, begin, stage_task
+
+ingest = stage_task("ingest", "read every image once: validate, split, pack")
+explore = stage_task("explore", "look at the images: balance, samples, duplicates, leaks")
+precompute = stage_task("precompute", "activations of the frozen backbone", gpu=True)
+lr_find = stage_task("lr_find", "LR range test of the head")
+train_head = stage_task("train_head", "head on precomputed activations")
+train_augmented = stage_task("train_augmented", "head on augmented images", gpu=True)
+unfreeze_lr_find = stage_task("unfreeze_lr_find", "unfreeze, LR range test again", gpu=True)
+train_full = stage_task("train_full", "whole network, SGDR, until over-fitting", gpu=True)
+evaluate = stage_task("evaluate", "TTA, confusion matrix, what it gets wrong", gpu=True)
+retrain = stage_task("retrain", "the same on train + valid, judged on test", gpu=True)
+register = stage_task("register", "a registered model version in MLflow")
+
+
+STEPS = (
+    ingest,
+    explore,
+    precompute,
+    lr_find,
+    train_head,
+    train_augmented,
+    unfreeze_lr_find,
+    train_full,
+    evaluate,
+    retrain,
+    register,
+)
+
+
+@flow(name="recipe", description=__doc__)
+def recipe(settings: dict[str, Any] | None = None) -> dict[str, Outcome]:
+    """Run the recipe; a step whose inputs, settings and code have not changed is not run again.
+
+    Args:
+        settings: values to change in `params.yaml` first, for example ``{"train_full.cycles": 2}``.
+
+    Returns:
+        What became of each step.
+
+    Raises:
+        UserError: a setting is wrong.
+        StageFailed: a step failed, with the last lines of what it printed.
+    """
+    if settings:
+        apply_overrides("params.yaml", [f"{key}={value}" for key, value in settings.items()])
+    plan = begin()
+    outcomes: dict[str, Outcome] = {}
+    try:
+        for step in STEPS:
+            outcomes[step.name] = step(plan)
+    finally:
+        finish(outcomes, plan)
+    return outcomes

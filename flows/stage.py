@@ -1,0 +1,137 @@
+"""A Prefect task that has DVC reproduce one stage."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+import uuid
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from prefect import Task, get_run_logger, task
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import FlowRunContext
+from prefect.states import Completed
+
+from flows import dvc
+from flows.links import publish_links
+from tasks import STAGES
+from tasks.step import USER_ERROR
+from unfreeze.settings import load_settings
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a step: whether its command ran (or its outputs were there, or in the cache), and for how long."""
+
+    ran: bool
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pass has to look at.
+
+    Attributes:
+        ask: the stages to ask DVC for: the first stale one and all that come after it, whose inputs may change.
+        pull: whether to look in DVC's remote for what the cache lacks.
+    """
+
+    ask: frozenset[str]
+    pull: bool
+
+
+class StageFailed(Exception):
+    """A stage's command failed; the message ends with the last lines of what it printed."""
+
+    def __init__(self, stage: str, lines: list[str], retry: bool) -> None:
+        super().__init__(f"The step {stage} failed:\n" + "\n".join(lines))
+        self.retry = retry
+
+
+def begin() -> Plan:
+    """Start a pass: check the settings, ask DVC what is stale, give the pass its key and a terminal to draw on.
+
+    Raises:
+        UserError: a setting is wrong.
+    """
+    load_settings()
+    stale = dvc.stale_stages()
+    first = min((STAGES.index(stage) for stage in stale), default=len(STAGES))
+    context = FlowRunContext.get()
+    run = context.flow_run if context else None
+    os.environ["UNFREEZE_PASS"] = f"flow-{run.id if run else uuid.uuid4()}"
+    os.environ["UNFREEZE_DOOR"] = "deployment" if run and run.deployment_id else "flow"
+    if sys.stderr.isatty():
+        os.environ["UNFREEZE_TTY"] = os.ttyname(sys.stderr.fileno())
+    return Plan(frozenset(STAGES[first:]), bool(stale) and dvc.has_remote())
+
+
+def worth_a_retry(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    """Whether a failure may go away by itself: not when the user has to mend something."""
+    try:
+        state.result()
+    except StageFailed as error:
+        return error.retry
+    except Exception:
+        return True
+    return True
+
+
+def stage_task(stage: str, description: str, gpu: bool = False) -> Task[[Plan], Any]:
+    """The Prefect task of a stage; called with the plan it returns the outcome.
+
+    It asks DVC for exactly this stage, whose command runs the step in a process of its own; what the step prints goes
+    to Prefect's log line by line. A stage that DVC finds unchanged ends as ``Cached``.
+
+    Args:
+        stage: name of the stage, and of the task.
+        description: what Prefect's UI shows.
+        gpu: whether the step makes use of a GPU, for a tag that a concurrency limit can be put on.
+    """
+
+    @task(
+        name=stage,
+        task_run_name=stage,
+        description=description,
+        tags=["unfreeze", "gpu"] if gpu else ["unfreeze"],
+        retries=2,
+        retry_delay_seconds=[10, 60],
+        retry_condition_fn=worth_a_retry,
+        timeout_seconds=24 * 3600,
+    )
+    def reproduce(plan: Plan) -> State[Outcome]:
+        start = time.monotonic()
+        if stage not in plan.ask or not _run(stage, plan.pull):
+            return Completed(name="Cached", message=f"{stage}: nothing to run", data=Outcome(False))
+        seconds = time.monotonic() - start
+        return Completed(message=f"{stage}: done in {seconds:.0f} s", data=Outcome(True, seconds))
+
+    return reproduce
+
+
+def _run(stage: str, pull: bool) -> bool:
+    """Have DVC reproduce the stage; returns whether its command ran."""
+    log = get_run_logger()
+    tail: deque[str] = deque(maxlen=15)
+    ran = True
+    try:
+        for line in dvc.reproduce(stage, pull):
+            ran = ran and not dvc.is_cached(line)
+            if not dvc.is_noise(line):
+                tail.append(line)
+                _clear_line()
+                log.info(line)
+    except subprocess.CalledProcessError:
+        retry = not any(re.search(rf"exited with {USER_ERROR}\b", line) for line in tail)
+        raise StageFailed(stage, list(tail), retry) from None
+    publish_links(stage)
+    return ran
+
+
+def _clear_line() -> None:
+    """Take a progress bar off the terminal before a line is logged over it."""
+    if sys.stderr.isatty():
+        sys.stderr.write("\r\x1b[K")

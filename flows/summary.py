@@ -1,0 +1,78 @@
+"""The table that a pass ends with: steps, rates, accuracies, and where to look next."""
+
+import json
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+
+from flows.stage import Outcome
+from tasks.environment import artifact
+
+RESULTS = {
+    "ingest": "{images:.0f} images, {broken:.0f} set aside",
+    "explore": "{exact_duplicates:.0f} exact, {near_duplicates:.0f} near duplicates; {leaks:.0f} between splits",
+    "precompute": "{features:.0f} activations an image",
+    "lr_find": "rate {rate:.2e}",
+    "train_head": "valid accuracy {valid_accuracy:.4f}",
+    "train_augmented": "valid accuracy {valid_accuracy:.4f}",
+    "unfreeze_lr_find": "rate {rate:.2e}",
+    "train_full": "valid accuracy {valid_accuracy:.4f} in cycle {best_cycle:.0f}",
+    "evaluate": "valid accuracy with TTA {valid_tta_accuracy:.4f}",
+    "retrain": "{epochs:.0f} epochs on train + valid",
+    "register": "version {version:.0f}",
+}
+"""What a step's row says, as a format of its metrics."""
+
+
+def print_summary(outcomes: Mapping[str, Outcome]) -> None:
+    """Print the steps of a pass, how good the result is, and where to look next.
+
+    Args:
+        outcomes: what became of each step of the pass; empty for none.
+    """
+    console = Console()
+    console.print()
+    if outcomes:
+        console.print(_steps(outcomes))
+    console.print(_accuracies())
+    chosen = json.loads(artifact("evaluate", "chosen.json").read_text())
+    console.print(chosen["reason"], highlight=False, soft_wrap=True)
+    console.print("Logistic regression: scikit-learn's, on the frozen backbone's activations; the honest baseline.\n")
+    for what, where in (
+        ("Exploration", artifact("explore", "report.html")),
+        ("Evaluation", artifact("evaluate", "report.html")),
+        ("Predict", "unfreeze predict photo.jpg"),
+        ("Compare runs in MLflow", "make ui"),
+    ):
+        console.print(f"{what + ':':24}{where}", highlight=False, soft_wrap=True)
+
+
+def _metrics(step: str) -> dict[str, float]:
+    return dict(json.loads(artifact(step, "metrics.json").read_text()))
+
+
+def _steps(outcomes: Mapping[str, Outcome]) -> Table:
+    table = Table("step", "", "time", "result", title="The recipe", title_justify="left")
+    for step, outcome in outcomes.items():
+        time = f"{outcome.seconds:.0f} s" if outcome.ran else ""
+        table.add_row(step, "ran" if outcome.ran else "cached", time, RESULTS[step].format(**_metrics(step)))
+    return table
+
+
+def _accuracies() -> Table:
+    table = Table(title="Accuracy", title_justify="left")
+    for name, justify in (("", "left"), ("plain", "right"), ("with TTA", "right"), ("logistic regression", "right")):
+        table.add_column(name, justify=justify)
+    evaluated, retrained = _metrics("evaluate"), _metrics("retrain")
+    for title, metrics, split in (
+        ("valid", evaluated, "valid"),
+        ("test", evaluated, "test"),
+        ("test, retrained on train + valid", retrained, "test"),
+    ):
+        if f"{split}_accuracy" in metrics:
+            names = (f"{split}_accuracy", f"{split}_tta_accuracy", f"{split}_baseline_accuracy")
+            table.add_row(title, *(f"{metrics[name]:.4f}" for name in names))
+    if not any(key.startswith("test_") for key in retrained):
+        table.add_row("test", "no test split", "", "")
+    return table

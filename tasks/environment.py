@@ -1,0 +1,28 @@
+"""What every process of unfreeze starts with: no telemetry, quiet libraries, one place for MLflow."""
+
+import os
+from pathlib import Path
+
+DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
+
+DEFAULTS = {
+    "DO_NOT_TRACK": "1",
+    "DVC_NO_ANALYTICS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_TRACKING_URI": DEFAULT_TRACKING_URI,
+    "MLFLOW_EXPERIMENT_NAME": "unfreeze",
+}
+
+
+def set_environment() -> None:
+    """Set what the user has not set. Call before Prefect, DVC or MLflow are imported."""
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+
+
+def artifact(stage: str, name: str) -> Path:
+    """The path of a file that a step writes, relative to the project's root, where every step runs."""
+    return Path("artifacts") / stage / name

@@ -1,0 +1,27 @@
+"""Look at the images before anything is trained: balance, sizes, samples, duplicates and leaks, broken files."""
+
+import pandas as pd
+
+from tasks.environment import artifact
+from tasks.step import Run, step
+from unfreeze.duplicates import find_duplicates
+from unfreeze.explore_report import explore_metrics, explore_report
+from unfreeze.packed import open_packed
+from unfreeze.settings import Data
+
+
+@step
+def explore(run: Run, data: Data) -> dict[str, float]:
+    packed = open_packed(artifact("ingest", ""))
+    found = pd.read_csv(artifact("ingest", "images.csv"), keep_default_na=False)
+    duplicates = find_duplicates(packed)
+    metrics = explore_metrics(packed, found, duplicates)
+    run.path("report.html").write_text(explore_report(packed, found, duplicates, data.source), encoding="utf-8")
+    run.log("%d images in %d classes, %d broken, %d duplicate pairs, %d leaks between splits",
+            metrics["images"], metrics["classes"], metrics["broken"], len(duplicates), metrics["leaks"])  # fmt: skip
+    run.log("report: %s", run.path("report.html"))
+    return metrics
+
+
+if __name__ == "__main__":
+    explore.main()

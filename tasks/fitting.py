@@ -1,0 +1,48 @@
+"""What the steps that train have in common: one line per epoch, curves while they run, tables afterwards."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from tasks.step import Run
+from unfreeze.training import History, Listener
+
+
+def listener(run: Run, epochs: int, phase: str = "", cycle: Callable[[int], None] = lambda number: None) -> Listener:
+    """Tells people of every epoch, and MLflow of every batch and epoch.
+
+    Args:
+        run: the step's execution.
+        epochs: how many there are at most, for the line.
+        phase: which part of the step this is, where it has several.
+        cycle: what to do at the end of each cycle.
+    """
+    prefix = f"{phase}/" if phase else ""
+
+    def batches(rows: Sequence[Mapping[str, float]]) -> None:
+        for row in rows:
+            run.tracker.curve({prefix + "rate": row["rate"], prefix + "loss": row["loss"]}, int(row["iteration"]))
+
+    def epoch(row: Mapping[str, float]) -> None:
+        text = f"{phase} " if phase else ""
+        text += (
+            f"epoch {row['epoch'] + 1:.0f}/{epochs}, cycle {row['cycle'] + 1:.0f}: train loss {row['train_loss']:.4f}"
+        )
+        if "valid_loss" in row:
+            text += f", valid loss {row['valid_loss']:.4f}, accuracy {row['valid_accuracy']:.4f}"
+        run.log("%s, rate %.2e", text, row["rate"])
+        curves = {k: row[k] for k in ("train_loss", "valid_loss", "valid_accuracy") if k in row}
+        run.tracker.curve({prefix + k: v for k, v in curves.items()}, int(row["epoch"]))
+
+    return Listener(batches, epoch, cycle)
+
+
+def keep(run: Run, history: History) -> dict[str, float]:
+    """Write a training's tables; `evaluate` plots them, so that a nicer plot costs no training.
+
+    Returns:
+        Metrics of the cycle whose weights were kept.
+    """
+    history.epochs_frame().to_csv(run.path("history.csv"), index=False)
+    history.batches_frame().to_csv(run.path("batches.csv"), index=False)
+    kept = [row for row in history.epochs if row["cycle"] == history.best_cycle][-1]
+    metrics = {name: kept[name] for name in ("train_loss", "valid_loss", "valid_accuracy") if name in kept}
+    return metrics | {"epochs": len(history.epochs), "best_cycle": history.best_cycle}

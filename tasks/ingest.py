@@ -1,0 +1,26 @@
+"""Read every source image once; validate, split, pack pixels.
+
+The only step that touches a JPEG: every later one reads packed pixels from a memory map. Images that cannot be read are
+set aside with a reason. The backbone's name is checked here already, before hours of work that would end at a typo.
+"""
+
+from tasks.step import Run, step
+from unfreeze.packing import pack
+from unfreeze.settings import Data, load_settings
+from unfreeze.sources import read_source
+
+
+@step
+def ingest(run: Run, seed: int, data: Data) -> dict[str, float]:
+    from unfreeze.backbones import check_backbone_name
+
+    check_backbone_name(load_settings().backbone.name)
+    table = read_source(data.source)
+    run.log("%d images in %s, %d classes", len(table), data.source, table["label"].nunique())
+    metrics = pack(table, run.path(""), data, seed)
+    run.log("packed %d images, set %d aside", metrics["images"], metrics["broken"])
+    return metrics
+
+
+if __name__ == "__main__":
+    ingest.main()

@@ -1,0 +1,36 @@
+"""LR range test of the head on the precomputed activations: find the lowest loss, pick one order of magnitude less."""
+
+import numpy as np
+
+from tasks.environment import artifact
+from tasks.finding import find_rate
+from tasks.step import Run, step
+from unfreeze.batches import activation_batches, shuffled
+from unfreeze.device import best_device, seed_everything
+from unfreeze.models import Head
+from unfreeze.packed import open_packed
+from unfreeze.recipe import head_groups, stream, sweep
+from unfreeze.settings import Head as HeadSettings
+from unfreeze.settings import LRFind, Train
+from unfreeze.training import make_optimizer
+
+
+@step
+def lr_find(run: Run, seed: int, head: HeadSettings, train: Train, lr_find: LRFind) -> dict[str, float]:
+    seed_everything(seed)
+    device = best_device()
+    packed = open_packed(artifact("ingest", ""))
+    activations = np.load(artifact("precompute", "activations.npy"), mmap_mode="r")
+    model = Head(activations.shape[1], len(packed.classes), head.dropout).to(device).train()
+    optimizer = make_optimizer(head_groups(model), train)
+    rows = packed.rows("train")
+
+    def batches(epoch: int) -> object:
+        order = shuffled(rows, train.batch_size, stream(seed, "lr_find"), epoch)
+        return activation_batches(activations, packed.labels, order, device)
+
+    return find_rate(run, model, optimizer, sweep(model, optimizer, batches, train), lr_find)
+
+
+if __name__ == "__main__":
+    lr_find.main()

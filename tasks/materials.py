@@ -1,0 +1,36 @@
+"""What the steps start from: the classifier as an earlier step left it, and the images it is to see."""
+
+import numpy as np
+import torch
+
+from tasks.environment import artifact
+from unfreeze.batches import Loader, Normalisation
+from unfreeze.device import best_device
+from unfreeze.models import Classifier, Head
+from unfreeze.packed import open_packed
+from unfreeze.weights import load_backbone, load_head
+
+
+def frozen_classifier(head_of: str, batch_size: int) -> tuple[Classifier, Loader]:
+    """The pretrained backbone with the head that a step trained, and a loader of the packed images for it.
+
+    Args:
+        head_of: name of the step whose head it is.
+        batch_size: images per batch.
+    """
+    return _on_device(load_head(artifact(head_of, "head.safetensors")), batch_size)
+
+
+def fresh_classifier(dropout: float, batch_size: int) -> tuple[Classifier, Loader]:
+    """The pretrained backbone with a new head, and a loader of the packed images for it."""
+    classes = len(open_packed(artifact("ingest", "")).classes)
+    features = np.load(artifact("precompute", "activations.npy"), mmap_mode="r").shape[1]
+    return _on_device(Head(features, classes, dropout), batch_size)
+
+
+def _on_device(head: Head, batch_size: int) -> tuple[Classifier, Loader]:
+    backbone = load_backbone(artifact("precompute", "backbone.safetensors"))
+    device = best_device()
+    norm = Normalisation(backbone.mean, backbone.std)
+    model = Classifier(backbone, head).to(device, memory_format=torch.channels_last)
+    return model, Loader(open_packed(artifact("ingest", "")), norm, device, batch_size)

@@ -1,0 +1,63 @@
+"""Hand the retrained model to MLflow: a model that can be served, registered under a name, with a version.
+
+The version belongs to the pass's parent run, which carries the metrics, the reports, `params.yaml` and `dvc.lock` that
+it takes to build the same model again.
+"""
+
+import hashlib
+import logging
+import os
+import warnings
+from pathlib import Path
+
+import pandas as pd
+
+from tasks.environment import artifact
+from tasks.step import Run, step, write_json
+from unfreeze.plotting import confusion_plot, save_png
+from unfreeze.settings import Register
+
+REQUIREMENTS = ("torch", "torchvision", "timm", "safetensors", "numpy", "pillow", "pandas", "pyyaml", "tqdm")
+
+
+@step
+def register(run: Run, register: Register) -> dict[str, float]:
+    weights = artifact("retrain", "model.safetensors")
+    matrix = pd.read_csv(artifact("retrain", "confusion_matrix.csv"), index_col=0)
+    save_png(confusion_plot(matrix.to_numpy(), list(matrix.columns)), run.path("confusion_matrix.png"))
+    parent = run.tracker.parent()
+    version = _register(weights, register.model_name, parent)
+    run.log("%s version %d registered in MLflow, run %s", register.model_name, version, parent)
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    write_json(
+        run.path("registration.json"),
+        {"model": register.model_name, "version": version, "run": parent, "sha256": digest},
+    )
+    return {"version": version}
+
+
+def _register(weights: Path, name: str, parent: str) -> int:
+    """Log the model to the parent run as an MLflow pyfunc and register it; returns the version."""
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    import importlib.metadata
+
+    import mlflow
+
+    mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
+    root = Path(__file__).parent.parent
+    with mlflow.start_run(run_id=parent), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(root / "tasks" / "serving.py"),
+            artifacts={"weights": str(weights)},
+            code_paths=[str(root / "unfreeze")],
+            pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in REQUIREMENTS],
+            registered_model_name=name,
+        )
+    return int(model.registered_model_version)
+
+
+if __name__ == "__main__":
+    register.main()

@@ -1,0 +1,87 @@
+"""The same recipe with the rates, cycles and epochs that were found, on train + valid; measured on test.
+
+It replays head, augmented head and full training up to the one that `evaluate` chose. No validation split is left, so
+only the test split can judge; where there is none, nobody can, and the log says so.
+"""
+
+import dataclasses
+import json
+
+import numpy as np
+
+from tasks.environment import artifact
+from tasks.fitting import keep, listener
+from tasks.judging import keep_confusion, write_predictions
+from tasks.materials import fresh_classifier
+from tasks.step import Run, step
+from unfreeze.baseline import baseline_probabilities, fit_baseline
+from unfreeze.device import seed_everything
+from unfreeze.evaluating import Predictions, evaluate_split
+from unfreeze.recipe import fit_augmented, fit_full, fit_head
+from unfreeze.settings import Augment, Evaluate, Head, Train, TrainAugmented, TrainFull, TrainHead, Unfreeze
+from unfreeze.weights import save_classifier
+
+
+@step
+def retrain(
+    run: Run,
+    seed: int,
+    head: Head,
+    augment: Augment,
+    train: Train,
+    train_head: TrainHead,
+    train_augmented: TrainAugmented,
+    unfreeze: Unfreeze,
+    train_full: TrainFull,
+    evaluate: Evaluate,
+) -> dict[str, float]:
+    seed_everything(seed)
+    model, loader = fresh_classifier(head.dropout, train.batch_size)
+    packed = loader.packed
+    activations = np.load(artifact("precompute", "activations.npy"), mmap_mode="r")
+    rows = np.sort(np.concatenate([packed.rows("train"), packed.rows("valid")]))
+    nothing = rows[:0]
+    chosen = json.loads(artifact("evaluate", "chosen.json").read_text())["chosen"]
+    rate = run.read_metrics("lr_find")["rate"]
+
+    history = fit_head(
+        model.head, activations, packed.labels, rows, nothing, rate, train_head, train, seed, loader.device,
+        listener(run, train_head.epochs, "head"),
+    )  # fmt: skip
+    if chosen != "train_head":
+        history = fit_augmented(
+            model, loader, rows, nothing, rate, train_augmented, augment, train, seed,
+            listener(run, train_augmented.epochs, "augmented"),
+        )  # fmt: skip
+    if chosen == "train_full":
+        cycles = int(run.read_metrics("train_full")["best_cycle"]) + 1
+        found = dataclasses.replace(train_full, cycles=cycles, until_overfitting=False)
+        history = fit_full(
+            model, loader, rows, nothing, run.read_metrics("unfreeze_lr_find")["rate"], found, unfreeze, augment,
+            train, seed, listener(run, found.epochs, "full"),
+        )  # fmt: skip
+    save_classifier(model, run.path("model.safetensors"), packed.classes, packed.image_size, augment.flip)
+    metrics = keep(run, history)
+
+    predictions: dict[str, Predictions] = {}
+    test = packed.rows("test")
+    if len(test):
+        baseline = fit_baseline(activations[rows], packed.labels[rows])
+        probabilities = baseline_probabilities(baseline, activations[test], len(packed.classes))
+        predictions["test"], scores = evaluate_split(
+            model, loader, test, probabilities, augment.flip, evaluate.tta_views
+        )
+        metrics |= {f"test_{name}": value for name, value in scores.items()}
+        run.log(
+            "test: accuracy %.4f, with TTA %.4f, logistic regression %.4f",
+            scores["accuracy"], scores["tta_accuracy"], scores["baseline_accuracy"],
+        )  # fmt: skip
+    else:
+        run.log("There is no test split: nothing can judge the retrained model. Set data.test to have one.")
+    write_predictions(run.path("predictions.csv"), packed, predictions)
+    keep_confusion(run, packed, predictions)
+    return metrics
+
+
+if __name__ == "__main__":
+    retrain.main()

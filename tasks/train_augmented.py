@@ -1,0 +1,38 @@
+"""Train the head on augmented images through the frozen backbone: with precomputed activations nothing can be augmented.
+
+Two or three short cycles, each annealing the rate that the finder picked.
+"""
+
+from tasks.fitting import keep, listener
+from tasks.materials import frozen_classifier
+from tasks.step import Run, step
+from unfreeze.device import seed_everything
+from unfreeze.recipe import fit_augmented
+from unfreeze.settings import Augment, Train, TrainAugmented
+from unfreeze.weights import save_head
+
+
+@step
+def train_augmented(
+    run: Run, seed: int, augment: Augment, train: Train, train_augmented: TrainAugmented
+) -> dict[str, float]:
+    seed_everything(seed)
+    model, loader = frozen_classifier("train_head", train.batch_size)
+    history = fit_augmented(
+        model,
+        loader,
+        loader.packed.rows("train"),
+        loader.packed.rows("valid"),
+        run.read_metrics("lr_find")["rate"],
+        train_augmented,
+        augment,
+        train,
+        seed,
+        listener(run, train_augmented.epochs),
+    )
+    save_head(model.head, run.path("head.safetensors"))
+    return keep(run, history)
+
+
+if __name__ == "__main__":
+    train_augmented.main()

@@ -1,0 +1,43 @@
+"""Train the head on the precomputed activations, one or two epochs."""
+
+import numpy as np
+
+from tasks.environment import artifact
+from tasks.fitting import keep, listener
+from tasks.step import Run, step
+from unfreeze.device import best_device, seed_everything
+from unfreeze.models import Head
+from unfreeze.packed import open_packed
+from unfreeze.recipe import fit_head
+from unfreeze.settings import Head as HeadSettings
+from unfreeze.settings import Train, TrainHead
+from unfreeze.weights import save_head
+
+
+@step
+def train_head(run: Run, seed: int, head: HeadSettings, train: Train, train_head: TrainHead) -> dict[str, float]:
+    seed_everything(seed)
+    device = best_device()
+    packed = open_packed(artifact("ingest", ""))
+    activations = np.load(artifact("precompute", "activations.npy"), mmap_mode="r")
+    model = Head(activations.shape[1], len(packed.classes), head.dropout).to(device)
+    rate = run.read_metrics("lr_find")["rate"]
+    history = fit_head(
+        model,
+        activations,
+        packed.labels,
+        packed.rows("train"),
+        packed.rows("valid"),
+        rate,
+        train_head,
+        train,
+        seed,
+        device,
+        listener(run, train_head.epochs),
+    )
+    save_head(model, run.path("head.safetensors"))
+    return keep(run, history)
+
+
+if __name__ == "__main__":
+    train_head.main()

@@ -1,0 +1,31 @@
+"""Unfreeze, then look for the rate again: with differential rates over the layer groups the best one has moved."""
+
+from tasks.finding import find_rate
+from tasks.materials import frozen_classifier
+from tasks.step import Run, step
+from unfreeze.device import seed_everything
+from unfreeze.models import freeze_to, parameter_groups, set_train_mode
+from unfreeze.recipe import stream, sweep
+from unfreeze.settings import Augment, Train, Unfreeze, UnfreezeLRFind
+from unfreeze.training import make_optimizer
+
+
+@step
+def unfreeze_lr_find(
+    run: Run, seed: int, augment: Augment, train: Train, unfreeze: Unfreeze, unfreeze_lr_find: UnfreezeLRFind
+) -> dict[str, float]:
+    seed_everything(seed)
+    model, loader = frozen_classifier("train_augmented", train.batch_size)
+    freeze_to(model, unfreeze.freeze_to, unfreeze.bn_freeze)
+    set_train_mode(model)
+    optimizer = make_optimizer(parameter_groups(model, unfreeze.lr_ratio), train)
+    rows = loader.packed.rows("train")
+
+    def batches(epoch: int) -> object:
+        return loader.augmented(rows, augment, stream(seed, "unfreeze_lr_find"), epoch)
+
+    return find_rate(run, model, optimizer, sweep(model, optimizer, batches, train), unfreeze_lr_find)
+
+
+if __name__ == "__main__":
+    unfreeze_lr_find.main()

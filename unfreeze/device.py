@@ -1,0 +1,43 @@
+"""The hardware at hand: device, arithmetic, seeds."""
+
+import contextlib
+import os
+import random
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+
+
+def best_device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices natively (AVX512-BF16 or AMX; Ampere and later)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False
+
+
+def autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Mixed precision where it is native, full precision elsewhere: emulated bfloat16 is slower than float32."""
+    if native_bf16(device):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def seed_everything(seed: int) -> None:
+    """Make the rest of this process repeat itself bit for bit on the same machine.
+
+    Python, NumPy and torch are seeded; cuDNN and cuBLAS are told to use deterministic algorithms.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False

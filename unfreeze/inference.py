@@ -1,0 +1,92 @@
+"""Predict images with nothing but a file of weights: what `unfreeze predict` and a served model do."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from unfreeze.batches import Loader, Normalisation
+from unfreeze.decoding import BrokenImage, decode, resize_shorter
+from unfreeze.device import best_device
+from unfreeze.packed import PackedImages
+from unfreeze.predicting import Probabilities, predict, predict_tta
+from unfreeze.weights import load_classifier
+
+CHUNK = 256
+"""Images in memory at once."""
+MAX_MEGAPIXELS = 400.0
+
+
+class Predictor:
+    """A trained classifier, ready for images as people have them."""
+
+    def __init__(self, weights: str | Path) -> None:
+        """Load the weights. Raises UserError where there are none, or they are damaged."""
+        self._model, self._meta = load_classifier(Path(weights))
+        self._device = best_device()
+        self._model.to(self._device)
+        self.classes: list[str] = self._meta["classes"]
+
+    def predict(self, images: Sequence[str | Path | io.BytesIO], tta_views: int = 0) -> pd.DataFrame:
+        """Classify images.
+
+        Args:
+            images: files, or their bytes.
+            tta_views: average with so many augmented views; 0 for the plain image only.
+
+        Returns:
+            A row per image: ``predicted``, ``p_<class>``..., and ``reason`` why it could not be read (else empty), in
+            which case the rest is missing.
+        """
+        rows = [self._chunk(images[i : i + CHUNK], tta_views) for i in range(0, len(images), CHUNK)]
+        return pd.concat(rows, ignore_index=True)
+
+    def _chunk(self, images: Sequence[str | Path | io.BytesIO], tta_views: int) -> pd.DataFrame:
+        size = self._meta["image_size"]
+        pixels, reasons = [], []
+        for image in images:
+            try:
+                _, decoded = decode(image, MAX_MEGAPIXELS, size)
+                pixels.append(np.asarray(resize_shorter(decoded, size)))
+                reasons.append("")
+            except BrokenImage as error:
+                reasons.append(str(error))
+        good = np.array([reason == "" for reason in reasons])
+        probabilities = np.full((len(images), len(self.classes)), np.nan, np.float32)
+        if pixels:
+            probabilities[good] = self._probabilities(pixels, tta_views)
+        table = pd.DataFrame(probabilities, columns=[f"p_{name}" for name in self.classes])
+        best = [self.classes[p.argmax()] if ok else None for p, ok in zip(probabilities, good, strict=True)]
+        table.insert(0, "predicted", best)
+        return table.assign(reason=reasons)
+
+    def _probabilities(self, pixels: list[np.ndarray], tta_views: int) -> Probabilities:
+        backbone = self._model.backbone
+        loader = Loader(
+            packed_in_memory(pixels, self.classes, self._meta["image_size"]),
+            Normalisation(backbone.mean, backbone.std),
+            self._device,
+            64,
+        )
+        rows = np.arange(len(pixels))
+        plain = predict(self._model, loader.plain(rows))
+        if not tta_views:
+            return plain
+        return predict_tta(self._model, loader, rows, plain, self._meta["flip"], tta_views)
+
+
+def packed_in_memory(pixels: Sequence[np.ndarray], classes: list[str], image_size: int) -> PackedImages:
+    """Images (H, W, 3), resized already, as packed images of no known class (they all count as class 0)."""
+    sizes = np.array([(image.shape[1], image.shape[0]) for image in pixels])
+    ends = np.cumsum(sizes.prod(1) * 3)
+    return PackedImages(
+        np.concatenate([image.reshape(-1) for image in pixels]),
+        pd.DataFrame({"split": [""] * len(pixels)}),
+        classes,
+        np.zeros(len(pixels), np.int64),
+        sizes,
+        ends - sizes.prod(1) * 3,
+        image_size,
+    )

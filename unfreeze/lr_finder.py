@@ -1,0 +1,133 @@
+"""The learning-rate finder: raise the rate batch by batch, watch the loss, pick a rate from the curve.
+
+The LR range test is Smith's (Cyclical Learning Rates for Training Neural Networks, 2017); picking one order of
+magnitude below the rate of the lowest loss is the fast.ai lesson's rule (2017).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from unfreeze.errors import UserError
+
+DIVERGED = 4.0
+"""A running mean of the loss so many times its lowest ends the sweep."""
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Picks:
+    """Points of a loss curve, as learning rates.
+
+    Attributes:
+        minimum: rate of the lowest smoothed loss.
+        steepest: rate at which the smoothed loss falls fastest.
+        valley: two thirds into the longest stretch of falling loss.
+    """
+
+    minimum: float
+    steepest: float
+    valley: float
+
+
+def exponential_rates(start: float, end: float, iterations: int) -> Floats:
+    """Rates from ``start`` to ``end``, each the same multiple of the one before, (iterations,)."""
+    return np.geomspace(start, end, iterations)
+
+
+def smooth(losses: Floats) -> Floats:
+    """Mean of each loss and its neighbours, weighted by a Gaussian of a thirtieth of the curve, (iterations,).
+
+    Unlike a running mean it does not lag behind, which over a sweep of few batches would move the minimum by as much as
+    the order of magnitude that the pick is about.
+    """
+    at = np.arange(len(losses))
+    width = max(1.0, len(losses) / 30)
+    weights = np.exp(-0.5 * ((at[:, None] - at) / width) ** 2)
+    return np.asarray(weights @ losses / weights.sum(1))
+
+
+def lr_find(
+    train_batch: Callable[[], float], set_rate: Callable[[float], None], start: float, end: float, iterations: int
+) -> pd.DataFrame:
+    """Sweep the rate exponentially, a training batch at each, until the loss diverges.
+
+    The caller restores what the training changed (`unfreeze.preserve.preserved`).
+
+    Args:
+        train_batch: trains on the next batch and returns its loss.
+        set_rate: sets the rate of the next batch.
+        start, end: ends of the sweep.
+        iterations: batches in the whole sweep.
+
+    Returns:
+        Columns rate, loss and smoothed; one row per batch with a finite loss.
+    """
+    rates, losses = [], []
+    mean = lowest = math.inf
+    for rate in exponential_rates(start, end, iterations):
+        set_rate(float(rate))
+        loss = train_batch()
+        if not math.isfinite(loss):
+            break
+        rates.append(float(rate))
+        losses.append(loss)
+        mean = loss if len(losses) == 1 else 0.7 * mean + 0.3 * loss
+        lowest = min(mean, lowest)
+        if mean > DIVERGED * lowest:
+            break
+    return pd.DataFrame({"rate": rates, "loss": losses, "smoothed": smooth(np.array(losses))})
+
+
+def suggest(rates: Floats, losses: Floats) -> Picks:
+    """Points of a loss curve that a rate can be picked by.
+
+    Args:
+        rates: (n,) rising learning rates.
+        losses: (n,) loss of the batch at each.
+
+    Raises:
+        UserError: there are fewer than three finite losses to judge by.
+    """
+    finite = np.isfinite(losses)
+    rates, losses = np.asarray(rates, float)[finite], np.asarray(losses, float)[finite]
+    if len(rates) < 3:
+        raise UserError(
+            "The learning-rate finder's loss was not finite from the first batches on: lower lr_find.start "
+            "(or unfreeze_lr_find.start) in params.yaml, or give the rate yourself with lr_find.rate."
+        )
+    smoothed = smooth(losses)
+    steepest = int(np.gradient(smoothed, np.log(rates)).argmin())
+    return Picks(float(rates[smoothed.argmin()]), float(rates[steepest]), float(rates[_valley(smoothed)]))
+
+
+def pick_rate(picks: Picks, rule: str) -> float:
+    """The rate to train with.
+
+    Args:
+        picks: points of the curve.
+        rule: ``minimum`` (one order of magnitude below the lowest loss), ``steepest`` or ``valley``.
+    """
+    return picks.minimum / 10 if rule == "minimum" else float(getattr(picks, rule))
+
+
+def _valley(losses: Floats) -> int:
+    """Index two thirds into the longest subsequence of falling losses, as fastai's rule of that name."""
+    n = len(losses)
+    lengths = np.ones(n, int)
+    before = np.full(n, -1)
+    for i in range(1, n):
+        falls = np.flatnonzero(losses[:i] > losses[i])
+        if len(falls):
+            best = falls[lengths[falls].argmax()]
+            lengths[i], before[i] = lengths[best] + 1, best
+    chain = [int(lengths.argmax())]
+    while before[chain[-1]] >= 0:
+        chain.append(int(before[chain[-1]]))
+    chain.reverse()
+    return chain[min(len(chain) - 1, 2 * len(chain) // 3)]

@@ -1,0 +1,87 @@
+"""How good predictions are: accuracy and its interval, confusion matrix, what to look at."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+Labels = NDArray[np.int64]
+
+
+def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
+    """The 95 % interval of an accuracy by Wilson's score (1927): ``correct`` of ``total`` were right."""
+    z = 1.959964
+    share, centre = correct / total, z * z / (2 * total)
+    half = z * np.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
+    norm = 1 + z * z / total
+    return float((share + centre - half) / norm), float((share + centre + half) / norm)
+
+
+def measure(labels: Labels, probabilities: NDArray[Any], classes: list[str]) -> dict[str, float]:
+    """Accuracy, macro F1 and log loss of probabilities (N, C) for class numbers (N,)."""
+    matrix = confusion(labels, probabilities.argmax(1), len(classes))
+    f1 = per_class(matrix, classes)["f1"]
+    likelihood = probabilities[np.arange(len(labels)), labels].astype(float)
+    return {
+        "accuracy": float(matrix.trace() / matrix.sum()),
+        "macro_f1": float(f1[matrix.sum(0) + matrix.sum(1) > 0].mean()),
+        "log_loss": float(-np.log(np.clip(likelihood, 1e-7, 1)).mean()),
+    }
+
+
+def confusion(labels: Labels, predicted: Labels, classes: int) -> Labels:
+    """Confusion matrix (C, C): row true class, column predicted class."""
+    return np.bincount(labels * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+
+
+def per_class(matrix: Labels, classes: list[str]) -> pd.DataFrame:
+    """Precision, recall, F1 and support of each class, with the classes as index; 0 where there is nothing to divide."""
+    right, support, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+    return pd.DataFrame(
+        {
+            "precision": right / np.maximum(predicted, 1),
+            "recall": right / np.maximum(support, 1),
+            "f1": 2 * right / np.maximum(predicted + support, 1),
+            "support": support,
+        },
+        index=pd.Index(classes, name="class"),
+    )
+
+
+def most_confused(matrix: Labels, classes: list[str], least: int = 1) -> pd.DataFrame:
+    """Pairs of classes that are taken for each other at least ``least`` times: true, predicted, count; most first."""
+    wrong = matrix - np.diag(matrix.diagonal())
+    true, predicted = np.nonzero(wrong >= least)
+    pairs = pd.DataFrame(
+        {
+            "true": [classes[i] for i in true],
+            "predicted": [classes[i] for i in predicted],
+            "count": wrong[true, predicted],
+        }
+    )
+    return pairs.sort_values("count", ascending=False, ignore_index=True, kind="stable")
+
+
+def gallery_places(labels: Labels, probabilities: NDArray[Any], kind: str, count: int, seed: int) -> Labels:
+    """Which images to look at: places among N predictions, as the fast.ai lesson looks at them.
+
+    Args:
+        labels: (N,) class numbers.
+        probabilities: (N, C).
+        kind: ``random_right``, ``random_wrong``, ``most_right`` (the surest of the right ones), ``most_wrong`` (the
+            surest of the wrong ones) or ``most_uncertain`` (smallest lead of the first class over the second).
+        count: how many at most.
+        seed: for the random ones.
+    """
+    predicted = probabilities.argmax(1)
+    top = np.sort(probabilities, 1)
+    places = {
+        "right": np.flatnonzero(predicted == labels),
+        "wrong": np.flatnonzero(predicted != labels),
+        "uncertain": np.arange(len(labels)),
+    }[kind.split("_")[1]]
+    if kind.startswith("random"):
+        return np.random.default_rng(seed).permutation(places)[:count]
+    order = top[places, -1] - top[places, -2] if kind == "most_uncertain" else -top[places, -1]
+    return places[np.argsort(order, kind="stable")][:count]

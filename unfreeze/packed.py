@@ -1,0 +1,72 @@
+"""Packed images: every image decoded once, its pixels in one file that is memory-mapped.
+
+`pixels.bin` holds the images one after the other, (H, W, 3) bytes each, the shorter side `image_size`; `images.csv` says
+for every image that was found where its pixels begin, or why there are none; `dataset.json` holds what is true of all.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from unfreeze.errors import UserError
+
+
+@dataclass(frozen=True)
+class PackedImages:
+    """Images in a memory map; ``packed[i]`` is image i, a (H, W, 3) array of bytes whose shorter side is `image_size`.
+
+    Attributes:
+        pixels: the memory map.
+        table: a row per image: path, label, split, group, width, height, digest and more.
+        classes: sorted names; a class's number is its place here.
+        labels: (N,) class numbers.
+        sizes: (N, 2) width and height in pixels.
+        image_size: shorter side in pixels.
+    """
+
+    pixels: NDArray[np.uint8]
+    table: pd.DataFrame
+    classes: list[str]
+    labels: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    image_size: int
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, row: int) -> NDArray[np.uint8]:
+        width, height = self.sizes[row]
+        start = self.offsets[row]
+        return self.pixels[start : start + width * height * 3].reshape(height, width, 3)
+
+    def rows(self, split: str) -> NDArray[np.int64]:
+        """Row numbers of a split's images: train, valid or test."""
+        return np.flatnonzero(self.table["split"].to_numpy() == split)
+
+
+def open_packed(folder: Path) -> PackedImages:
+    """Open what `unfreeze.packing.pack` wrote. Raises UserError where it is not there."""
+    try:
+        about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        found = pd.read_csv(
+            folder / "images.csv", keep_default_na=False, dtype={"label": str, "group": str, "path": str}
+        )
+        pixels = np.memmap(folder / "pixels.bin", np.uint8, "r")
+    except OSError as error:
+        raise UserError(f"There are no packed images in {folder} ({error}): run the step ingest first.") from None
+    table = found[found["reason"] == ""].reset_index(drop=True)
+    numbers = {name: number for number, name in enumerate(about["classes"])}
+    return PackedImages(
+        pixels,
+        table,
+        about["classes"],
+        table["label"].map(numbers).to_numpy(np.int64),
+        table[["packed_width", "packed_height"]].to_numpy(np.int64),
+        table["offset"].to_numpy(np.int64),
+        about["image_size"],
+    )

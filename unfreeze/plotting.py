@@ -1,0 +1,193 @@
+"""Plots, in one calm style; each function takes plain tables and returns a figure."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
+
+# Okabe and Ito's colours, which people with any colour vision can tell apart.
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#777777",
+)
+
+
+def _figure(width: float = 7.0, height: float = 4.0) -> tuple[Figure, Axes]:
+    figure = Figure((width, height), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    _calm(axes)
+    return figure, axes
+
+
+def _calm(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG; the same figure gives the same bytes."""
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def to_data_uri(figure: Figure) -> str:
+    """A figure as a data URI, for a page that needs nothing beside it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def lr_find_plot(curve: pd.DataFrame, picks: Mapping[str, float]) -> Figure:
+    """Loss against learning rate, with the rate picked and the points it was chosen among.
+
+    Args:
+        curve: columns rate, loss, smoothed.
+        picks: rate, minimum, steepest and valley, as learning rates.
+    """
+    figure, axes = _figure(7.0, 4.4)
+    axes.plot(curve["rate"], curve["loss"], color=GREY, alpha=0.4, linewidth=1, label="loss of the batch")
+    axes.plot(curve["rate"], curve["smoothed"], color=BLUE, linewidth=2, label="smoothed")
+    axes.set_xscale("log")
+    low, top = curve["smoothed"].min(), min(curve["smoothed"].max(), 2.5 * curve["smoothed"].iloc[0])
+    axes.set_ylim(low - 0.12 * (top - low), top + 0.08 * (top - low))
+    for name, colour, marker in (("minimum", RED, "v"), ("steepest", GREEN, "s"), ("valley", PURPLE, "D")):
+        height = np.interp(np.log(picks[name]), np.log(curve["rate"]), curve["smoothed"])
+        axes.plot(picks[name], height, marker, color=colour, markersize=8, label=f"{name} {picks[name]:.1e}", zorder=3)
+    axes.axvline(picks["rate"], color=ORANGE, linewidth=2, linestyle="--", label=f"picked {picks['rate']:.1e}")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("loss")
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def rates_plot(batches: pd.DataFrame) -> Figure:
+    """The learning rate over the iterations, and the loss of each batch beneath it."""
+    figure = Figure((7.0, 4.6), dpi=110, layout="constrained")
+    above, below = figure.subplots(2, sharex=True)
+    for axes in (above, below):
+        _calm(axes)
+    above.plot(batches["iteration"], batches["rate"], color=ORANGE)
+    above.set_ylabel("learning rate")
+    above.set_ylim(bottom=0)
+    above.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    below.plot(batches["iteration"], batches["loss"], color=GREY, alpha=0.5, linewidth=1)
+    smooth = batches["loss"].rolling(max(1, len(batches) // 25), center=True, min_periods=1).mean()
+    below.plot(batches["iteration"], smooth, color=BLUE, linewidth=2)
+    below.set_ylabel("training loss")
+    below.set_xlabel("iteration")
+    return figure
+
+
+def learning_curves_plot(history: pd.DataFrame, best_cycle: int) -> Figure:
+    """Loss and accuracy after each epoch, with the ends of cycles and the cycle whose weights were kept.
+
+    Args:
+        history: columns epoch, cycle, train_loss, valid_loss, valid_accuracy (the last two may be empty).
+        best_cycle: number of the cycle that was kept, from 0.
+    """
+    figure = Figure((7.0, 3.4), dpi=110, layout="constrained")
+    axes = figure.subplots(1, 2)
+    for one in axes:
+        _calm(one)
+        one.set_xlabel("epoch")
+        one.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ends = history.groupby("cycle")["epoch"].max() + 1
+        for cycle, end in ends.items():
+            best = cycle == best_cycle
+            one.axvline(end, color=GREEN if best else "#bbbbbb", linewidth=1.5 if best else 1, linestyle=":", zorder=1)
+    epochs = history["epoch"] + 1
+    axes[0].plot(epochs, history["train_loss"], "o-", color=GREY, label="train", markersize=4)
+    if history["valid_loss"].notna().any():
+        axes[0].plot(epochs, history["valid_loss"], "o-", color=BLUE, label="valid", markersize=4)
+        axes[1].plot(epochs, history["valid_accuracy"], "o-", color=BLUE, markersize=4)
+    else:
+        axes[1].text(0.5, 0.5, "no validation split", ha="center", transform=axes[1].transAxes, color=GREY)
+    axes[0].set_ylabel("loss")
+    axes[1].set_ylabel("validation accuracy")
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def confusion_plot(matrix: NDArray[np.int64], classes: Sequence[str]) -> Figure:
+    """The confusion matrix, coloured by its rows' shares; with counts and percentages where there is room for them."""
+    count = len(classes)
+    side = min(14.0, 3.2 + 0.62 * count)
+    figure = Figure((side + 1.0, side), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if count <= 15:
+        for (i, j), value in np.ndenumerate(matrix):
+            colour = "white" if shares[i, j] > 0.5 else "#222222"
+            text = f"{value}\n{shares[i, j]:.0%}" if value else "0"
+            axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=11 if count <= 4 else 8)
+    names = [name if len(name) <= 22 else name[:21] + "…" for name in classes]
+    size = 10 if count <= 15 else max(4, 10 - count // 15)
+    axes.set_xticks(range(count), names, rotation=0 if count <= 3 else 90, fontsize=size, parse_math=False)
+    axes.set_yticks(range(count), names, fontsize=size, parse_math=False)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    bar = figure.colorbar(image, ax=axes, shrink=0.7, format=FuncFormatter(lambda share, _: f"{share:.0%}"))
+    bar.set_label("share of the true class")
+    return figure
+
+
+def balance_plot(table: pd.DataFrame) -> Figure:
+    """Images per class and split, from a table with columns label and split."""
+    counts = table.groupby(["label", "split"]).size().unstack(fill_value=0)
+    counts = counts[[split for split in ("train", "valid", "test") if split in counts]]
+    counts = counts.loc[counts.sum(axis=1).sort_values().index].tail(40)
+    figure, axes = _figure(7.0, min(10.0, 1.2 + 0.32 * len(counts)))
+    left = np.zeros(len(counts))
+    for split, colour in zip(counts.columns, (BLUE, ORANGE, GREEN), strict=False):
+        axes.barh(range(len(counts)), counts[split], left=left, color=colour, label=split, height=0.7)
+        left += counts[split].to_numpy()
+    names = [name if len(name) <= 30 else name[:29] + "…" for name in counts.index]
+    axes.set_yticks(range(len(counts)), names, parse_math=False)
+    axes.set_xlabel("images")
+    axes.grid(False, axis="y")
+    axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    return figure
+
+
+def sizes_plot(width: pd.Series, height: pd.Series, image_size: int) -> Figure:
+    """Width and height of the images as they were found; larger dots for more images of one size."""
+    sizes = pd.DataFrame({"width": width, "height": height}).value_counts().reset_index(name="count")
+    figure, axes = _figure(5.4, 4.2)
+    area = 12 + 200 * np.sqrt(sizes["count"] / sizes["count"].max())
+    axes.scatter(sizes["width"], sizes["height"], s=area, color=BLUE, alpha=0.35, linewidth=0)
+    top = 1.08 * max(sizes["width"].max(), sizes["height"].max())
+    axes.plot([0, top], [0, top], color="#bbbbbb", linewidth=1, zorder=1)
+    axes.axhline(image_size, color=ORANGE, linewidth=1, linestyle="--")
+    axes.axvline(image_size, color=ORANGE, linewidth=1, linestyle="--", label=f"data.image_size, {image_size} px")
+    axes.set(xlim=(0, top), ylim=(0, top), xlabel="width in pixels", ylabel="height in pixels", aspect="equal")
+    axes.legend(frameon=False, loc="upper left")
+    return figure
+
+
+def histories_plot(histories: Mapping[str, pd.DataFrame]) -> Figure:
+    """Validation accuracy over all epochs of the recipe, one training after the other."""
+    figure, axes = _figure(7.0, 3.4)
+    start = 0
+    for (name, history), colour in zip(histories.items(), (GREY, ORANGE, BLUE), strict=False):
+        epochs: Any = start + history["epoch"] + 1
+        axes.plot(epochs, history["valid_accuracy"], "o-", color=colour, label=name, markersize=5)
+        start = int(epochs.iloc[-1])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("epoch of the recipe")
+    axes.set_ylabel("validation accuracy")
+    axes.legend(frameon=False)
+    return figure

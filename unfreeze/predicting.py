@@ -1,0 +1,96 @@
+"""Predictions: plain, and averaged over views (test-time augmentation)."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from unfreeze.batches import Batch, Loader, image_sizes
+from unfreeze.device import autocast
+from unfreeze.progress import track
+from unfreeze.views import Views, tta_views
+
+Probabilities = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Mean cross-entropy (log loss) and accuracy of predictions."""
+
+    loss: float
+    accuracy: float
+
+
+def score(probabilities: Probabilities, labels: NDArray[np.int64]) -> Scores:
+    """Log loss and accuracy of probabilities (N, C) for class numbers (N,)."""
+    likelihood = probabilities[np.arange(len(labels)), labels]
+    loss = -np.log(np.maximum(likelihood, 1e-7, dtype=np.float64)).mean()
+    return Scores(float(loss), float((probabilities.argmax(1) == labels).mean()))
+
+
+def predict(model: nn.Module, batches: Iterable[Batch]) -> Probabilities:
+    """Probabilities (N, C) of the inputs of ``batches``, in their order; the model is left in eval mode."""
+    model.eval()
+    outputs = []
+    with torch.inference_mode():
+        for inputs, _ in batches:
+            with autocast(inputs.device):
+                logits = model(inputs)
+            outputs.append(logits.float().softmax(1))
+    return torch.cat(outputs).cpu().numpy()
+
+
+def predict_tta(
+    model: nn.Module, loader: Loader, rows: NDArray[np.int64], plain: Probabilities, flip: str, views: int
+) -> Probabilities:
+    """Test-time augmentation: probabilities averaged over the plain image and its augmented views.
+
+    The average of probabilities over views was made popular by Krizhevsky et al. (2012). Where an image is not square,
+    its views together cover all of it.
+
+    Args:
+        model: the classifier.
+        loader: of the packed images.
+        rows: (N,) row numbers.
+        plain: (N, C) probabilities of the plain centre squares, as `predict` gives them.
+        flip: the symmetries to use: none, horizontal or dihedral.
+        views: the least number of views beside the plain one.
+
+    Returns:
+        (N, C) probabilities.
+    """
+    if not len(rows):
+        return plain
+    sizes = image_sizes(loader.packed, rows)
+    plans = [tta_views(size, loader.packed.image_size, flip, views) for size in sizes]
+    counts = np.array([len(linear) for linear, _ in plans])
+    linear = np.concatenate([linear for linear, _ in plans])
+    centre = np.concatenate([centre for _, centre in plans])
+    owner = np.repeat(np.arange(len(rows)), counts)
+
+    def chunks() -> Iterator[Views]:
+        for i in range(0, len(owner), loader.batch_size):
+            part = slice(i, i + loader.batch_size)
+            count = len(owner[part])
+            ones, zeros = np.ones(count, np.float32), np.zeros(count, np.float32)
+            yield Views(rows[owner[part]], linear[part], centre[part], ones, zeros)
+
+    total = plain.astype(np.float64)
+    np.add.at(total, owner, predict(model, loader.views(chunks())))
+    return (total / (counts + 1)[:, None]).astype(np.float32)
+
+
+def backbone_activations(backbone: nn.Module, loader: Loader) -> NDArray[np.float32]:
+    """Pooled activations (N, F) of the frozen backbone for the plain view of every packed image, in their order."""
+    backbone.eval()
+    rows = np.arange(len(loader.packed))
+    outputs = []
+    batches = track(loader.plain(rows), "activations", -(-len(rows) // loader.batch_size))
+    with torch.inference_mode():
+        for inputs, _ in batches:
+            with autocast(inputs.device):
+                outputs.append(backbone(inputs).float())
+    return torch.cat(outputs).cpu().numpy()

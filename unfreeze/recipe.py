@@ -1,0 +1,185 @@
+"""The recipe's three trainings, each a function: head, augmented head, whole network.
+
+The steps call them one by one; the step `retrain` replays all three with what was found.
+"""
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from unfreeze.batches import Batch, Loader, activation_batches, batches_per_epoch, shuffled
+from unfreeze.models import Classifier, freeze_to, parameter_groups, set_train_mode
+from unfreeze.predicting import Scores, predict, score
+from unfreeze.progress import track
+from unfreeze.schedules import make_schedule
+from unfreeze.settings import Augment, Train, TrainAugmented, TrainFull, TrainHead, Unfreeze
+from unfreeze.training import History, Listener, fit, make_optimizer, train_batch
+
+Rows = NDArray[np.int64]
+HEAD = 2
+"""`freeze_to` this layer group and only the head trains: two groups of backbone come before it."""
+
+
+def stream(seed: int, name: str) -> int:
+    """A seed of its own for one purpose, so that no step's chance depends on another step's."""
+    return seed ^ zlib.crc32(name.encode())
+
+
+def fit_head(
+    head: nn.Module,
+    activations: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    train_rows: Rows,
+    valid_rows: Rows,
+    rate: float,
+    settings: TrainHead,
+    train: Train,
+    seed: int,
+    device: Any,
+    listener: Listener | None = None,
+) -> History:
+    """Train the head on precomputed activations.
+
+    Args:
+        head: maps activations (B, F) to logits; trained in place.
+        activations: (N, F), row i belongs to packed image i.
+        labels: (N,) class numbers.
+        train_rows, valid_rows: row numbers; no validation where ``valid_rows`` is empty.
+        rate: top learning rate, annealed once along a cosine.
+        settings: number of epochs.
+        train: batch size, optimizer and its friends.
+        seed: of the order of images.
+        device: where to compute.
+        listener: whom to tell.
+    """
+    own = stream(seed, "train_head")
+    schedule = make_schedule("sgdr", 1, settings.epochs, 1, batches_per_epoch(len(train_rows), train.batch_size))
+
+    def epochs(epoch: int) -> Iterator[Batch]:
+        return activation_batches(activations, labels, shuffled(train_rows, train.batch_size, own, epoch), device)
+
+    def validate() -> Scores:
+        probabilities = predict(head, activation_batches(activations, labels, [valid_rows], device))
+        return score(probabilities, labels[valid_rows])
+
+    return fit(
+        head,
+        make_optimizer(head_groups(head), train),
+        schedule,
+        rate,
+        epochs,
+        train_mode=head.train,
+        validate=validate if len(valid_rows) else None,
+        label_smoothing=train.label_smoothing,
+        listener=listener,
+    )
+
+
+def fit_augmented(
+    model: Classifier,
+    loader: Loader,
+    train_rows: Rows,
+    valid_rows: Rows,
+    rate: float,
+    settings: TrainAugmented,
+    augment: Augment,
+    train: Train,
+    seed: int,
+    listener: Listener | None = None,
+) -> History:
+    """Train the head on augmented images through the frozen backbone. Arguments as for `fit_head`."""
+    freeze_to(model, HEAD)
+    return _fit_images(
+        model, loader, train_rows, valid_rows, rate, settings, 1.0, augment, train,
+        stream(seed, "train_augmented"), False, listener,
+    )  # fmt: skip
+
+
+def fit_full(
+    model: Classifier,
+    loader: Loader,
+    train_rows: Rows,
+    valid_rows: Rows,
+    rate: float,
+    settings: TrainFull,
+    unfreeze: Unfreeze,
+    augment: Augment,
+    train: Train,
+    seed: int,
+    listener: Listener | None = None,
+) -> History:
+    """Train the whole network with differential rates. Arguments as for `fit_head`; ``rate`` is the head's."""
+    freeze_to(model, unfreeze.freeze_to, unfreeze.bn_freeze)
+    return _fit_images(
+        model, loader, train_rows, valid_rows, rate, settings, unfreeze.lr_ratio, augment, train,
+        stream(seed, "train_full"), settings.until_overfitting, listener,
+    )  # fmt: skip
+
+
+def _fit_images(
+    model: Classifier,
+    loader: Loader,
+    train_rows: Rows,
+    valid_rows: Rows,
+    rate: float,
+    settings: TrainAugmented | TrainFull,
+    lr_ratio: float,
+    augment: Augment,
+    train: Train,
+    seed: int,
+    stop_when_overfitting: bool,
+    listener: Listener | None,
+) -> History:
+    count = batches_per_epoch(len(train_rows), train.batch_size)
+    schedule = make_schedule(settings.schedule, settings.cycles, settings.cycle_len, settings.cycle_mult, count)
+    labels = loader.packed.labels[valid_rows]
+
+    def epochs(epoch: int) -> Iterator[Batch]:
+        batches = loader.augmented(train_rows, augment, seed, epoch)
+        return track(batches, f"epoch {epoch + 1}/{schedule.epochs}", count)
+
+    def validate() -> Scores:
+        return score(predict(model, loader.plain(valid_rows)), labels)
+
+    return fit(
+        model,
+        make_optimizer(parameter_groups(model, lr_ratio), train),
+        schedule,
+        rate,
+        epochs,
+        train_mode=lambda: set_train_mode(model),
+        validate=validate if len(valid_rows) else None,
+        stop_when_overfitting=stop_when_overfitting,
+        label_smoothing=train.label_smoothing,
+        listener=listener,
+    )
+
+
+def head_groups(head: nn.Module) -> list[dict[str, Any]]:
+    """The head's parameters for an optimizer: weight decay on matrices, none on biases and norms."""
+    decayed = [p for p in head.parameters() if p.ndim > 1]
+    plain = [p for p in head.parameters() if p.ndim <= 1]
+    return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+
+
+def sweep(
+    model: nn.Module, optimizer: Any, batches: Callable[[int], Iterable[Batch]], train: Train
+) -> Callable[[], float]:
+    """One training batch after another, over as many epochs as asked for: what an LR range test needs.
+
+    Returns:
+        A function that trains on the next batch and returns its loss.
+    """
+
+    def endless() -> Iterator[Batch]:
+        epoch = 0
+        while True:
+            yield from batches(epoch)
+            epoch += 1
+
+    line = endless()
+    return lambda: float(train_batch(model, optimizer, next(line), train.label_smoothing))

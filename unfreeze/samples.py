@@ -1,0 +1,27 @@
+"""The built-in sample: `sample:elpv`, photographs of solar cells that a package of the package index carries."""
+
+import importlib.util
+from pathlib import Path
+
+from unfreeze.errors import UserError
+
+SAMPLES = ("sample:elpv",)
+
+
+def elpv() -> list[tuple[Path, str, str]]:
+    """Files of the elpv dataset (Buerhop-Lutz et al., 2018), with path to show and label.
+
+    A cell is ``defective`` where the experts' defect probability is above 0.5, else ``functional``.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    found = importlib.util.find_spec("elpv_dataset")
+    if found is None or found.origin is None:
+        raise UserError("data.source: sample:elpv needs the package elpv-dataset: pip install elpv-dataset")
+    folder = Path(found.origin).parent / "data"
+    rows = []
+    for line in (folder / "labels.csv").read_text().splitlines():
+        path, probability, _ = line.split()
+        rows.append((folder / path, path, "defective" if float(probability) > 0.5 else "functional"))
+    return rows

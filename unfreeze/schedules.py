@@ -1,0 +1,80 @@
+"""Learning-rate schedules, as data: a factor on the top rate for every iteration.
+
+A schedule is worked out before training starts, so it can be plotted, tested and taken up again at any iteration.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unfreeze.settings import sgdr_epochs
+
+Factors = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What the rate does.
+
+    Attributes:
+        factors: (iterations,) factor on the top rate.
+        cycle_ends: number of epochs after which each cycle ends.
+    """
+
+    factors: Factors
+    cycle_ends: tuple[int, ...]
+
+    @property
+    def epochs(self) -> int:
+        """Epochs in all cycles."""
+        return self.cycle_ends[-1]
+
+
+def cosine(iterations: int) -> Factors:
+    """From 1 along half a cosine towards 0, which the iteration after the last would reach."""
+    return (1 + np.cos(np.pi * np.arange(iterations) / iterations)) / 2
+
+
+def one_cycle(iterations: int) -> Factors:
+    """The one-cycle policy: a cosine from 1/25 up to 1 in the first 30 %, and down to 1/250,000 (Smith, 2018).
+
+    The constants are those of `torch.optim.lr_scheduler.OneCycleLR`.
+    """
+    low, floor = 1 / 25, 1 / 25 / 1e4
+    peak = 0.3 * iterations - 1
+    at = np.arange(iterations)
+    up = low + (1 - low) * (1 - np.cos(np.pi * at / max(peak, 1e-9))) / 2
+    down = 1 + (floor - 1) * (1 - np.cos(np.pi * (at - peak) / max(iterations - 1 - peak, 1e-9))) / 2
+    return np.where(at <= peak, up, down)
+
+
+def step(iterations: int) -> Factors:
+    """Step-wise annealing: a tenth of the rate after each third of the iterations."""
+    return 0.1 ** (np.arange(iterations) * 3 // iterations)
+
+
+def constant(iterations: int) -> Factors:
+    """The top rate throughout."""
+    return np.ones(iterations)
+
+
+SHAPES = {"sgdr": cosine, "one_cycle": one_cycle, "step": step, "constant": constant}
+
+
+def make_schedule(name: str, cycles: int, cycle_len: int, cycle_mult: int, batches_per_epoch: int) -> Schedule:
+    """A schedule of cycles, each in the shape of the name, restarting at the top.
+
+    With ``sgdr`` this is stochastic gradient descent with warm restarts (Loshchilov and Hutter, 2017): cosine annealing
+    per batch.
+
+    Args:
+        name: sgdr, one_cycle, step or constant.
+        cycles: number of cycles.
+        cycle_len: epochs of the first cycle.
+        cycle_mult: how many times as long each next cycle is.
+        batches_per_epoch: iterations in an epoch.
+    """
+    lengths = [cycle_len * cycle_mult**i for i in range(cycles)]
+    factors = np.concatenate([SHAPES[name](length * batches_per_epoch) for length in lengths])
+    return Schedule(factors, tuple(sgdr_epochs(i + 1, cycle_len, cycle_mult) for i in range(cycles)))

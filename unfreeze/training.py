@@ -1,0 +1,186 @@
+"""The training loop: one function, made of the parts it is given.
+
+The loop knows batches, an optimizer, a schedule of rates and how to validate. Whether it trains a head on precomputed
+activations, a head through a frozen backbone or a whole network is decided by what it is handed.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from unfreeze.batches import Batch
+from unfreeze.device import autocast
+from unfreeze.errors import UserError
+from unfreeze.overfitting import until_overfitting
+from unfreeze.predicting import Scores
+from unfreeze.schedules import Schedule
+from unfreeze.settings import Train
+
+REPORT_EVERY = 10
+"""Batches between two looks at the losses: each look makes the processor wait for the device."""
+
+
+@dataclass
+class History:
+    """What happened, row by row.
+
+    Attributes:
+        batches: iteration (from 0), rate (of the last layer group), loss.
+        epochs: epoch (from 0), cycle (from 0), train_loss, valid_loss, valid_accuracy, rate (the epoch's last).
+        best_cycle: the cycle whose weights were kept.
+    """
+
+    batches: list[dict[str, float]] = field(default_factory=list)
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    best_cycle: int = 0
+
+    def batches_frame(self) -> pd.DataFrame:
+        """The rows of batches as a table."""
+
+        return pd.DataFrame(self.batches)
+
+    def epochs_frame(self) -> pd.DataFrame:
+        """The rows of epochs as a table; what was not validated is not a number."""
+
+        return pd.DataFrame(self.epochs).reindex(
+            columns=["epoch", "cycle", "train_loss", "valid_loss", "valid_accuracy", "rate"]
+        )
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Whom the loop tells what it does, while it does it."""
+
+    batches: Callable[[Sequence[dict[str, float]]], None] = lambda rows: None
+    epoch: Callable[[dict[str, float]], None] = lambda row: None
+    cycle: Callable[[int], None] = lambda number: None
+
+
+def make_optimizer(groups: list[dict[str, Any]], train: Train) -> torch.optim.Optimizer:
+    """The optimizer of the settings over parameter groups, each with its ``lr_scale`` (`models.parameter_groups`)."""
+    fused = all(p.is_cuda for group in groups for p in group["params"])
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=train.weight_decay, fused=fused)
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=train.weight_decay, fused=fused)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group its share of ``rate``, which the last layer group trains at (differential rates)."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)
+
+
+def train_batch(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, label_smoothing: float
+) -> torch.Tensor:
+    """One step of the optimizer; returns the batch's mean cross-entropy, still on the device."""
+    inputs, labels = batch
+    with autocast(inputs.device):
+        logits = model(inputs)
+    loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    rate: float,
+    epochs: Callable[[int], Iterable[Batch]],
+    *,
+    train_mode: Callable[[], None],
+    validate: Callable[[], Scores] | None = None,
+    stop_when_overfitting: bool = False,
+    label_smoothing: float = 0.0,
+    listener: Listener | None = None,
+) -> History:
+    """Train ``model`` along ``schedule`` and leave the weights of the best cycle in it.
+
+    Args:
+        model: maps a batch's inputs to logits (B, classes).
+        optimizer: over the parameters that train; its groups may carry ``lr_scale``.
+        schedule: factor on the rate for every iteration, and where cycles end.
+        rate: the top rate, of the last layer group.
+        epochs: the batches of epoch n (from 0).
+        train_mode: puts the model's trained parts into training mode; called before every epoch.
+        validate: scores the model as it stands; without it there is nothing to stop on.
+        stop_when_overfitting: treat the number of cycles as a maximum, stop as `until_overfitting` says, and go back to
+            the weights of the best cycle.
+        label_smoothing: share of probability spread over all classes.
+        listener: whom to tell.
+
+    Raises:
+        UserError: the loss became infinite or not a number.
+    """
+    history, listener = History(), listener or Listener()
+    best_weights: dict[str, torch.Tensor] | None = None
+    cycle_losses: list[tuple[float, float]] = []
+    iteration = 0
+    for epoch in range(schedule.epochs):
+        train_mode()
+        waiting: list[tuple[int, float, torch.Tensor]] = []
+        losses: list[float] = []
+        for batch in epochs(epoch):
+            now = rate * float(schedule.factors[iteration])
+            set_rate(optimizer, now)
+            waiting.append((iteration, now, train_batch(model, optimizer, batch, label_smoothing)))
+            iteration += 1
+            if len(waiting) == REPORT_EVERY:
+                losses += _report(waiting, history, listener)
+        losses += _report(waiting, history, listener)
+
+        cycle = sum(epoch >= end for end in schedule.cycle_ends)
+        row = {"epoch": epoch, "cycle": cycle, "train_loss": float(np.mean(losses))}
+        if validate is not None:
+            scores = validate()
+            row |= {"valid_loss": scores.loss, "valid_accuracy": scores.accuracy}
+        row["rate"] = now
+        history.epochs.append(row)
+        listener.epoch(row)
+
+        if epoch + 1 in schedule.cycle_ends:
+            listener.cycle(cycle)
+            history.best_cycle = cycle
+            if stop_when_overfitting and validate is not None:
+                cycle_losses.append((row["train_loss"], row["valid_loss"]))
+                stop, history.best_cycle = until_overfitting(*zip(*cycle_losses, strict=True))
+                if history.best_cycle == cycle:
+                    best_weights = copy.deepcopy(model.state_dict())
+                if stop:
+                    break
+    if best_weights is not None:
+        model.load_state_dict(best_weights)
+    return history
+
+
+def _report(waiting: list[tuple[int, float, torch.Tensor]], history: History, listener: Listener) -> list[float]:
+    """Fetch the losses that wait on the device, keep them, tell the listener; stop at the first that is no number."""
+    if not waiting:
+        return []
+    losses = torch.stack([loss for _, _, loss in waiting]).tolist()
+    rows = [
+        {"iteration": iteration, "rate": rate, "loss": loss}
+        for (iteration, rate, _), loss in zip(waiting, losses, strict=True)
+    ]
+    waiting.clear()
+    history.batches += rows
+    listener.batches(rows)
+    for row in rows:
+        if not math.isfinite(row["loss"]):
+            raise UserError(
+                f"The training loss became {row['loss']} at iteration {row['iteration']} with the rate "
+                f"{row['rate']:.3g}: the rate is too high. Look at the learning-rate plot and set a lower rate "
+                "(lr_find.rate or unfreeze_lr_find.rate in params.yaml)."
+            )
+    return losses

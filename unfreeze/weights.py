@@ -1,0 +1,116 @@
+"""Weights on disk: safetensors with what it takes to build the network again. Nothing that is read here can run code."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from unfreeze.backbones import Backbone, create_backbone
+from unfreeze.errors import UserError
+from unfreeze.models import Classifier, Head
+
+Meta = dict[str, Any]
+
+
+def save_backbone(backbone: Backbone, path: Path) -> None:
+    """Write a backbone: its weights, and under which name to build it again."""
+    _save(backbone, path, {"kind": "backbone", **_backbone_meta(backbone)})
+
+
+def load_backbone(path: Path) -> Backbone:
+    """Read a backbone. Raises UserError where the file is damaged or something else."""
+    tensors, meta = _load(path, "backbone")
+    return _filled(create_backbone(meta["name"], "none", meta["image_size"]), tensors, path)
+
+
+def save_head(head: Head, path: Path) -> None:
+    """Write a head."""
+    _save(head, path, {"kind": "head", **_head_meta(head)})
+
+
+def load_head(path: Path) -> Head:
+    """Read a head. Raises UserError where the file is damaged or something else."""
+    tensors, meta = _load(path, "head")
+    return _filled(Head(meta["features"], meta["classes"], meta["dropout"]), tensors, path)
+
+
+def save_classifier(model: Classifier, path: Path, classes: list[str], image_size: int, flip: str) -> None:
+    """Write a classifier: a file that is enough to predict with.
+
+    Args:
+        model: the classifier.
+        path: where to; replaced whole or not at all.
+        classes: names of the classes in order of the logits.
+        image_size: side in pixels of the squares it was trained on.
+        flip: the symmetries that its views may have (`unfreeze.views.FLIPS`).
+    """
+    meta = {
+        "kind": "classifier",
+        "classes": classes,
+        "image_size": image_size,
+        "flip": flip,
+        "backbone": _backbone_meta(model.backbone),
+        "head": _head_meta(model.head),
+    }
+    _save(model, path, meta)
+
+
+def load_classifier(path: Path) -> tuple[Classifier, Meta]:
+    """Read a classifier.
+
+    Returns:
+        The model, and what was saved with it: classes, image_size, flip.
+
+    Raises:
+        UserError: the file is missing, damaged or something else.
+    """
+    tensors, meta = _load(path, "classifier")
+    backbone = create_backbone(meta["backbone"]["name"], "none", meta["backbone"]["image_size"])
+    head = meta["head"]
+    model = Classifier(backbone, Head(head["features"], head["classes"], head["dropout"]))
+    return _filled(model, tensors, path), meta
+
+
+def _backbone_meta(backbone: Backbone) -> Meta:
+    return {"name": backbone.name, "image_size": backbone.image_size}
+
+
+def _head_meta(head: Head) -> Meta:
+    return {"features": head.features, "classes": head.classes, "dropout": head.dropout}
+
+
+def _save(module: nn.Module, path: Path, meta: Mapping[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, {"unfreeze": json.dumps(meta)})
+    os.replace(partial, path)
+
+
+def _load(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], Meta]:
+    from safetensors import safe_open
+
+    if not path.is_file():
+        raise UserError(f"There are no weights at {path}: run the recipe first (unfreeze run).")
+    try:
+        with safe_open(path, "pt") as file:
+            meta = json.loads((file.metadata() or {})["unfreeze"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise UserError(f"{path} is damaged, or no weights that unfreeze wrote: {error}") from None
+    if meta.get("kind") != kind:
+        raise UserError(f"{path} holds a {meta.get('kind')}, not a {kind}.")
+    return tensors, meta
+
+
+def _filled(module: Any, tensors: dict[str, torch.Tensor], path: Path) -> Any:
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit the network that it names: {str(error).splitlines()[0]}") from None
+    return module
