@@ -3,11 +3,17 @@
 import difflib
 import io
 import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.representer import RoundTripRepresenter
+
 from unfreeze.errors import UserError
-from unfreeze.settings import flatten, parse_settings
+from unfreeze.settings import flatten, parse_text, read_text
 
 
 def apply_overrides(path: str | Path, overrides: list[str]) -> None:
@@ -15,51 +21,78 @@ def apply_overrides(path: str | Path, overrides: list[str]) -> None:
 
     Args:
         path: the file.
-        overrides: for example ``["train_full.cycles=2", "lr_find.rate=null"]``; values are YAML.
+        overrides: for example ``["train_full.cycles=2", "lr_find.rate=null"]``; values are YAML 1.2.
 
     Raises:
-        UserError: there is no such key, or the settings would be wrong with these values.
+        UserError: there is no such key, or the settings would be wrong with these values; nothing is written then.
     """
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    path = Path(path)
-    yaml = YAML()
-    yaml.preserve_quotes = True
-    yaml.width = 200
+    text = read_text(path)
+    yaml = _yaml()
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"))
-        for override in overrides:
-            _set(content, override, yaml)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}. Run this in the project's folder.") from None
-    except YAMLError as error:
-        raise UserError(
-            f"{path}, or a value given with -S, is not valid YAML: {' '.join(str(error).split())}"
-        ) from None
+        content = yaml.load(text)
+    except (YAMLError, ValueError, RecursionError) as error:
+        parse_text(text, str(path))  # says the same with the line
+        raise UserError(f"{path} is not valid YAML: {_problem(error)}.") from None
+    if not isinstance(content, Mapping):
+        parse_text(text, str(path))
+    for override in overrides:
+        _set(content, override, str(path))
     buffer = io.StringIO()
     yaml.dump(content, buffer)
-    parse_settings(YAML(typ="safe").load(buffer.getvalue()), str(path))
-    if buffer.getvalue() != path.read_text(encoding="utf-8"):
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(buffer.getvalue(), encoding="utf-8")
-        os.replace(partial, path)
+    parse_text(buffer.getvalue(), str(path))
+    if buffer.getvalue() != text:
+        _replace(Path(path).resolve(), buffer.getvalue())
 
 
-def _set(content: Any, override: str, yaml: Any) -> None:
+def _set(content: Any, override: str, path: str) -> None:
     key, equals, text = override.partition("=")
     key = key.strip()
-    known = flatten(content)
     if not equals:
         raise UserError(f"-S {override}: write it as key=value, for example train_full.cycles=2.")
+    known = flatten(content)
     if key not in known:
         near = difflib.get_close_matches(key, known, 1, 0.5)
-        raise UserError(
-            f"-S {override}: params.yaml has no key {key!r}." + (f" Did you mean {near[0]}?" if near else "")
-        )
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UserError(f"-S {override}: {path} has no key {key!r}.{hint}")
     *sections, last = key.split(".")
     for section in sections:
         content = content[section]
-    value = yaml.load(text) if text.strip() else ""
-    if value != content[last]:
-        content[last] = value
+    try:
+        # A key without a value would be null, which turns some settings off: that has to be said.
+        content[last] = _yaml().load(text) if text.strip() else ""
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"-S {override}: {text!r} is not valid YAML: {_problem(error)}.") from None
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        shutil.copymode(path, partial)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+
+
+def _problem(error: Exception) -> str:
+    return str(error.problem) if isinstance(error, MarkedYAMLError) else " ".join(str(error).split())
+
+
+class _Representer(RoundTripRepresenter):
+    """Writes null as it stands in the file, not as nothing."""
+
+    def represent_null(self, data: None) -> Any:
+        return self.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
+_Representer.add_representer(type(None), _Representer.represent_null)
+
+
+def _yaml() -> YAML:
+    yaml = YAML()
+    yaml.Representer = _Representer
+    yaml.preserve_quotes = True
+    yaml.width = 4096  # no line is broken
+    return yaml

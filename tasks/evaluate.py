@@ -11,7 +11,7 @@ from tasks.judging import keep_confusion, write_predictions
 from tasks.materials import frozen_classifier
 from tasks.reporting import write_report
 from tasks.step import Run, step, write_json
-from unfreeze.device import seed_everything
+from unfreeze.device import seed_everything, to_device
 from unfreeze.evaluating import Candidate, Predictions, choose, evaluate_split, head_probabilities
 from unfreeze.predicting import predict
 from unfreeze.settings import Augment, Evaluate, Train
@@ -36,7 +36,7 @@ def evaluate(run: Run, seed: int, augment: Augment, train: Train, evaluate: Eval
         for name in ("train_head", "train_augmented")
     ]
     full, _ = load_classifier(artifact("train_full", "model.safetensors"))
-    full.to(loader.device)
+    to_device(full, loader.device)
     candidates.append(Candidate("train_full", predict(full, loader.plain(valid)), packed.labels[valid]))
     best, reason = choose(candidates)
     run.log("%s", reason)

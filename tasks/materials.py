@@ -1,11 +1,10 @@
 """What the steps start from: the classifier as an earlier step left it, and the images it is to see."""
 
 import numpy as np
-import torch
 
 from tasks.environment import artifact
 from unfreeze.batches import Loader, Normalisation
-from unfreeze.device import best_device
+from unfreeze.device import best_device, to_device
 from unfreeze.models import Classifier, Head
 from unfreeze.packed import open_packed
 from unfreeze.weights import load_backbone, load_head
@@ -32,5 +31,5 @@ def _on_device(head: Head, batch_size: int) -> tuple[Classifier, Loader]:
     backbone = load_backbone(artifact("precompute", "backbone.safetensors"))
     device = best_device()
     norm = Normalisation(backbone.mean, backbone.std)
-    model = Classifier(backbone, head).to(device, memory_format=torch.channels_last)
+    model = to_device(Classifier(backbone, head), device)
     return model, Loader(open_packed(artifact("ingest", "")), norm, device, batch_size)

@@ -12,7 +12,7 @@ from tasks.step import Run, step
 from unfreeze.backbones import create_backbone
 from unfreeze.baseline import baseline_probabilities, fit_baseline
 from unfreeze.batches import Loader, Normalisation
-from unfreeze.device import best_device, seed_everything
+from unfreeze.device import best_device, seed_everything, to_device
 from unfreeze.packed import open_packed
 from unfreeze.predicting import backbone_activations, score
 from unfreeze.settings import Backbone, Train
@@ -26,7 +26,7 @@ def precompute(run: Run, seed: int, backbone: Backbone, train: Train) -> dict[st
     packed = open_packed(artifact("ingest", ""))
     network = create_backbone(backbone.name, backbone.weights, packed.image_size)
     loader = Loader(packed, Normalisation(network.mean, network.std), device, train.batch_size)
-    activations = backbone_activations(network.to(device), loader)
+    activations = backbone_activations(to_device(network, device), loader)
     run.log("%d images through %s: %d activations each", len(packed), backbone.name, activations.shape[1])
 
     rows = packed.rows("train")

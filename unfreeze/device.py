@@ -3,10 +3,15 @@
 import contextlib
 import os
 import random
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def best_device() -> torch.device:
@@ -41,3 +46,31 @@ def seed_everything(seed: int) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
+
+
+def to_device(model: Model, device: torch.device) -> Model:
+    """Move a network to a device, in the memory layout that convolutions are fastest in there.
+
+    On a CPU with native bfloat16 the gradient of a strided or large depthwise convolution is two to five times slower in
+    bfloat16 than in float32 (oneDNN has no fast kernel for it); while training, these layers compute in float32.
+    """
+    model = model.to(device=device, memory_format=torch.channels_last)
+    if device.type == "cpu" and native_bf16(device):
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1 and _slow_in_bf16(module):
+                module.forward = _in_float32(module.forward)  # type: ignore[method-assign]
+    return model
+
+
+def _slow_in_bf16(convolution: nn.Conv2d) -> bool:
+    return convolution.stride[0] > 1 or convolution.kernel_size[0] > 3
+
+
+def _in_float32(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def full_precision(x: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return forward(x.float()).to(x.dtype)
+
+    return full_precision

@@ -8,8 +8,8 @@ import pandas as pd
 from unfreeze.evaluating import Candidate, Predictions
 from unfreeze.measuring import accuracy_interval, confusion, gallery_places, most_confused, per_class
 from unfreeze.packed import PackedImages
-from unfreeze.plotting import confusion_plot, histories_plot, lr_find_plot, rates_plot
-from unfreeze.report import Section, cards, gallery, heading, page, paragraph, plot, table
+from unfreeze.plotting import confusion_plot, histories_plot, learning_curves_plot, lr_find_plot, rates_plot
+from unfreeze.report import Section, cards, folded, gallery, heading, page, paragraph, plot, table
 
 NAMES = {
     "train_head": "head on activations",
@@ -23,7 +23,7 @@ GALLERIES = {
     "random_right": ("Right, at random", ""),
     "most_right": ("Most right", "Sure, and right."),
 }
-SHOWN = 12
+SHOWN, SHOWN_ROWS = 12, 20
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,13 @@ class Course:
         curves: for each learning-rate finder its curve (rate, loss, smoothed) and its picks.
         histories: for each training its history.csv.
         batches: batches.csv of the whole network's training.
+        best_cycle: number of its cycle that was kept, from 0, where it is known.
     """
 
     curves: Mapping[str, tuple[pd.DataFrame, Mapping[str, float]]]
     histories: Mapping[str, pd.DataFrame]
     batches: pd.DataFrame
+    best_cycle: int | None = None
 
 
 def evaluate_report(
@@ -77,13 +79,13 @@ def evaluate_report(
 
 def _accuracy(packed: PackedImages, predictions: Mapping[str, Predictions], metrics: Mapping[str, float]) -> str:
     items, rows = [], []
-    for split, found in reversed(predictions.items()):
+    for split, found in reversed(list(predictions.items())):
         count = len(found.rows)
         for kind, title in (("tta_", "with TTA"), ("", "plain"), ("baseline_", "logistic regression")):
             accuracy = metrics[f"{split}_{kind}accuracy"]
             low, high = accuracy_interval(round(accuracy * count), count)
-            between = f"95 %: {low:.1%} to {high:.1%}"
-            items.append((f"{accuracy:.1%}", f"{split}, {title}", between))
+            between = f"{low:.1%} to {high:.1%}"
+            items.append((f"{accuracy:.1%}", f"{split}, {title}", f"95 %: {between}"))
             rows.append(
                 (split, title, accuracy, between, metrics[f"{split}_{kind}macro_f1"], metrics[f"{split}_{kind}log_loss"], count)
             )  # fmt: skip
@@ -91,7 +93,25 @@ def _accuracy(packed: PackedImages, predictions: Mapping[str, Predictions], metr
         "TTA averages the probabilities of several views of an image. Logistic regression is scikit-learn's, on the "
         "frozen backbone's activations: the honest baseline.", "soft"
     )  # fmt: skip
-    return cards(items) + about + table(["split", "", "accuracy", "interval", "macro F1", "log loss", "images"], rows)
+    return (
+        _headline(predictions, metrics)
+        + cards(items)
+        + about
+        + table(["split", "", "accuracy", "95 % interval", "macro F1", "log loss", "images"], rows)
+    )
+
+
+def _headline(predictions: Mapping[str, Predictions], metrics: Mapping[str, float]) -> str:
+    split = "test" if "test" in predictions else "valid"
+    accuracy = metrics[f"{split}_tta_accuracy"]
+    lead = 100 * (accuracy - metrics[f"{split}_baseline_accuracy"])
+    points = f"{abs(lead):.1f} percentage points {'above' if lead >= 0 else 'below'}"
+    text = f"{accuracy:.1%} of the {len(predictions[split].rows):,} {split} images are right with TTA, {points} logistic regression."
+    if split == "valid":
+        text += (
+            " There is no test split: the model was chosen on these very images, so expect a little less on new ones."
+        )
+    return paragraph(text)
 
 
 def _which(candidates: Sequence[Candidate], chosen: str, reason: str, metrics: Mapping[str, float]) -> str:
@@ -110,7 +130,12 @@ def _confusion(packed: PackedImages, judged: Predictions, split: str) -> str:
         rows = list(confused.itertuples(index=False, name=None))
         text += heading("Most confused") + table(["true", "predicted", "images"], rows)
     rows = [(name, *row) for name, row in zip(packed.classes, _rows(per_class(matrix, packed.classes)), strict=True)]
-    return text + heading("Each class") + table(["class", "precision", "recall", "F1", "images"], rows)
+    header = ["class", "precision", "recall", "F1", "images"]
+    if len(rows) <= SHOWN_ROWS:
+        return text + heading("Each class") + table(header, rows)
+    weakest = sorted((row for row in rows if row[-1]), key=lambda row: row[3])[: SHOWN_ROWS // 2]
+    text += heading(f"The {len(weakest)} classes with the lowest F1") + table(header, weakest)
+    return text + folded(f"All {len(rows)} classes", table(header, rows))
 
 
 def _rows(frame: pd.DataFrame) -> list[tuple[float, float, float, int]]:
@@ -126,15 +151,16 @@ def _galleries(packed: PackedImages, judged: Predictions, split: str, seed: int)
         text += (
             gallery((packed[judged.rows[i]], _caption(packed, judged, int(i))) for i in places)
             if len(places)
-            else (paragraph("There are none.", "note fine"))
+            else paragraph("There are none.", "note fine")
         )
     return text
 
 
-def _caption(packed: PackedImages, judged: Predictions, place: int) -> str:
+def _caption(packed: PackedImages, judged: Predictions, place: int) -> tuple[str, str, str]:
     row, predicted = judged.rows[place], int(judged.tta[place].argmax())
     true = packed.classes[packed.labels[row]]
-    return f"{true}, predicted {packed.classes[predicted]} {judged.tta[place, predicted]:.0%} · {packed.table['path'][row]}"
+    sure = f"predicted {packed.classes[predicted]} {judged.tta[place, predicted]:.0%}"
+    return true, sure, str(packed.table["path"][row]).rsplit("/", 1)[-1]
 
 
 def _course(course: Course) -> str:
@@ -142,6 +168,11 @@ def _course(course: Course) -> str:
     text += plot(
         histories_plot({NAMES[name]: history for name, history in course.histories.items()}),
         "validation accuracy after each epoch",
+    )
+    text += heading("Loss and accuracy of the whole network's training")
+    text += plot(
+        learning_curves_plot(course.histories["train_full"], course.best_cycle),
+        "training and validation loss, and validation accuracy, after each epoch; dotted lines end the cycles",
     )
     for name, (curve, picks) in course.curves.items():
         title = "Learning-rate finder: " + ("head" if name == "lr_find" else "whole network")

@@ -1,13 +1,16 @@
 """The exploration report: what the images are, before anything is trained on them."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
 from unfreeze.packed import PackedImages
 from unfreeze.plotting import balance_plot, sizes_plot
-from unfreeze.report import Section, cards, gallery, heading, page, pairs, paragraph, plot, table
+from unfreeze.report import Section, cards, folded, gallery, heading, page, pairs, paragraph, plot, table
 
-SHOWN_CLASSES, SHOWN_SAMPLES, SHOWN_PAIRS, SHOWN_BROKEN = 30, 6, 12, 200
+SHOWN_CLASSES, SHOWN_SAMPLES, SHOWN_PAIRS, SHOWN_BROKEN, SHOWN_ROWS, FEW = 30, 6, 12, 200, 20, 30
 
 
 def explore_metrics(packed: PackedImages, found: pd.DataFrame, duplicates: pd.DataFrame) -> dict[str, float]:
@@ -62,25 +65,32 @@ def _glance(packed: PackedImages, metrics: dict[str, float]) -> str:
         ]
     )
     notes = []
-    smallest = packed.table["label"].value_counts().iloc[[-1]]
+    counts = packed.table["label"].value_counts(sort=False)
+    tiny = counts[counts < FEW].sort_values(kind="stable")
     if metrics["largest_to_smallest_class"] >= 5:
         notes.append(
             "The classes are far from balanced: look at each class's recall and at macro F1, not at accuracy alone."
         )
-    if smallest.iloc[0] < 30:
+    if len(tiny) == 1:
+        notes.append(f"The class {tiny.index[0]} has only {tiny.iloc[0]} images: what is measured of it is rough.")
+    elif len(tiny):
         notes.append(
-            f"The class {smallest.index[0]!r} has only {smallest.iloc[0]} images: what is measured of it is rough."
+            f"{len(tiny)} classes have fewer than {FEW} images each, {tiny.index[0]} only {tiny.iloc[0]}: what is "
+            "measured of them is rough."
         )
     if metrics["leaks"]:
         notes.append(
-            f"{metrics['leaks']:.0f} pairs of duplicates lie in different splits: the network is tested on what it was "
-            "trained on. Remove one of each pair, or give both the same group."
+            f"{metrics['leaks']:.0f} pairs of exact or near duplicates lie in different splits: where they truly show the "
+            "same, the network is tested on what it was trained on. Remove one of each pair, or give both the same group."
         )
     if metrics["conflicts"]:
-        notes.append(f"{metrics['conflicts']:.0f} pairs of duplicates have different labels: one of the two is wrong.")
-    if (packed.sizes.max(1) > 2.5 * packed.sizes.min(1)).any():
         notes.append(
-            "Some images are more than 2.5 times as long as wide: the network sees squares, TTA sees the rest."
+            f"{metrics['conflicts']:.0f} pairs of duplicates have different labels: one of the two may be wrong."
+        )
+    long = int((packed.sizes.max(1) > 2.5 * packed.sizes.min(1)).sum())
+    if long:
+        notes.append(
+            f"Images more than 2.5 times as long as wide: {long}. The network sees their middle square, TTA sees the rest."
         )
     if "test" not in splits:
         notes.append("There is no test split: nothing will be able to judge the retrained model.")
@@ -94,7 +104,10 @@ def _balance(packed: PackedImages) -> str:
     counts = counts.reindex(columns=[s for s in ("train", "valid", "test") if s in counts])
     counts["all"] = counts.sum(axis=1)
     rows = [(label, *(int(n) for n in row)) for label, row in zip(counts.index, counts.to_numpy(), strict=True)]
-    return plot(balance_plot(packed.table), "images per class and split") + table(["class", *counts.columns], rows)
+    text = table(["class", *counts.columns], rows)
+    if len(rows) > SHOWN_ROWS:
+        text = folded(f"All {len(rows)} classes", text)
+    return plot(balance_plot(packed.table), "images per class and split") + text
 
 
 def _sizes(packed: PackedImages) -> str:
@@ -117,10 +130,15 @@ def _samples(packed: PackedImages) -> str:
     parts = []
     for number, name in list(enumerate(packed.classes))[:SHOWN_CLASSES]:
         rows = rng.permutation(np.flatnonzero(packed.labels == number))[:SHOWN_SAMPLES]
-        parts.append(heading(name) + gallery((packed[row], str(packed.table["path"][row])) for row in rows))
+        parts.append(heading(name) + gallery((packed[row], _lines(packed, row)) for row in rows))
     if len(packed.classes) > SHOWN_CLASSES:
         parts.append(paragraph(f"And {len(packed.classes) - SHOWN_CLASSES} classes more.", "soft"))
     return "".join(parts)
+
+
+def _lines(packed: PackedImages, row: int) -> tuple[str, str]:
+    image = packed.table.iloc[row]
+    return str(image["path"]).rsplit("/", 1)[-1], str(image["split"])
 
 
 def _duplicates(packed: PackedImages, duplicates: pd.DataFrame) -> str:
@@ -144,11 +162,16 @@ def _duplicates(packed: PackedImages, duplicates: pd.DataFrame) -> str:
         return f"{image['path']} ({image['label']}, {image['split']})"
 
     shown = [
-        (packed[row.row_a], packed[row.row_b], f"{row.kind}: {caption(row.row_a)} / {caption(row.row_b)}")
-        for row in duplicates.head(SHOWN_PAIRS).itertuples()
+        (packed[a], packed[b], (_what(pair), caption(a), caption(b)))
+        for pair in duplicates.head(SHOWN_PAIRS).to_dict("records")
+        for a, b in [(pair["row_a"], pair["row_b"])]
     ]
     more = len(duplicates) - len(shown)
     return about + summary + pairs(shown) + (paragraph(f"And {more} pairs more.", "soft") if more else "")
+
+
+def _what(pair: Mapping[Any, Any]) -> str:
+    return pair["kind"] + ", between splits" * pair["leak"] + ", different labels" * pair["conflict"]
 
 
 def _broken(found: pd.DataFrame) -> str:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from unfreeze.batches import Loader, Normalisation
 from unfreeze.decoding import BrokenImage, decode, resize_shorter
-from unfreeze.device import best_device
+from unfreeze.device import best_device, to_device
 from unfreeze.packed import PackedImages
 from unfreeze.predicting import Probabilities, predict, predict_tta
 from unfreeze.weights import load_classifier
@@ -24,9 +24,9 @@ class Predictor:
 
     def __init__(self, weights: str | Path) -> None:
         """Load the weights. Raises UserError where there are none, or they are damaged."""
-        self._model, self._meta = load_classifier(Path(weights))
+        model, self._meta = load_classifier(Path(weights))
         self._device = best_device()
-        self._model.to(self._device)
+        self._model = to_device(model, self._device)
         self.classes: list[str] = self._meta["classes"]
 
     def predict(self, images: Sequence[str | Path | io.BytesIO], tta_views: int = 0) -> pd.DataFrame:

@@ -17,6 +17,9 @@ from unfreeze.errors import UserError
 DIVERGED = 4.0
 """A running mean of the loss so many times its lowest ends the sweep."""
 
+SMALL = 0.1
+"""Between losses below this only chance makes a difference: a good network's single mistake is no divergence."""
+
 Floats = NDArray[np.float64]
 
 
@@ -26,8 +29,8 @@ class Picks:
 
     Attributes:
         minimum: rate of the lowest smoothed loss.
-        steepest: rate at which the smoothed loss falls fastest.
-        valley: two thirds into the longest stretch of falling loss.
+        steepest: rate at which the smoothed loss falls fastest, on the way to its minimum.
+        valley: rate two thirds into the longest sequence of ever lower smoothed losses.
     """
 
     minimum: float
@@ -46,10 +49,13 @@ def smooth(losses: Floats) -> Floats:
     Unlike a running mean it does not lag behind, which over a sweep of few batches would move the minimum by as much as
     the order of magnitude that the pick is about.
     """
-    at = np.arange(len(losses))
+    if not len(losses):
+        return np.zeros(0)
     width = max(1.0, len(losses) / 30)
-    weights = np.exp(-0.5 * ((at[:, None] - at) / width) ** 2)
-    return np.asarray(weights @ losses / weights.sum(1))
+    reach = math.ceil(5 * width)
+    weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+    inside = slice(reach, reach + len(losses))
+    return np.convolve(losses, weights)[inside] / np.convolve(np.ones(len(losses)), weights)[inside]
 
 
 def lr_find(
@@ -57,7 +63,8 @@ def lr_find(
 ) -> pd.DataFrame:
     """Sweep the rate exponentially, a training batch at each, until the loss diverges.
 
-    The caller restores what the training changed (`unfreeze.preserve.preserved`).
+    It diverges when it is not finite, or its running mean exceeds four times the lowest one so far. The caller restores
+    what the training changed (`unfreeze.preserve.preserved`).
 
     Args:
         train_batch: trains on the next batch and returns its loss.
@@ -67,25 +74,36 @@ def lr_find(
 
     Returns:
         Columns rate, loss and smoothed; one row per batch with a finite loss.
+
+    Raises:
+        UserError: the loss diverged in the first tenth of the sweep, so that there is no curve to judge by.
     """
     rates, losses = [], []
     mean = lowest = math.inf
+    diverged = False
     for rate in exponential_rates(start, end, iterations):
         set_rate(float(rate))
         loss = train_batch()
-        if not math.isfinite(loss):
+        diverged = not math.isfinite(loss)
+        if diverged:
             break
         rates.append(float(rate))
         losses.append(loss)
         mean = loss if len(losses) == 1 else 0.7 * mean + 0.3 * loss
         lowest = min(mean, lowest)
-        if mean > DIVERGED * lowest:
+        diverged = mean > DIVERGED * max(lowest, SMALL)
+        if diverged:
             break
+    if diverged and len(losses) < max(4, iterations // 10):
+        raise UserError(
+            f"The learning-rate finder's loss diverged at once, at the rate {rate:.3g}: lower lr_find.start (or "
+            f"unfreeze_lr_find.start) in params.yaml, to {rate / 100:.0e} or so."
+        )
     return pd.DataFrame({"rate": rates, "loss": losses, "smoothed": smooth(np.array(losses))})
 
 
 def suggest(rates: Floats, losses: Floats) -> Picks:
-    """Points of a loss curve that a rate can be picked by.
+    """Points of a loss curve that a rate can be picked by; batches whose loss is not finite do not count.
 
     Args:
         rates: (n,) rising learning rates.
@@ -99,11 +117,13 @@ def suggest(rates: Floats, losses: Floats) -> Picks:
     if len(rates) < 3:
         raise UserError(
             "The learning-rate finder's loss was not finite from the first batches on: lower lr_find.start "
-            "(or unfreeze_lr_find.start) in params.yaml, or give the rate yourself with lr_find.rate."
+            "(or unfreeze_lr_find.start) in params.yaml."
         )
     smoothed = smooth(losses)
-    steepest = int(np.gradient(smoothed, np.log(rates)).argmin())
-    return Picks(float(rates[smoothed.argmin()]), float(rates[steepest]), float(rates[_valley(smoothed)]))
+    lowest = int(smoothed.argmin())
+    # Only on the way down to the lowest loss: past it, the swings of a loss that diverges are steeper than any descent.
+    steepest = int(np.gradient(smoothed, np.log(rates))[: lowest + 1].argmin())
+    return Picks(float(rates[lowest]), float(rates[steepest]), float(rates[_valley(smoothed)]))
 
 
 def pick_rate(picks: Picks, rule: str) -> float:
@@ -117,7 +137,7 @@ def pick_rate(picks: Picks, rule: str) -> float:
 
 
 def _valley(losses: Floats) -> int:
-    """Index two thirds into the longest subsequence of falling losses, as fastai's rule of that name."""
+    """Index two thirds into the longest subsequence of falling losses, after fastai's rule of that name."""
     n = len(losses)
     lengths = np.ones(n, int)
     before = np.full(n, -1)

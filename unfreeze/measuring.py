@@ -10,12 +10,14 @@ Labels = NDArray[np.int64]
 
 
 def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
-    """The 95 % interval of an accuracy by Wilson's score (1927): ``correct`` of ``total`` were right."""
+    """The 95 % interval of an accuracy by Wilson's score (1927): ``correct`` of ``total`` were right; (0, 1) of none."""
+    if not total:
+        return 0.0, 1.0
     z = 1.959964
     share, centre = correct / total, z * z / (2 * total)
     half = z * np.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
     norm = 1 + z * z / total
-    return float((share + centre - half) / norm), float((share + centre + half) / norm)
+    return max(0.0, float((share + centre - half) / norm)), min(1.0, float((share + centre + half) / norm))
 
 
 def measure(labels: Labels, probabilities: NDArray[Any], classes: list[str]) -> dict[str, float]:
@@ -69,8 +71,9 @@ def gallery_places(labels: Labels, probabilities: NDArray[Any], kind: str, count
     Args:
         labels: (N,) class numbers.
         probabilities: (N, C).
-        kind: ``random_right``, ``random_wrong``, ``most_right`` (the surest of the right ones), ``most_wrong`` (the
-            surest of the wrong ones) or ``most_uncertain`` (smallest lead of the first class over the second).
+        kind: ``random_right``, ``random_wrong``, ``most_right`` (the surest of the right ones, the true classes taking
+            turns), ``most_wrong`` (likewise of the wrong ones) or ``most_uncertain`` (smallest lead of the first class
+            over the second).
         count: how many at most.
         seed: for the random ones.
     """
@@ -83,5 +86,8 @@ def gallery_places(labels: Labels, probabilities: NDArray[Any], kind: str, count
     }[kind.split("_")[1]]
     if kind.startswith("random"):
         return np.random.default_rng(seed).permutation(places)[:count]
-    order = top[places, -1] - top[places, -2] if kind == "most_uncertain" else -top[places, -1]
-    return places[np.argsort(order, kind="stable")][:count]
+    if kind == "most_uncertain":
+        return places[np.argsort(top[places, -1] - top[places, -2], kind="stable")][:count]
+    surest = places[np.argsort(-top[places, -1], kind="stable")]
+    turn = pd.Series(labels[surest]).groupby(labels[surest]).cumcount().to_numpy()
+    return surest[np.argsort(turn, kind="stable")][:count]

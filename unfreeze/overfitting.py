@@ -16,10 +16,16 @@ def until_overfitting(train_losses: Sequence[float], valid_losses: Sequence[floa
         valid_losses: validation loss at the end of each cycle so far.
 
     Returns:
-        Whether to stop, and the number (from 0) of the cycle with the lowest validation loss.
+        Whether to stop, and the number (from 0) of the cycle with the lowest validation loss, the first of equal ones.
+        A loss that is not a number counts as infinite.
+
+    Raises:
+        ValueError: there is no cycle yet, or not as many losses of one kind as of the other.
     """
+    if not len(valid_losses) or len(train_losses) != len(valid_losses):
+        raise ValueError("until_overfitting needs a training and a validation loss of every cycle so far")
+    train = np.nan_to_num(np.asarray(train_losses, float), nan=np.inf, posinf=np.inf)
     valid = np.nan_to_num(np.asarray(valid_losses, float), nan=np.inf, posinf=np.inf)
-    best = int(valid.argmin())
-    newest = len(valid) - 1
-    falls = newest > 0 and train_losses[-1] < min(train_losses[:-1])
+    best, newest = int(valid.argmin()), len(valid) - 1
+    falls = newest > 0 and train[-1] < train[:-1].min()
     return bool(best < newest and falls), best

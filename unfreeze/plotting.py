@@ -2,6 +2,7 @@
 
 import base64
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
@@ -23,6 +26,8 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
     "#56B4E9",
     "#777777",
 )
+MOST_NUMBERED, MOST_NAMED, MOST_BARS = 15, 50, 30
+OTHER_SCRIPTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans Devanagari", "Arial Unicode MS", "Microsoft YaHei")
 
 
 def _figure(width: float = 7.0, height: float = 4.0) -> tuple[Figure, Axes]:
@@ -38,35 +43,53 @@ def _calm(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def save_png(figure: Figure, path: Path) -> None:
+def _fonts() -> list[str]:
+    """The font of every plot, then installed ones that know the scripts that it lacks: class names come in all of them."""
+    installed = set(fontManager.get_font_names())
+    return ["DejaVu Sans", *(name for name in OTHER_SCRIPTS if name in installed)]
+
+
+def _short(name: str, most: int) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def save_png(figure: Figure, path: Path | io.BytesIO) -> None:
     """Write a figure as PNG; the same figure gives the same bytes."""
-    figure.savefig(path, format="png", metadata={"Software": None})
+    with warnings.catch_warnings():
+        # A letter that no installed font has becomes a box: no reason to trouble whoever reads the log.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(path, format="png", metadata={"Software": None})
 
 
 def to_data_uri(figure: Figure) -> str:
     """A figure as a data URI, for a page that needs nothing beside it."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    save_png(figure, buffer)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def lr_find_plot(curve: pd.DataFrame, picks: Mapping[str, float]) -> Figure:
+def lr_find_plot(curve: pd.DataFrame, picks: Mapping[str, float | None]) -> Figure:
     """Loss against learning rate, with the rate picked and the points it was chosen among.
 
     Args:
         curve: columns rate, loss, smoothed.
-        picks: rate, minimum, steepest and valley, as learning rates.
+        picks: rate, minimum, steepest and valley, as learning rates; what is None or not a number is left out.
     """
     figure, axes = _figure(7.0, 4.4)
     axes.plot(curve["rate"], curve["loss"], color=GREY, alpha=0.4, linewidth=1, label="loss of the batch")
     axes.plot(curve["rate"], curve["smoothed"], color=BLUE, linewidth=2, label="smoothed")
     axes.set_xscale("log")
     low, top = curve["smoothed"].min(), min(curve["smoothed"].max(), 2.5 * curve["smoothed"].iloc[0])
-    axes.set_ylim(low - 0.12 * (top - low), top + 0.08 * (top - low))
+    span = (top - low) or 1.0
+    axes.set_ylim(low - 0.12 * span, top + 0.08 * span)
     for name, colour, marker in (("minimum", RED, "v"), ("steepest", GREEN, "s"), ("valley", PURPLE, "D")):
-        height = np.interp(np.log(picks[name]), np.log(curve["rate"]), curve["smoothed"])
-        axes.plot(picks[name], height, marker, color=colour, markersize=8, label=f"{name} {picks[name]:.1e}", zorder=3)
-    axes.axvline(picks["rate"], color=ORANGE, linewidth=2, linestyle="--", label=f"picked {picks['rate']:.1e}")
+        rate = picks.get(name)
+        if rate is not None and np.isfinite(rate):
+            height = np.interp(np.log(rate), np.log(curve["rate"]), curve["smoothed"])
+            axes.plot(rate, height, marker, color=colour, markersize=8, label=f"{name} {rate:.1e}", zorder=3)
+    picked = picks.get("rate")
+    if picked is not None and np.isfinite(picked):
+        axes.axvline(picked, color=ORANGE, linewidth=2, linestyle="--", label=f"picked {picked:.1e}")
     axes.set_xlabel("learning rate")
     axes.set_ylabel("loss")
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -91,12 +114,12 @@ def rates_plot(batches: pd.DataFrame) -> Figure:
     return figure
 
 
-def learning_curves_plot(history: pd.DataFrame, best_cycle: int) -> Figure:
+def learning_curves_plot(history: pd.DataFrame, best_cycle: int | None = None) -> Figure:
     """Loss and accuracy after each epoch, with the ends of cycles and the cycle whose weights were kept.
 
     Args:
         history: columns epoch, cycle, train_loss, valid_loss, valid_accuracy (the last two may be empty).
-        best_cycle: number of the cycle that was kept, from 0.
+        best_cycle: number of the cycle that was kept, from 0; None where that is not to be marked.
     """
     figure = Figure((7.0, 3.4), dpi=110, layout="constrained")
     axes = figure.subplots(1, 2)
@@ -107,7 +130,11 @@ def learning_curves_plot(history: pd.DataFrame, best_cycle: int) -> Figure:
         ends = history.groupby("cycle")["epoch"].max() + 1
         for cycle, end in ends.items():
             best = cycle == best_cycle
-            one.axvline(end, color=GREEN if best else "#bbbbbb", linewidth=1.5 if best else 1, linestyle=":", zorder=1)
+            label = "kept" if best else None
+            style = (
+                {"color": GREEN, "linewidth": 2, "linestyle": "--"} if best else {"color": "#bbbbbb", "linestyle": ":"}
+            )
+            one.axvline(end, **style, label=label, zorder=1)
     epochs = history["epoch"] + 1
     axes[0].plot(epochs, history["train_loss"], "o-", color=GREY, label="train", markersize=4)
     if history["valid_loss"].notna().any():
@@ -124,20 +151,26 @@ def learning_curves_plot(history: pd.DataFrame, best_cycle: int) -> Figure:
 def confusion_plot(matrix: NDArray[np.int64], classes: Sequence[str]) -> Figure:
     """The confusion matrix, coloured by its rows' shares; with counts and percentages where there is room for them."""
     count = len(classes)
-    side = min(14.0, 3.2 + 0.62 * count)
+    side = min(9.4, 3.2 + 0.62 * count)
     figure = Figure((side + 1.0, side), dpi=110, layout="constrained")
     axes = figure.subplots()
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    if count <= 15:
+    # Without numbers in the cells, a few per cent must be seen by colour alone.
+    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(1.0 if count <= MOST_NUMBERED else 0.4, 0, 1))
+    if count <= MOST_NUMBERED:
         for (i, j), value in np.ndenumerate(matrix):
             colour = "white" if shares[i, j] > 0.5 else "#222222"
             text = f"{value}\n{shares[i, j]:.0%}" if value else "0"
             axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=11 if count <= 4 else 8)
-    names = [name if len(name) <= 22 else name[:21] + "…" for name in classes]
-    size = 10 if count <= 15 else max(4, 10 - count // 15)
-    axes.set_xticks(range(count), names, rotation=0 if count <= 3 else 90, fontsize=size, parse_math=False)
-    axes.set_yticks(range(count), names, fontsize=size, parse_math=False)
+    every = -(-count // MOST_NAMED)
+    places = range(0, count, every)
+    names = [_short(classes[i], 22) for i in places]
+    size, fonts = 10 if count <= MOST_NUMBERED else 8, _fonts()
+    turn = 0 if count <= 3 and max(map(len, names)) <= 14 else 90
+    axes.set_xticks(places, names, rotation=turn, fontsize=size, fontfamily=fonts, parse_math=False)
+    axes.set_yticks(places, names, fontsize=size, fontfamily=fonts, parse_math=False)
+    if every > 1:
+        axes.set_title(f"one class in {every} is named; row and column order are the table's", fontsize=9, color=GREY)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     bar = figure.colorbar(image, ax=axes, shrink=0.7, format=FuncFormatter(lambda share, _: f"{share:.0%}"))
@@ -146,17 +179,27 @@ def confusion_plot(matrix: NDArray[np.int64], classes: Sequence[str]) -> Figure:
 
 
 def balance_plot(table: pd.DataFrame) -> Figure:
-    """Images per class and split, from a table with columns label and split."""
+    """Images per class and split, from a table with columns label and split; of many classes the largest and smallest."""
     counts = table.groupby(["label", "split"]).size().unstack(fill_value=0)
     counts = counts[[split for split in ("train", "valid", "test") if split in counts]]
-    counts = counts.loc[counts.sum(axis=1).sort_values().index].tail(40)
-    figure, axes = _figure(7.0, min(10.0, 1.2 + 0.32 * len(counts)))
+    counts = counts.loc[counts.sum(axis=1).sort_values(kind="stable").index]
+    total = len(counts)
+    if total > MOST_BARS:
+        counts = pd.concat([counts.head(MOST_BARS // 2), counts.tail(MOST_BARS // 2)])
+    figure, axes = _figure(7.0, 1.2 + 0.28 * len(counts))
+    if total > MOST_BARS:
+        axes.axhline(MOST_BARS / 2 - 0.5, color=GREY, linewidth=1, linestyle="--")
+        axes.annotate(
+            f"{total - MOST_BARS} classes\nbetween", (1, MOST_BARS / 2 - 0.5), xycoords=("axes fraction", "data"),
+            xytext=(4, 0), textcoords="offset points", va="center", fontsize=9, color=GREY,
+        )  # fmt: skip
     left = np.zeros(len(counts))
     for split, colour in zip(counts.columns, (BLUE, ORANGE, GREEN), strict=False):
         axes.barh(range(len(counts)), counts[split], left=left, color=colour, label=split, height=0.7)
         left += counts[split].to_numpy()
-    names = [name if len(name) <= 30 else name[:29] + "…" for name in counts.index]
-    axes.set_yticks(range(len(counts)), names, parse_math=False)
+    names = [_short(str(name), 30) for name in counts.index]
+    axes.set_yticks(range(len(counts)), names, fontfamily=_fonts(), parse_math=False)
+    axes.set_ylim(-0.6, len(counts) - 0.4)
     axes.set_xlabel("images")
     axes.grid(False, axis="y")
     axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
@@ -174,7 +217,7 @@ def sizes_plot(width: pd.Series, height: pd.Series, image_size: int) -> Figure:
     axes.axhline(image_size, color=ORANGE, linewidth=1, linestyle="--")
     axes.axvline(image_size, color=ORANGE, linewidth=1, linestyle="--", label=f"data.image_size, {image_size} px")
     axes.set(xlim=(0, top), ylim=(0, top), xlabel="width in pixels", ylabel="height in pixels", aspect="equal")
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 
 
@@ -189,5 +232,5 @@ def histories_plot(histories: Mapping[str, pd.DataFrame]) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch of the recipe")
     axes.set_ylabel("validation accuracy")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
     return figure

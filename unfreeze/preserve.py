@@ -1,6 +1,7 @@
 """Try something on a model and leave no trace: weights, optimizer and chance are as before afterwards."""
 
 import copy
+import itertools
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,24 +15,29 @@ from torch import nn
 def preserved(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Restore everything that training changes when the block ends, also when it ends with an exception.
 
-    That is: parameters and buffers (BatchNorm statistics among them), gradients, the optimizer's state and rates,
-    training or eval mode of every module, and the random state of Python, NumPy and torch on every device.
+    That is: parameters and buffers (BatchNorm statistics among them), what of them trains, gradients, the optimizer's
+    state and rates, training or eval mode of every module, and the random state of Python, NumPy and torch on every
+    device.
 
     Args:
         model: the model that is tried out.
         optimizer: over its parameters.
     """
-    state = copy.deepcopy(model.state_dict())
-    gradients = [(p, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    # By name and not by state_dict, which leaves out the buffers that are not saved with the weights.
+    state = {name: tensor.detach().clone() for name, tensor in _tensors(model)}
+    parameters = [(p, p.requires_grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     optimizer_state = copy.deepcopy(optimizer.state_dict())
     chance = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    devices = [torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())]
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
         yield
     finally:
-        model.load_state_dict(state)
-        for parameter, gradient in gradients:
+        with torch.no_grad():
+            for name, tensor in _tensors(model):
+                tensor.copy_(state[name])
+        for parameter, trains, gradient in parameters:
+            parameter.requires_grad_(trains)
             parameter.grad = gradient
         for module, training in modes:
             module.training = training
@@ -41,3 +47,7 @@ def preserved(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[No
         torch.set_rng_state(chance[2])
         for i, device_state in enumerate(devices):
             torch.cuda.set_rng_state(device_state, i)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    return itertools.chain(model.named_parameters(), model.named_buffers())

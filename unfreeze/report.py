@@ -27,7 +27,7 @@ body { margin: 0 auto; max-width: 60rem; padding: 2rem 1.25rem 5rem; background:
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .2rem; } h2 { font-size: 1.3rem; margin: 2.6rem 0 .6rem; }
 h3 { font-size: 1.02rem; margin: 1.4rem 0 .4rem; } p { margin: .5rem 0; } .soft { color: var(--soft); }
 nav { margin: 1rem 0; display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; } a { color: var(--accent); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .8rem; margin: 1rem 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(max(11rem, (100% - 2.4rem) / var(--across)), 1fr)); gap: .8rem; margin: 1rem 0; }
 .card { background: var(--tint); border-radius: .6rem; padding: .8rem 1rem; } .card b { display: block; font-size: 1.65rem; }
 .card small { color: var(--soft); display: block; line-height: 1.35; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .93rem; margin: .6rem 0; }
@@ -36,10 +36,13 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; } 
 img.plot { max-width: 100%; height: auto; background: #fff; border-radius: .5rem; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: .8rem; margin: .7rem 0; }
 figure { margin: 0; font-size: .8rem; line-height: 1.3; overflow-wrap: anywhere; }
+figcaption { margin-top: .3rem; } figcaption b { font-weight: 600; } figcaption span { color: var(--soft); }
+figcaption b, figcaption span { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden; }
+details { margin: .7rem 0; } summary { cursor: pointer; color: var(--accent); }
 figure img { width: 100%; height: 8rem; object-fit: contain; background: var(--tint); border-radius: .4rem; }
 .note { border-left: 4px solid var(--bad); padding: .3rem .9rem; margin: .7rem 0; background: var(--tint); }
 .fine { border-left-color: var(--good); } .pairs .gallery { grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
-.pair { display: flex; gap: .3rem; } .pair img { width: 50%; } @media print { nav { display: none; } h2 { break-after: avoid; } }
+.pair { display: flex; gap: .3rem; } .pair img { width: 50%; } @media print { nav { display: none; } h2, h3 { break-after: avoid; } figure, .card, tr { break-inside: avoid; } }
 """
 
 
@@ -77,11 +80,12 @@ def heading(text: str) -> str:
 
 def cards(items: Iterable[tuple[str, str, str]]) -> str:
     """Key numbers: (value, what it is, a remark)."""
-    inner = "".join(
+    made = [
         f'<div class="card"><b>{escape(value)}</b>{escape(what)}<small>{escape(remark)}</small></div>'
         for value, what, remark in items
-    )
-    return f'<div class="cards">{inner}</div>'
+    ]
+    across = 3 if len(made) % 3 == 0 else 4
+    return f'<div class="cards" style="--across: {across}">{"".join(made)}</div>'
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], chosen: int | None = None) -> str:
@@ -116,20 +120,30 @@ def image_uri(pixels: NDArray[np.uint8], side: int = 150) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def gallery(images: Iterable[tuple[NDArray[np.uint8], str]]) -> str:
-    """Images with captions."""
+def folded(summary: str, body: str) -> str:
+    """A part that opens on a click, without a script; the body is HTML that is safe already."""
+    return f"<details><summary>{escape(summary)}</summary>{body}</details>"
+
+
+def gallery(images: Iterable[tuple[NDArray[np.uint8], Sequence[str]]]) -> str:
+    """Images, each with a caption of lines, the first of them strong."""
     inner = "".join(
-        f'<figure><img src="{image_uri(pixels)}" alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>'
-        for pixels, caption in images
+        f'<figure><img src="{image_uri(pixels)}" alt="{escape(", ".join(lines))}">{_caption(lines)}</figure>'
+        for pixels, lines in images
     )
     return f'<div class="gallery">{inner}</div>'
 
 
-def pairs(items: Iterable[tuple[NDArray[np.uint8], NDArray[np.uint8], str]]) -> str:
-    """Images side by side, two by two, with captions."""
+def _caption(lines: Sequence[str]) -> str:
+    rest = "".join(f"<span>{escape(line)}</span>" for line in lines[1:])
+    return f"<figcaption><b>{escape(lines[0])}</b>{rest}</figcaption>"
+
+
+def pairs(items: Iterable[tuple[NDArray[np.uint8], NDArray[np.uint8], Sequence[str]]]) -> str:
+    """Images side by side, two by two, each pair with a caption of lines, the first of them strong."""
     inner = "".join(
         f'<figure><div class="pair"><img src="{image_uri(a)}" alt=""><img src="{image_uri(b)}" alt=""></div>'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-        for a, b, caption in items
+        f"{_caption(lines)}</figure>"
+        for a, b, lines in items
     )
     return f'<div class="pairs"><div class="gallery">{inner}</div></div>'

@@ -39,7 +39,7 @@ def cosine(iterations: int) -> Factors:
 def one_cycle(iterations: int) -> Factors:
     """The one-cycle policy: a cosine from 1/25 up to 1 in the first 30 %, and down to 1/250,000 (Smith, 2018).
 
-    The constants are those of `torch.optim.lr_scheduler.OneCycleLR`.
+    The constants are those of `torch.optim.lr_scheduler.OneCycleLR`; momentum stays as it is.
     """
     low, floor = 1 / 25, 1 / 25 / 1e4
     peak = 0.3 * iterations - 1
@@ -51,7 +51,7 @@ def one_cycle(iterations: int) -> Factors:
 
 def step(iterations: int) -> Factors:
     """Step-wise annealing: a tenth of the rate after each third of the iterations."""
-    return 0.1 ** (np.arange(iterations) * 3 // iterations)
+    return np.array([1.0, 0.1, 0.01])[np.arange(iterations) * 3 // iterations]
 
 
 def constant(iterations: int) -> Factors:

@@ -6,7 +6,8 @@ at once, before anything expensive starts.
 
 import dataclasses
 import difflib
-import math
+import re
+import reprlib
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -15,15 +16,11 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from unfreeze.errors import UserError
+from unfreeze.yaml12 import read_yaml
 
 S = TypeVar("S")
 
-KINDS: dict[type, tuple[Any, str]] = {
-    bool: (bool, "true or false"),
-    int: (int, "a whole number"),
-    float: ((int, float), "a number"),
-    str: (str, "text"),
-}
+KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 @dataclass(frozen=True)
@@ -40,10 +37,8 @@ class In:
         return above and (value < self.high if self.open_high else value <= self.high)
 
     def __str__(self) -> str:
-        above = f"above {self.low:g}" if self.open_low else f"at least {self.low:g}"
-        if math.isinf(self.high):
-            return above
-        return f"{above} and {'below' if self.open_high else 'at most'} {self.high:g}"
+        above, below = "above" if self.open_low else "at least", "below" if self.open_high else "at most"
+        return f"{above} {self.low} and {below} {self.high}"
 
 
 @dataclass(frozen=True)
@@ -57,6 +52,19 @@ class OneOf:
 
     def __str__(self) -> str:
         return "one of " + ", ".join(self.words)
+
+
+@dataclass(frozen=True)
+class Without:
+    """Text in which some characters must not be."""
+
+    characters: str
+
+    def __contains__(self, value: str) -> bool:
+        return not set(value) & set(self.characters)
+
+    def __str__(self) -> str:
+        return "without " + " and ".join(self.characters)
 
 
 Count = Annotated[int, In(1, 10_000)]
@@ -79,7 +87,7 @@ class Data:
     valid: Annotated[float, In(0, 1, open_low=True, open_high=True)]
     test: Annotated[float, In(0, 1, open_high=True)]
     max_broken: Annotated[float, In(0, 1)]
-    max_megapixels: Annotated[float, In(0, math.inf, open_low=True)]
+    max_megapixels: Annotated[float, In(0, 100_000, open_low=True)]
 
 
 @dataclass(frozen=True)
@@ -180,9 +188,9 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Register:
-    """The name of the registered model."""
+    """The name of the registered model, which MLflow wants to put into addresses."""
 
-    model_name: str
+    model_name: Annotated[str, Without("/:")]
 
 
 @dataclass(frozen=True)
@@ -211,17 +219,25 @@ def load_settings(path: str | Path = "params.yaml") -> Settings:
     Raises:
         UserError: the file is missing, is no YAML, or anything in it is wrong; names every key that is.
     """
-    import yaml
+    return parse_text(read_text(path), str(path))
 
+
+def read_text(path: str | Path) -> str:
+    """The text of a file of settings. Raises UserError where it cannot be read."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}. Run this in the project's folder.") from None
-    try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    return parse_settings(content, str(path))
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} cannot be read: it is not UTF-8 text. Save it as UTF-8.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}. Run this in the project's folder.") from None
+
+
+def parse_text(text: str, where: str = "params.yaml") -> Settings:
+    """Read and check settings written as YAML 1.2. Arguments and errors as for `parse_settings`."""
+    content = read_yaml(text, where)
+    if content is None:
+        raise UserError(f"{where} is empty; it must have the sections {', '.join(_hints(Settings))}.")
+    return parse_settings(content, where)
 
 
 def parse_settings(content: object, where: str = "params.yaml") -> Settings:
@@ -257,19 +273,24 @@ def _fields(settings: Any) -> Iterator[tuple[str, Any]]:
     return ((field.name, getattr(settings, field.name)) for field in dataclasses.fields(settings))
 
 
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
+
+
 def _section(kind: type[S], content: object, prefix: str, problems: list[str]) -> S | None:
     """One section of settings, or None with the problems found."""
     what = prefix.rstrip(".") or "the file"
     if not isinstance(content, Mapping):
-        problems.append(f"{what} must be a mapping of keys to values, not {content!r}.")
+        problems.append(f"{what} must be a mapping of keys to values, not {_shown(content)}.")
         return None
-    hints = typing.get_type_hints(kind, include_extras=True)
+    hints, before = _hints(kind), len(problems)
     for key in content:
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, 1, 0.6)
+            name = key if isinstance(key, str) else _shown(key)
+            near = difflib.get_close_matches(name, hints, 1, 0.6)
             hint = f"Did you mean {prefix}{near[0]}?" if near else f"There are: {', '.join(hints)}."
-            problems.append(f"{prefix}{key} is not a setting. {hint}")
-    values, before = {}, len(problems)
+            problems.append(f"{prefix}{name} is not a setting. {hint}")
+    values: dict[str, Any] = {}
     for key, hint in hints.items():
         if key not in content:
             problems.append(f"{prefix}{key} is missing.")
@@ -282,37 +303,56 @@ def _section(kind: type[S], content: object, prefix: str, problems: list[str]) -
 
 def _value(hint: Any, value: object, key: str, problems: list[str]) -> Any:
     """A single value with the type and range of its field; what is wrong goes to the problems."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        if value is None:
-            return None
+    nullable = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    if nullable and value is None:
+        return None
+    if nullable:
         hint = typing.get_args(hint)[0]
-    limits: tuple[Any, ...] = ()
-    if typing.get_origin(hint) is Annotated:
-        hint, *rest = typing.get_args(hint)
-        limits = tuple(rest)
-    if hint is float and isinstance(value, str):
-        value = _number(value)  # YAML 1.1 takes 1e-5 for text
-    kind, name = KINDS[hint]
-    right = isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
-    if right and hint is float:
-        right = not math.isnan(typing.cast(float, value))
-    if not right or (hint is str and not str(value).strip()):
-        allowed = f", {limits[0]}" if limits else ""
-        problems.append(f"{key} is {value!r}, but must be {name}{allowed}.")
-        return None
-    if limits and value not in limits[0]:
-        near = difflib.get_close_matches(str(value), limits[0].words, 1) if isinstance(limits[0], OneOf) else []
-        hint_text = f" Did you mean {near[0]}?" if near else ""
-        problems.append(f"{key} is {value!r}, but must be {limits[0]}.{hint_text}")
-        return None
-    return float(typing.cast(float, value)) if hint is float else value
+    kind, limit = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint, None)
+    typed = _typed(kind, value)
+    if typed is not None and (limit is None or typed in limit):
+        return typed
+    allowed = str(limit) if isinstance(limit, OneOf) else ", ".join(filter(None, (KINDS[kind], str(limit or ""))))
+    problem = f"{key} is {_shown(value)}, but must be {allowed}{', or null' if nullable else ''}."
+    if isinstance(limit, OneOf) and (near := difflib.get_close_matches(str(typed), limit.words, 1)):
+        problem += f" Did you mean {near[0]}?"
+    elif kind is str and value is not None and not isinstance(value, str | Mapping | list):
+        problem += " Put it in quotes."
+    problems.append(problem)
+    return None
 
 
-def _number(text: str) -> object:
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
+def _typed(kind: type, value: object) -> Any:
+    """The value as one of ``kind``, or None where it is not: no truth value is a number, no quoted number either."""
+    if isinstance(value, bool) and kind is not bool:
+        return None
+    if kind is float:
+        if isinstance(value, str) and EXPONENT.fullmatch(value):
+            value = float(value)  # readers of YAML 1.1 take 1e-5 for text
+        try:
+            return float(value) if isinstance(value, int | float) else None
+        except OverflowError:
+            return None
+    if not isinstance(value, kind) or (isinstance(value, str) and not value.strip()):
+        return None
+    return kind(value)
+
+
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxother, _short.maxlist, _short.maxdict = 2, 80, 80, 4, 4
+
+
+def _shown(value: object) -> str:
+    """A value as a message shows it: as in YAML, and never longer than a line."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
     try:
-        return float(text)
+        return _short.repr(value)
     except ValueError:
-        return text
+        return "a number of thousands of digits"  # which Python refuses to write out
 
 
 def _across(settings: Settings) -> list[str]:
@@ -326,7 +366,5 @@ def _across(settings: Settings) -> list[str]:
             problems.append(f"{name}.start is {sweep.start:g}, but must be below {name}.end, {sweep.end:g}.")
     for name in ("train_augmented", "train_full"):
         if getattr(settings, name).epochs > 10_000:
-            problems.append(
-                f"{name}: its cycles make {getattr(settings, name).epochs} epochs; at most 10000 are sensible."
-            )
+            problems.append(f"{name}: cycles, cycle_len and cycle_mult make more than 10000 epochs; lower one of them.")
     return problems
