@@ -1,12 +1,13 @@
 """The recipe as a Prefect flow: easy steps to a world-class image classifier."""
 
+import json
 from typing import Any
 
 from prefect import flow
 
 from flows.finish import finish
 from flows.overrides import apply_overrides
-from flows.stage import Outcome, begin, stage_task
+from flows.stage import Outcome, begin, run_stage, stage_task
 
 ingest = stage_task("ingest", "read every image once: validate, split, pack")
 explore = stage_task("explore", "look at the images: balance, samples, duplicates, leaks")
@@ -51,12 +52,12 @@ def recipe(settings: dict[str, Any] | None = None) -> dict[str, Outcome]:
         StageFailed: a step failed, with the last lines of what it printed.
     """
     if settings:
-        apply_overrides("params.yaml", [f"{key}={value}" for key, value in settings.items()])
+        apply_overrides("params.yaml", [f"{key}={json.dumps(value)}" for key, value in settings.items()])
     plan = begin()
     outcomes: dict[str, Outcome] = {}
     try:
         for step in STEPS:
-            outcomes[step.name] = step(plan)
+            outcomes[step.name] = run_stage(step, plan)
     finally:
         finish(outcomes, plan)
     return outcomes

@@ -81,10 +81,10 @@ def worth_a_retry(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool
 
 
 def stage_task(stage: str, description: str, gpu: bool = False) -> Task[[Plan], Any]:
-    """The Prefect task of a stage; called with the plan it returns the outcome.
+    """The Prefect task of a stage; it ends as ``Completed``, or as ``Cached`` where there was nothing to run.
 
     It asks DVC for exactly this stage, whose command runs the step in a process of its own; what the step prints goes
-    to Prefect's log line by line. A stage that DVC finds unchanged ends as ``Cached``.
+    to Prefect's log line by line.
 
     Args:
         stage: name of the stage, and of the task.
@@ -102,14 +102,21 @@ def stage_task(stage: str, description: str, gpu: bool = False) -> Task[[Plan], 
         retry_condition_fn=worth_a_retry,
         timeout_seconds=24 * 3600,
     )
-    def reproduce(plan: Plan) -> State[Outcome]:
-        start = time.monotonic()
+    def reproduce(plan: Plan) -> State[None]:
         if stage not in plan.ask or not _run(stage, plan.pull):
-            return Completed(name="Cached", message=f"{stage}: nothing to run", data=Outcome(False))
-        seconds = time.monotonic() - start
-        return Completed(message=f"{stage}: done in {seconds:.0f} s", data=Outcome(True, seconds))
+            return Completed(name="Cached", message=f"{stage}: nothing to run")
+        return Completed(message=f"{stage}: done")
 
     return reproduce
+
+
+def run_stage(task: Task[[Plan], Any], plan: Plan) -> Outcome:
+    """Run a stage's task and say what became of it. Raises what made it fail."""
+    start = time.monotonic()
+    state = task(plan, return_state=True)
+    if state.is_failed() or state.is_crashed() or state.is_cancelled():
+        state.result()
+    return Outcome(state.name != "Cached", time.monotonic() - start)
 
 
 def _run(stage: str, pull: bool) -> bool:

@@ -56,7 +56,7 @@ def predict_tta(
         loader: of the packed images.
         rows: (N,) row numbers.
         plain: (N, C) probabilities of the plain centre squares, as `predict` gives them.
-        flip: the symmetries to use: none, horizontal or dihedral.
+        flip: the symmetries to use: none, horizontal, both or dihedral.
         views: the least number of views beside the plain one.
 
     Returns:

@@ -109,7 +109,7 @@ class Head:
 class Augment:
     """How much a training image is changed."""
 
-    flip: Annotated[str, OneOf(("none", "horizontal", "dihedral"))]
+    flip: Annotated[str, OneOf(("none", "horizontal", "both", "dihedral"))]
     rotate: Annotated[float, In(0, 180)]
     zoom: Annotated[float, In(1, 4)]
     lighting: Annotated[float, In(0, 1)]

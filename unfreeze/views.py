@@ -17,7 +17,8 @@ from unfreeze.settings import Augment
 
 Floats = NDArray[np.float32]
 
-# The eight symmetries of the square, plain first: identity, mirror, then the quarter turns with and without mirror.
+# The eight symmetries of the square, plain first: identity, mirrored, upside down, both,
+# then the quarter turns with and without mirror.
 DIHEDRAL = np.array(
     [
         [[1, 0], [0, 1]],
@@ -31,7 +32,7 @@ DIHEDRAL = np.array(
     ],
     dtype=np.float32,
 )
-FLIPS = {"none": DIHEDRAL[:1], "horizontal": DIHEDRAL[:2], "dihedral": DIHEDRAL}
+FLIPS = {"none": DIHEDRAL[:1], "horizontal": DIHEDRAL[:2], "both": DIHEDRAL[:4], "dihedral": DIHEDRAL}
 
 
 @dataclass(frozen=True)
