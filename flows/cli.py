@@ -95,9 +95,11 @@ def _predict(chosen: argparse.Namespace) -> int:
     if chosen.csv:
         print(table.to_csv(index=False), end="")
     else:
-        for row in table.itertuples(index=False):
-            best = max(row[2:-1]) if not row.reason else 0.0
-            print(f"{row.path}: " + (f"{row.predicted} {best:.1%}" if not row.reason else f"not read: {row.reason}"))
+        surest = table.filter(regex="^p_").max(axis=1)
+        for path, predicted, probability, reason in zip(
+            table["path"], table["predicted"], surest, table["reason"], strict=True
+        ):
+            print(f"{path}: " + (f"not read: {reason}" if reason else f"{predicted} {probability:.1%}"))
     return 0 if table["reason"].eq("").all() else 1
 
 

@@ -62,8 +62,9 @@ def _steps(outcomes: Mapping[str, Outcome]) -> Table:
 
 def _accuracies() -> Table:
     table = Table(title="Accuracy", title_justify="left")
-    for name, justify in (("", "left"), ("plain", "right"), ("with TTA", "right"), ("logistic regression", "right")):
-        table.add_column(name, justify=justify)
+    table.add_column("")
+    for name in ("plain", "with TTA", "logistic regression"):
+        table.add_column(name, justify="right")
     evaluated, retrained = _metrics("evaluate"), _metrics("retrain")
     for title, metrics, split in (
         ("valid", evaluated, "valid"),

@@ -39,8 +39,8 @@ def find_rate(
             settings.end,
             settings.iterations,
         )
-    for i, row in enumerate(curve.to_dict("records")):
-        run.tracker.curve(row, i)
+    for i, (at, loss, smoothed) in enumerate(curve.itertuples(index=False, name=None)):
+        run.tracker.curve({"rate": at, "loss": loss, "smoothed": smoothed}, i)
     picks = suggest(curve["rate"].to_numpy(), curve["loss"].to_numpy())
     rate = settings.rate if settings.rate is not None else pick_rate(picks, settings.pick)
     metrics = {"rate": rate, "minimum": picks.minimum, "steepest": picks.steepest, "valley": picks.valley}

@@ -1,11 +1,13 @@
 """LR range test of the head on the precomputed activations: find the lowest loss, pick one order of magnitude less."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from tasks.environment import artifact
 from tasks.finding import find_rate
 from tasks.step import Run, step
-from unfreeze.batches import activation_batches, shuffled
+from unfreeze.batches import Batch, activation_batches, shuffled
 from unfreeze.device import best_device, seed_everything
 from unfreeze.models import Head
 from unfreeze.packed import open_packed
@@ -25,7 +27,7 @@ def lr_find(run: Run, seed: int, head: HeadSettings, train: Train, lr_find: LRFi
     optimizer = make_optimizer(head_groups(model), train)
     rows = packed.rows("train")
 
-    def batches(epoch: int) -> object:
+    def batches(epoch: int) -> Iterator[Batch]:
         order = shuffled(rows, train.batch_size, stream(seed, "lr_find"), epoch)
         return activation_batches(activations, packed.labels, order, device)
 

@@ -1,8 +1,11 @@
 """Unfreeze, then look for the rate again: with differential rates over the layer groups the best one has moved."""
 
+from collections.abc import Iterator
+
 from tasks.finding import find_rate
 from tasks.materials import frozen_classifier
 from tasks.step import Run, step
+from unfreeze.batches import Batch
 from unfreeze.device import seed_everything
 from unfreeze.models import freeze_to, parameter_groups, set_train_mode
 from unfreeze.recipe import stream, sweep
@@ -21,7 +24,7 @@ def unfreeze_lr_find(
     optimizer = make_optimizer(parameter_groups(model, unfreeze.lr_ratio), train)
     rows = loader.packed.rows("train")
 
-    def batches(epoch: int) -> object:
+    def batches(epoch: int) -> Iterator[Batch]:
         return loader.augmented(rows, augment, stream(seed, "unfreeze_lr_find"), epoch)
 
     return find_rate(run, model, optimizer, sweep(model, optimizer, batches, train), unfreeze_lr_find)

@@ -111,7 +111,7 @@ def _line(error: BaseException) -> str:
 def _timm(name: str, short: str, pretrained: bool, image_size: int) -> Backbone:
     import timm
 
-    def build(**sized: int) -> Any:
+    def build(**sized: Any) -> Any:
         return timm.create_model(short, pretrained=pretrained, num_classes=0, **sized)
 
     try:

@@ -5,17 +5,33 @@ frame counts. What cannot be read raises `BrokenImage` with a reason that says s
 """
 
 import io
+import os
+import stat
 import warnings
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 MAX_ASPECT = 20
 """Longer side over shorter side; beyond it, no square says anything about the image."""
+PROGRAMS = ("EPS", "WMF")
+"""Formats that are programs, which a decoder would have to run."""
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What sets an image upright, for each value of the EXIF tag Orientation; from 5 on, width and height change places."""
+ORIENTATION = 0x0112
 
-Pixels = NDArray[np.uint8]
+# What Pillow warns of ends up in a picture, or in a reason. Set once: `warnings.catch_warnings` is not for threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class BrokenImage(Exception):
@@ -23,27 +39,24 @@ class BrokenImage(Exception):
 
 
 def decode(file: str | Path | io.BytesIO, max_megapixels: float, size: int = 0) -> tuple[tuple[int, int], Image.Image]:
-    """Read an image as RGB, with the width and height that its header says.
+    """Read an image as RGB, with its width and height in the file (upright, as people see it).
 
     Args:
         file: path, or bytes in memory.
         max_megapixels: larger images are refused by what their header says, before they are decoded.
-        size: shorter side in pixels that is needed; a JPEG much larger is decoded at half, quarter or eighth size.
+        size: shorter side in pixels that is needed; a JPEG much larger is decoded at half, quarter or eighth size, but
+            never below twice ``size``.
 
     Raises:
         BrokenImage: the image cannot be read, is too large, or too narrow.
     """
+    # Pillow's own guard, which also looks at images within a container whose header says something else.
+    Image.MAX_IMAGE_PIXELS = int(max_megapixels * 1e6)
     try:
-        if not isinstance(file, io.BytesIO) and Path(file).stat().st_size == 0:
-            raise BrokenImage("empty file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(file) as image:
-                shown = image.size
-                _check_size(shown, max_megapixels)
-                if size and image.format == "JPEG":
-                    image.draft("RGB", (2 * size, 2 * size))
-                return shown, _as_rgb(ImageOps.exif_transpose(image))
+        if not isinstance(file, io.BytesIO):
+            _check_file(file)
+        with Image.open(file) as image:
+            return _read(image, max_megapixels, size)
     except BrokenImage:
         raise
     except UnidentifiedImageError:
@@ -51,7 +64,37 @@ def decode(file: str | Path | io.BytesIO, max_megapixels: float, size: int = 0) 
     except Image.DecompressionBombError:
         raise BrokenImage("larger than data.max_megapixels") from None
     except Exception as error:  # whatever a decoder trips over, it is this one image that is at fault
-        raise BrokenImage(f"damaged: {error}".splitlines()[0][:200]) from None
+        if isinstance(error, OSError) and error.errno:
+            raise BrokenImage(f"cannot be read: {error.strerror}") from None
+        what = str(error).strip() or type(error).__name__
+        raise BrokenImage(f"damaged: {what.splitlines()[0][:200]}") from None
+
+
+def _check_file(file: str | Path) -> None:
+    status = os.stat(file)
+    if not stat.S_ISREG(status.st_mode):  # a pipe would keep us waiting
+        raise BrokenImage("not a file but a folder, pipe or device")
+    if status.st_size == 0:
+        raise BrokenImage("empty file")
+
+
+def _read(image: Image.Image, max_megapixels: float, size: int) -> tuple[tuple[int, int], Image.Image]:
+    if image.format in PROGRAMS:
+        raise BrokenImage(f"{image.format} is a program that draws, not an image")
+    seen = image.size
+    _check_size(seen, max_megapixels)
+    if size and image.format in ("JPEG", "MPO"):
+        image.draft("RGB", (2 * size, 2 * size))
+        image.load()
+    else:
+        image.load()
+        seen = image.size  # containers and TIFF know only now
+        _check_size(seen, max_megapixels)
+    orientation = _orientation(image)
+    rgb = _as_rgb(image)
+    if orientation in UPRIGHT:
+        rgb = rgb.transpose(UPRIGHT[orientation])
+    return (seen[::-1] if orientation in UPRIGHT and orientation >= 5 else seen), rgb
 
 
 def _check_size(size: tuple[int, int], max_megapixels: float) -> None:
@@ -62,26 +105,37 @@ def _check_size(size: tuple[int, int], max_megapixels: float) -> None:
         raise BrokenImage(f"{width} x {height} pixels are too narrow: more than {MAX_ASPECT} times as long as wide")
 
 
+def _orientation(image: Image.Image) -> int:
+    """The EXIF tag; 1, upright, where there is none or EXIF is damaged, which says nothing about the pixels."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:
+        return 1
+
+
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        # 16-bit grey comes as 0..65535; other ranges are stretched to what there is.
-        top = (
-            65535.0
-            if values.max(initial=0) > 255 and values.max(initial=0) <= 65535
-            else max(values.max(initial=0), 1.0)
-        )
-        low = min(values.min(initial=0), 0.0)
-        top = 255.0 if 1 < top <= 255 and low == 0 else top
-        return Image.fromarray(((values - low) * (255 / (top - low)) + 0.5).clip(0, 255).astype(np.uint8)).convert(
-            "RGB"
-        )
+        return Image.fromarray(_as_bytes(np.asarray(image, np.float64), image.mode == "F")).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    image.load()
     return image.convert("RGB")
+
+
+def _as_bytes(values: NDArray[np.float64], real: bool) -> NDArray[np.uint8]:
+    """Grey values of more than 8 bits as 0..255.
+
+    Integers are 16-bit ones, 0..65535, whatever an image happens to contain, so that the images of a data set stay
+    comparable; real numbers 0..1 or 0..255. What exceeds these ranges is stretched between its ends.
+    """
+    values = np.nan_to_num(values, posinf=0.0, neginf=0.0)
+    low, high = values.min(initial=0), values.max(initial=0)
+    tops = (1.0, 255.0) if real else (65535.0,)
+    top = next((top for top in tops if low >= 0 and high <= top), None)
+    if top is None:
+        values, top = values - low, high - low
+    return (values * (255 / top) + 0.5).clip(0, 255).astype(np.uint8)
 
 
 def resize_shorter(image: Image.Image, size: int) -> Image.Image:

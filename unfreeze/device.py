@@ -54,11 +54,11 @@ def to_device(model: Model, device: torch.device) -> Model:
     On a CPU with native bfloat16 the gradient of a strided or large depthwise convolution is two to five times slower in
     bfloat16 than in float32 (oneDNN has no fast kernel for it); while training, these layers compute in float32.
     """
-    model = model.to(device=device, memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=torch.channels_last)
     if device.type == "cpu" and native_bf16(device):
         for module in model.modules():
             if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1 and _slow_in_bf16(module):
-                module.forward = _in_float32(module.forward)  # type: ignore[method-assign]
+                module.forward = _in_float32(module.forward)  # type: ignore[method-assign, assignment]
     return model
 
 

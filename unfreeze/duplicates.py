@@ -1,7 +1,5 @@
 """Images that are in a data set twice: exactly, or nearly (resized, saved anew)."""
 
-from itertools import combinations
-
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -15,8 +13,14 @@ FLAT = 8
 """Hashes with fewer (or more) set bits than this belong to images without structure, which all look alike to them."""
 DIFFERENCE = 4.0
 """Mean difference of grey values, of 255, up to which two small images are the same."""
-MOST = 20
-"""Members of one bucket that are compared with each other: a thousand copies need not make half a million pairs."""
+SMALL = 32
+"""Side in pixels at which images are compared."""
+COPIES = 20
+"""Copies of an image that each is paired with: a thousand copies need not make half a million pairs."""
+REACH = 2000
+"""Images with a part of their hash in common that each is compared with."""
+
+Rows = NDArray[np.int64]
 
 
 def find_duplicates(packed: PackedImages) -> pd.DataFrame:
@@ -31,40 +35,51 @@ def find_duplicates(packed: PackedImages) -> pd.DataFrame:
 
     Returns:
         Columns row_a, row_b (row numbers), kind (``exact`` or ``near``), leak (in different splits), conflict
-        (with different labels); leaks and conflicts first.
+        (with different labels); conflicts and leaks first.
     """
     table = packed.table
-    exact = set(_pairs([table["digest"].to_numpy()]))
+    digest = pd.factorize(table["digest"])[0]
     hashes = np.array([int(text, 16) for text in table["average_hash"]], np.uint64)
-    parts = [(hashes >> np.uint64(shift)) & np.uint64(2**bits - 1) for shift, bits in ((0, 21), (21, 21), (42, 22))]
-    structured = np.array([FLAT <= int(value).bit_count() <= 64 - FLAT for value in hashes])
-    near = {
-        (a, b)
-        for a, b in _pairs(parts)
-        if structured[a] and structured[b] and int(hashes[a] ^ hashes[b]).bit_count() <= NEAR and (a, b) not in exact
-        and _alike(packed[a], packed[b])
-    }  # fmt: skip
-    rows = [(a, b, "exact") for a, b in sorted(exact)] + [(a, b, "near") for a, b in sorted(near)]
-    pairs = pd.DataFrame(rows, columns=["row_a", "row_b", "kind"])
+    exact = pd.DataFrame(_sharing(digest, hashes, COPIES), columns=["row_a", "row_b"]).assign(kind="exact")
+    near = pd.DataFrame(_near(packed, hashes, digest), columns=["row_a", "row_b"]).assign(kind="near")
+    pairs = pd.concat([exact, near], ignore_index=True)
     for name, column in (("leak", "split"), ("conflict", "label")):
         values = table[column].to_numpy()
-        pairs[name] = values[pairs["row_a"].to_numpy(int)] != values[pairs["row_b"].to_numpy(int)]
-    return pairs.sort_values(["conflict", "leak", "kind"], ascending=[False, False, True], ignore_index=True)
+        pairs[name] = values[pairs["row_a"].to_numpy()] != values[pairs["row_b"].to_numpy()]
+    order = ["conflict", "leak", "kind", "row_a", "row_b"]
+    return pairs.sort_values(order, ascending=[False, False, True, True, True], ignore_index=True)
 
 
-def _pairs(keys: list[np.ndarray]) -> list[tuple[int, int]]:
-    """Pairs of rows that share a key."""
-    found: set[tuple[int, int]] = set()
-    for key in keys:
-        for rows in pd.Series(range(len(key))).groupby(key).groups.values():
-            found.update(combinations(list(rows[:MOST]), 2))
-    return sorted(found)
+def _near(packed: PackedImages, hashes: NDArray[np.uint64], digest: Rows) -> Rows:
+    """Pairs (M, 2) of rows whose hashes and pixels are nearly, but not exactly, the same."""
+    structured = np.flatnonzero((np.bitwise_count(hashes) >= FLAT) & (np.bitwise_count(hashes) <= 64 - FLAT))
+    some = hashes[structured]
+    parts = [(some >> np.uint64(shift)) & np.uint64(2**bits - 1) for shift, bits in ((0, 21), (21, 21), (42, 22))]
+    pairs = structured[np.unique(np.concatenate([_sharing(part, some, REACH) for part in parts]), axis=0)]
+    pairs = pairs[digest[pairs[:, 0]] != digest[pairs[:, 1]]]
+    rows, place = np.unique(pairs, return_inverse=True)
+    small = np.array([_small(packed[row]) for row in rows]).reshape(-1, SMALL * SMALL)
+    first, second = place.reshape(-1, 2).T
+    alike = [np.abs(small[a] - small[b]).mean() <= DIFFERENCE for a, b in zip(first, second, strict=True)]
+    return pairs[np.array(alike, bool)]
 
 
-def _alike(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:
-    """Whether two images, made small and grey, are the same but for what saving and resizing does."""
-    small = [
-        np.asarray(Image.fromarray(image).convert("L").resize((32, 32), Image.Resampling.BOX), np.float32)
-        for image in (a, b)
-    ]
-    return bool(np.abs(small[0] - small[1]).mean() <= DIFFERENCE)
+def _sharing(key: NDArray[np.generic], hashes: NDArray[np.uint64], reach: int) -> Rows:
+    """Pairs (M, 2) of rows that have the same key, and hashes that differ in at most `NEAR` bits.
+
+    Among rows of one key each is compared with the ``reach`` next ones in the order of their hashes.
+    """
+    order = np.lexsort((hashes, key))
+    found = [np.empty((0, 2), np.int64)]
+    for step in range(1, min(reach, len(order) - 1) + 1):
+        a, b = order[:-step], order[step:]
+        same = key[a] == key[b]
+        if not same.any():
+            break
+        close = same & (np.bitwise_count(hashes[a] ^ hashes[b]) <= NEAR)
+        found.append(np.sort(np.stack([a[close], b[close]], 1), 1))
+    return np.concatenate(found)
+
+
+def _small(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return np.asarray(Image.fromarray(image).convert("L").resize((SMALL, SMALL), Image.Resampling.BOX), np.float32)

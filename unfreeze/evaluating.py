@@ -75,7 +75,7 @@ def evaluate_split(
     plain = predict(model, loader.plain(rows))
     tta = predict_tta(model, loader, rows, plain, flip, tta_views)
     labels, classes = loader.packed.labels[rows], loader.packed.classes
-    metrics = {}
+    metrics: dict[str, float] = {}
     for prefix, probabilities in (("", plain), ("tta_", tta), ("baseline_", baseline)):
         metrics |= {f"{prefix}{k}": v for k, v in measure(labels, probabilities, classes).items()}
     return Predictions(rows, plain, tta), metrics

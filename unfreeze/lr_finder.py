@@ -28,7 +28,7 @@ class Picks:
     """Points of a loss curve, as learning rates.
 
     Attributes:
-        minimum: rate of the lowest smoothed loss.
+        minimum: highest rate whose smoothed loss cannot be told from the lowest.
         steepest: rate at which the smoothed loss falls fastest, on the way to its minimum.
         valley: rate two thirds into the longest sequence of ever lower smoothed losses.
     """
@@ -51,7 +51,7 @@ def smooth(losses: Floats) -> Floats:
     """
     if not len(losses):
         return np.zeros(0)
-    width = max(1.0, len(losses) / 30)
+    width = _width(len(losses))
     reach = math.ceil(5 * width)
     weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
     inside = slice(reach, reach + len(losses))
@@ -123,7 +123,27 @@ def suggest(rates: Floats, losses: Floats) -> Picks:
     lowest = int(smoothed.argmin())
     # Only on the way down to the lowest loss: past it, the swings of a loss that diverges are steeper than any descent.
     steepest = int(np.gradient(smoothed, np.log(rates))[: lowest + 1].argmin())
-    return Picks(float(rates[lowest]), float(rates[steepest]), float(rates[_valley(smoothed)]))
+    minimum = _last_of_the_lowest(losses, smoothed)
+    return Picks(float(rates[minimum]), float(rates[steepest]), float(rates[_valley(smoothed)]))
+
+
+def _last_of_the_lowest(losses: Floats, smoothed: Floats) -> int:
+    """Index of the highest rate whose smoothed loss cannot be told from the lowest.
+
+    A network that is nearly trained has a curve that is flat and noisy up to the rate that breaks it; where on the flat
+    the lowest value lies is chance, and the lowest of many chances would pick a rate that trains nothing. The noise is
+    that of the batches' losses around the smoothed ones up to the lowest, less for as many as are averaged.
+    """
+    lowest = int(smoothed.argmin())
+    averaged = 2 * np.sqrt(np.pi) * _width(len(losses))
+    jumps = np.abs(np.diff(losses, 2)[: max(lowest + 1, len(losses) // 2)])
+    noise = 1.4826 * float(np.median(jumps)) / np.sqrt(6 * averaged)  # of a normal deviate, from its median
+    return int(np.flatnonzero(smoothed <= smoothed[lowest] + 2 * noise)[-1])
+
+
+def _width(batches: int) -> float:
+    """Standard deviation in batches of the Gaussian that a curve is smoothed with."""
+    return max(1.0, batches / 30)
 
 
 def pick_rate(picks: Picks, rule: str) -> float:

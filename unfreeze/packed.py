@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 from unfreeze.errors import UserError
 
+NUMBERS = ["width", "height", "packed_width", "packed_height", "offset"]
+"""Columns of `images.csv` that are whole numbers (empty where an image was set aside); the others are text."""
+
 
 @dataclass(frozen=True)
 class PackedImages:
@@ -25,6 +28,7 @@ class PackedImages:
         classes: sorted names; a class's number is its place here.
         labels: (N,) class numbers.
         sizes: (N, 2) width and height in pixels.
+        offsets: (N,) where an image begins, in bytes.
         image_size: shorter side in pixels.
     """
 
@@ -50,23 +54,24 @@ class PackedImages:
 
 
 def open_packed(folder: Path) -> PackedImages:
-    """Open what `unfreeze.packing.pack` wrote. Raises UserError where it is not there."""
+    """Open what `unfreeze.packing.pack` wrote. Raises UserError where it is not there, or not whole."""
     try:
         about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-        found = pd.read_csv(
-            folder / "images.csv", keep_default_na=False, dtype={"label": str, "group": str, "path": str}
-        )
+        found = pd.read_csv(folder / "images.csv", keep_default_na=False, dtype=str)
         pixels = np.memmap(folder / "pixels.bin", np.uint8, "r")
     except OSError as error:
         raise UserError(f"There are no packed images in {folder} ({error}): run the step ingest first.") from None
-    table = found[found["reason"] == ""].reset_index(drop=True)
+    table = found[found["reason"] == ""].reset_index(drop=True).astype(dict.fromkeys(NUMBERS, np.int64))
+    sizes = table[["packed_width", "packed_height"]].to_numpy(np.int64)
+    if len(pixels) != sizes.prod(1).sum() * 3:
+        raise UserError(f"{folder / 'pixels.bin'} does not belong to images.csv beside it: run the step ingest again.")
     numbers = {name: number for number, name in enumerate(about["classes"])}
     return PackedImages(
         pixels,
         table,
         about["classes"],
         table["label"].map(numbers).to_numpy(np.int64),
-        table[["packed_width", "packed_height"]].to_numpy(np.int64),
+        sizes,
         table["offset"].to_numpy(np.int64),
         about["image_size"],
     )

@@ -4,24 +4,31 @@ import hashlib
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from PIL import Image
 
 from unfreeze.decoding import BrokenImage, decode, resize_shorter
 from unfreeze.errors import UserError
+from unfreeze.packed import NUMBERS
 from unfreeze.progress import track
 from unfreeze.settings import Data
 from unfreeze.splits import assign_splits
 
-CHUNK = 64
-"""Images in memory at once while packing."""
+Row = dict[str, Any]
+
+SET_ASIDE = dict.fromkeys((*NUMBERS, "digest", "average_hash"), "")
+"""What `images.csv` says of an image that could not be read, beside the reason."""
+AHEAD = 4
+"""Images in memory at once while packing, times the number of cores."""
+SHAPE = 1.4
+"""Long side over short side of an average photograph, to estimate the space that it takes."""
 
 
 def pack(table: pd.DataFrame, folder: Path, data: Data, seed: int) -> dict[str, float]:
@@ -37,45 +44,50 @@ def pack(table: pd.DataFrame, folder: Path, data: Data, seed: int) -> dict[str, 
         Metrics: numbers of images, broken images, classes, and images per split.
 
     Raises:
-        UserError: too many broken images, too few images in a class, or no space on the disk.
+        UserError: too many broken images, too few images in a class, no space on the disk, or no right to write there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _check_space(folder, len(table), data.image_size)
+    # A rehearsal without knowledge of duplicates: what cannot be split is refused before hours of decoding.
+    assign_splits(table.assign(digest=""), data.valid, data.test, seed)
     partial = folder / "pixels.bin.partial"
-    with partial.open("wb") as file:
-        rows = _pack_pixels(table, file, data)
-    found = pd.concat([table.drop(columns="file").reset_index(drop=True), pd.DataFrame(rows)], axis=1)
-    good = found["reason"] == ""
-    _check_classes(found, good)
-    found["split"] = assign_splits(found[good], data.valid, data.test, seed).reindex(found.index, fill_value="")
-
-    classes = sorted(found.loc[good, "label"].unique())
-    about = {
-        "classes": classes,
-        "image_size": data.image_size,
-        "source": data.source,
-        "fingerprint": _fingerprint(found[good]),
-    }
-    for name, text in (
-        ("images.csv", found.to_csv(index=False, lineterminator="\n", float_format="%d")),
-        ("dataset.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n"),
-    ):
-        (folder / f"{name}.partial").write_text(text, encoding="utf-8", errors="surrogateescape")
-        os.replace(folder / f"{name}.partial", folder / name)
-    os.replace(partial, folder / "pixels.bin")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_space(folder, len(table), data.image_size)
+        with partial.open("wb") as file:
+            rows = _pack_pixels(table, file, data)
+            _sync(file)
+        found = pd.concat([table.drop(columns="file").reset_index(drop=True), pd.DataFrame(rows)], axis=1)
+        good = found["reason"] == ""
+        _check_classes(found, good)
+        found["split"] = assign_splits(found[good], data.valid, data.test, seed).reindex(found.index, fill_value="")
+        classes = sorted(found.loc[good, "label"].unique())
+        about = {
+            "classes": classes,
+            "image_size": data.image_size,
+            "source": data.source,
+            "fingerprint": _fingerprint(found[good]),
+        }
+        os.replace(partial, folder / "pixels.bin")
+        _write(folder / "images.csv", found.to_csv(index=False, lineterminator="\n"))
+        _write(folder / "dataset.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"The packed pixels could not be written to {folder.absolute()}: {error.strerror}. Make space, or see who may "
+            "write there."
+        ) from None
+    finally:
+        partial.unlink(missing_ok=True)
     counts = found.loc[good, "split"].value_counts()
     splits = {split: int(counts.get(split, 0)) for split in ("train", "valid", "test")}
     return {"images": int(good.sum()), "broken": int((~good).sum()), "classes": len(classes), **splits}
 
 
-def _pack_pixels(table: pd.DataFrame, file: Any, data: Data) -> list[dict[str, Any]]:
+def _pack_pixels(table: pd.DataFrame, file: IO[bytes], data: Data) -> list[Row]:
     """Write all pixels; returns a row for each image, in the table's order."""
-    rows: list[dict[str, Any]] = []
-    offset, broken = 0, []
-    for path, (row, pixels) in zip(
-        table["path"], track(_decoded(table["file"], data), "decoding", len(table)), strict=True
-    ):
-        if pixels is None:
+    rows: list[Row] = []
+    broken: list[str] = []
+    decoded = track(_decoded(list(table["file"]), data), "decoding", len(table))
+    for path, (row, pixels) in zip(table["path"], decoded, strict=True):
+        if row["reason"]:
             broken.append(f"{path}: {row['reason']}")
             if len(broken) > data.max_broken * len(table):
                 raise UserError(
@@ -83,38 +95,40 @@ def _pack_pixels(table: pd.DataFrame, file: Any, data: Data) -> list[dict[str, A
                     "read (data.max_broken), among them\n  " + "\n  ".join(broken[:5])
                 )
         else:
-            try:
-                file.write(pixels)
-            except OSError as error:
-                raise UserError(f"The packed pixels could not be written to {file.name}: {error.strerror}.") from None
-            row |= {"offset": offset}
-            offset += pixels.nbytes
+            row["offset"] = file.tell()
+            file.write(pixels)
         rows.append(row)
-    file.flush()
-    os.fsync(file.fileno())
     return rows
 
 
-def _decoded(files: pd.Series, data: Data) -> Iterator[tuple[dict[str, Any], NDArray[np.uint8] | None]]:
-    """Rows and pixels of images, decoded on all cores: Pillow lets go of Python's lock while it works."""
-    paths = list(files)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(paths), CHUNK):
-            yield from pool.map(lambda path: _read(path, data), paths[start : start + CHUNK])
+def _decoded(files: list[str], data: Data) -> Iterator[tuple[Row, bytes]]:
+    """Rows and pixels of images in their order, decoded on all cores (Pillow lets go of Python's lock while it works), a
+    few images ahead of what has been taken."""
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    waiting: deque[Future[tuple[Row, bytes]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for file in files:
+                waiting.append(pool.submit(_read, file, data))
+                if len(waiting) >= AHEAD * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _read(path: str, data: Data) -> tuple[dict[str, Any], NDArray[np.uint8] | None]:
-    blank = dict.fromkeys(("width", "height", "packed_width", "packed_height", "offset", "digest", "average_hash"), "")
+def _read(file: str, data: Data) -> tuple[Row, bytes]:
+    """What `images.csv` says of an image, and its packed pixels."""
     try:
-        size, image = decode(path, data.max_megapixels, data.image_size)
+        (width, height), image = decode(file, data.max_megapixels, data.image_size)
     except BrokenImage as error:
-        return {**blank, "reason": str(error)}, None
-    digest = hashlib.blake2b(np.asarray(image).tobytes(), digest_size=16, key=f"{image.size}".encode()).hexdigest()
+        return {**SET_ASIDE, "reason": str(error)}, b""
+    digest = hashlib.blake2b(image.tobytes(), digest_size=16, key=f"{image.size}".encode()).hexdigest()
     small = resize_shorter(image, data.image_size)
-    pixels = np.ascontiguousarray(small)
     row = {
-        "width": size[0],
-        "height": size[1],
+        "width": width,
+        "height": height,
         "packed_width": small.width,
         "packed_height": small.height,
         "offset": 0,
@@ -122,7 +136,7 @@ def _read(path: str, data: Data) -> tuple[dict[str, Any], NDArray[np.uint8] | No
         "average_hash": difference_hash(small),
         "reason": "",
     }
-    return row, pixels
+    return row, small.tobytes()
 
 
 def difference_hash(image: Image.Image) -> str:
@@ -135,7 +149,7 @@ def difference_hash(image: Image.Image) -> str:
 def _fingerprint(table: pd.DataFrame) -> str:
     """A hash of all that the data is: which images, with which pixels, labels and splits."""
     lines = sorted("\t".join(row) for row in table[["path", "label", "split", "digest"]].itertuples(index=False))
-    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _check_classes(found: pd.DataFrame, good: pd.Series) -> None:
@@ -145,10 +159,25 @@ def _check_classes(found: pd.DataFrame, good: pd.Series) -> None:
 
 
 def _check_space(folder: Path, images: int, image_size: int) -> None:
-    needed = int(images * image_size * image_size * 3 * 1.4)
+    needed = int(images * image_size * image_size * 3 * SHAPE)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
             f"The packed pixels of {images} images take about {needed / 1e9:.1f} GB in {folder.absolute()}, where "
             f"{free / 1e9:.1f} GB are free: make space, or choose a smaller data.image_size."
         )
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    partial = file.with_name(f"{file.name}.partial")
+    with partial.open("wb") as stream:
+        stream.write(text.encode())
+        _sync(stream)
+    os.replace(partial, file)
+
+
+def _sync(file: IO[bytes]) -> None:
+    """Have the disk keep what was written, should the power fail."""
+    file.flush()
+    os.fsync(file.fileno())

@@ -72,7 +72,7 @@ def fit_head(
         schedule,
         rate,
         epochs,
-        train_mode=head.train,
+        train_mode=lambda: set_training(head),
         validate=validate if len(valid_rows) else None,
         label_smoothing=train.label_smoothing,
         listener=listener,
@@ -134,7 +134,7 @@ def _fit_images(
     stop_when_overfitting: bool,
     listener: Listener | None,
 ) -> History:
-    count = batches_per_epoch(len(train_rows), train.batch_size)
+    count = batches_per_epoch(len(train_rows), loader.batch_size)
     schedule = make_schedule(settings.schedule, settings.cycles, settings.cycle_len, settings.cycle_mult, count)
     labels = loader.packed.labels[valid_rows]
 
@@ -183,3 +183,8 @@ def sweep(
 
     line = endless()
     return lambda: float(train_batch(model, optimizer, next(line), train.label_smoothing))
+
+
+def set_training(head: nn.Module) -> None:
+    """Training mode for a head on its own, all of which trains."""
+    head.train()

@@ -16,12 +16,12 @@ def elpv() -> list[tuple[Path, str, str]]:
     Raises:
         UserError: the package is not installed.
     """
-    found = importlib.util.find_spec("elpv_dataset")
+    found = importlib.util.find_spec("elpv_dataset")  # without importing it
     if found is None or found.origin is None:
         raise UserError("data.source: sample:elpv needs the package elpv-dataset: pip install elpv-dataset")
     folder = Path(found.origin).parent / "data"
     rows = []
-    for line in (folder / "labels.csv").read_text().splitlines():
+    for line in (folder / "labels.csv").read_text(encoding="utf-8").splitlines():
         path, probability, _ = line.split()
         rows.append((folder / path, path, "defective" if float(probability) > 0.5 else "functional"))
     return rows

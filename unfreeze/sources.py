@@ -5,7 +5,10 @@ The table has a row per image: ``file`` (where it lies), ``path`` (how people ar
 empty).
 """
 
+import csv
+import io
 import os
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,33 +24,16 @@ SPLITS = {
     **dict.fromkeys(("test", "testing", "tst"), "test"),
 }
 """The usual spellings of the splits' names."""
-NO_IMAGES = frozenset(
-    [
-        ".txt",
-        ".csv",
-        ".tsv",
-        ".json",
-        ".jsonl",
-        ".md",
-        ".xml",
-        ".html",
-        ".htm",
-        ".py",
-        ".ipynb",
-        ".yaml",
-        ".yml",
-        ".pdf",
-        ".doc",
-        ".docx",
-        ".zip",
-        ".tar",
-        ".gz",
-        ".db",
-        ".ini",
-        ".log",
-    ]
-)
-"""Files that lie beside images and are none."""
+# fmt: off
+NO_IMAGES = frozenset((
+    ".txt", ".rst", ".md", ".csv", ".tsv", ".xls", ".xlsx", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".toml", ".html",
+    ".htm", ".css", ".js", ".py", ".ipynb", ".sh", ".log", ".pdf", ".doc", ".docx", ".zip", ".tar", ".gz", ".7z", ".rar",
+    ".db", ".ini", ".dvc", ".npy", ".npz", ".h5", ".pt", ".pth", ".safetensors", ".mp4", ".mov", ".avi", ".mp3", ".wav",
+))
+# fmt: on
+"""Files that lie beside images and are none. Any other ending is tried, an unknown one and none too."""
+LITTER = frozenset(("__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found", "@eaDir", "Icon\r"))
+"""What systems leave in folders, beside hidden files."""
 
 
 def read_source(source: str) -> pd.DataFrame:
@@ -59,119 +45,198 @@ def read_source(source: str) -> pd.DataFrame:
             optionally ``split`` and ``group``; or ``sample:elpv``.
 
     Returns:
-        The table described above, sorted by path.
+        The table described above, sorted by path. ``file`` is absolute.
 
     Raises:
-        UserError: the source is missing, empty, of no known kind, or has fewer than two classes.
+        UserError: the source is missing, cannot be read, is empty, of no known kind, or has fewer than two classes.
     """
-    if source.startswith("sample:"):
-        if source not in SAMPLES:
-            raise UserError(f"data.source: there is no {source}; there is {', '.join(SAMPLES)}.")
-        table = pd.DataFrame([(str(file), path, label, "", "") for file, path, label in elpv()], columns=COLUMNS)
-    else:
-        where = Path(source).expanduser()
-        if where.is_dir():
-            table = _csv(where / "labels.csv") if (where / "labels.csv").is_file() else _folder(where)
-        elif where.suffix.lower() in (".csv", ".tsv") and where.is_file():
-            table = _csv(where)
-        elif where.exists():
-            raise UserError(f"data.source: {source} is neither a folder nor a CSV file.")
-        else:
-            raise UserError(f"data.source: {source} does not exist (looked for {where.absolute()}).")
+    try:
+        table = _table(source)
+    except OSError as error:
+        raise UserError(f"data.source: {shown(str(error.filename))} cannot be read: {error.strerror}.") from None
     if table.empty:
-        raise UserError(
-            f"data.source: there are no images in {source}; it needs a subfolder with images for each class."
-        )
+        raise UserError(f"data.source: there are no images in {source}; see docs/data.md for what it can be.")
     classes = sorted(table["label"].unique())
     if len(classes) < 2:
         raise UserError(
             f"data.source: all {len(table)} images of {source} are of the class {classes[0]!r}; it takes two classes or "
-            "more, each in a subfolder of its own."
+            f"more.{_deeper(source, classes[0])}"
         )
-    return table.sort_values("path", ignore_index=True)
+    return table.sort_values("path", kind="stable", ignore_index=True)
 
 
-def _folder(root: Path) -> pd.DataFrame:
+def shown(name: str) -> str:
+    """A name of a file as text that can be stored and printed: bytes that are not UTF-8, and control characters but for
+    the line feed, are escaped."""
+    if name.isprintable():
+        return name
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Cs") and c != "\n" else c
+        for c in name
+    )
+
+
+def _table(source: str) -> pd.DataFrame:
+    if source.startswith("sample:"):
+        if source not in SAMPLES:
+            raise UserError(f"data.source: there is no {source}; there is {', '.join(SAMPLES)}.")
+        return pd.DataFrame([(str(file), path, label, "", "") for file, path, label in elpv()], columns=COLUMNS)
+    where = _where(source)
+    if os.path.isdir(where):
+        labels = where / "labels.csv"
+        return _csv(labels) if labels.is_file() else _folder(str(where))
+    if where.suffix.lower() in (".csv", ".tsv") and os.path.isfile(where):
+        return _csv(where)
+    if os.path.exists(where):
+        raise UserError(f"data.source: {source} is neither a folder nor a CSV file.")
+    raise UserError(f"data.source: {source} does not exist (looked for {where}).")
+
+
+def _where(source: str) -> Path:
+    return Path(os.path.expanduser(source)).absolute()
+
+
+def _deeper(source: str, label: str) -> str:
+    """A hint where the only class is a folder that holds the classes, as archives like to be unpacked."""
+    inner = _where(source) / label
+    if os.path.isdir(inner) and len(_subfolders(str(inner))) > 1:
+        return f" Are its subfolders the classes? Then set data.source to {os.path.join(source, label)}."
+    return ""
+
+
+def _folder(root: str) -> pd.DataFrame:
     """A folder with a subfolder per class, or with such folders for each split."""
     folders = _subfolders(root)
     splits = {name: SPLITS[name.lower()] for name in folders if name.lower() in SPLITS}
+    # "train" may be a class, beside "bus" and "car"; then there are no classes in it.
+    training = [name for name, split in splits.items() if split == "train" and _subfolders(os.path.join(root, name))]
     rows: list[tuple[str, str, str, str, str]] = []
-    if "train" in splits.values():
+    if training:
         for name, split in splits.items():
-            for label in _subfolders(root / name):
-                rows += _images(root, root / name / label, label, split)
+            labels = _subfolders(os.path.join(root, name))
+            if not labels and any(walk(os.path.join(root, name))):
+                raise UserError(_no_classes(root, name))
+            for label in labels:
+                rows += _images(root, os.path.join(root, name, label), label, split)
+    elif splits and len(splits) == len(folders):
+        raise UserError(_no_classes(root, next((name for name in splits if splits[name] == "train"), None)))
     else:
         for label in folders:
-            rows += _images(root, root / label, label, "")
+            rows += _images(root, os.path.join(root, label), label, "")
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _subfolders(folder: Path) -> list[str]:
+def _no_classes(root: str, name: str | None) -> str:
+    if name is None:
+        return f"data.source: {shown(root)} has folders for validation or testing, but none for training (train)."
+    return f"data.source: the images in {shown(os.path.join(root, name))} need a subfolder for each class."
+
+
+def _subfolders(folder: str) -> list[str]:
     with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not _hidden(e.name))
+        return sorted(entry.name for entry in entries if _is_folder(entry) and not _ignored(entry.name))
 
 
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN")
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
-def _images(root: Path, folder: Path, label: str, split: str) -> list[tuple[str, str, str, str, str]]:
-    return [(file, os.path.relpath(file, root), label, split, "") for file in walk(str(folder))]
+def _ignored(name: str) -> bool:
+    return name.startswith(".") or name in LITTER
 
 
-def walk(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
-    """Files below a folder that may be images; links are followed, but not in circles."""
-    here = os.path.realpath(folder)
-    if here in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda e: e.name):
-            if _hidden(entry.name):
-                continue
-            if entry.is_dir():
-                yield from walk(entry.path, above | {here})
-            elif os.path.splitext(entry.name)[1].lower() not in NO_IMAGES:
-                yield entry.path
+def _images(root: str, folder: str, label: str, split: str) -> list[tuple[str, str, str, str, str]]:
+    return [(file, shown(os.path.relpath(file, root)), shown(label), split, "") for file in walk(folder)]
+
+
+def walk(folder: str) -> Iterator[str]:
+    """Files below a folder that may be images, in a fixed order; links are followed, but no folder is entered twice."""
+    seen: set[str] = set()
+    waiting = [folder]
+    while waiting:
+        here = waiting.pop()
+        if (real := os.path.realpath(here)) in seen:
+            continue
+        seen.add(real)
+        below = []
+        with os.scandir(here) as entries:
+            for entry in sorted(entries, key=lambda e: e.name):
+                if _ignored(entry.name):
+                    continue
+                if _is_folder(entry):
+                    below.append(entry.path)
+                elif os.path.splitext(entry.name)[1].lower() not in NO_IMAGES:
+                    yield entry.path
+        waiting += reversed(below)
 
 
 def _csv(file: Path) -> pd.DataFrame:
     """A CSV file of images, whose paths start at its own folder."""
-    try:
-        table = pd.read_csv(file, sep=None, engine="python", dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (ValueError, OSError) as error:
-        raise UserError(f"data.source: {file} cannot be read as CSV: {error}") from None
-    table.columns = table.columns.str.strip().str.lower()
-    missing = [name for name in ("path", "label") if name not in table]
+    table = _cells(file)
+    columns = list(table.columns)
+    missing = [name for name in ("path", "label") if name not in columns]
     if missing:
         raise UserError(
             f"data.source: {file} has no column {' and no column '.join(missing)}; its columns are "
-            f"{', '.join(table.columns)}. It needs path and label, and may have split and group."
+            f"{', '.join(columns)}. It needs path and label, and may have split and group."
         )
-    for name in ("split", "group"):
-        if name not in table:
-            table[name] = ""
-    table = table[["path", "label", "split", "group"]].apply(lambda column: column.str.strip()).drop_duplicates()
+    table = pd.DataFrame({name: table[name] if name in columns else "" for name in ("path", "label", "split", "group")})
     _refuse(file, table["path"].eq("") | table["label"].eq(""), table, "have no path or no label")
     table["split"] = table["split"].str.lower().replace(SPLITS)
-    _refuse(
-        file, ~table["split"].isin(["", *set(SPLITS.values())]), table, "have a split that is not train, valid or test"
-    )
-    table["file"] = [str(file.parent / path) for path in table["path"]]
-    root = os.path.realpath(file.parent)
-    outside = [os.path.commonpath([root, os.path.realpath(path)]) != root for path in table["file"]]
-    _refuse(file, pd.Series(outside, table.index), table, f"lead out of the folder {file.parent}")
-    _refuse(file, ~table["file"].map(os.path.isfile), table, "name a file that does not exist")
-    _refuse(
-        file,
-        table["path"].duplicated(keep=False),
-        table,
-        "list an image twice, with different labels, splits or groups",
-    )
+    strange = ~table["split"].isin(["", *set(SPLITS.values())])
+    _refuse(file, strange, table, "have a split that is not train, valid or test")
+
+    root = str(file.parent)
+    table["path"] = [
+        os.path.relpath(path, root) if os.path.isabs(path) else os.path.normpath(path) for path in table["path"]
+    ]
+    outside = table["path"].eq("..") | table["path"].str.startswith("../")
+    _refuse(file, outside, table, f"lead out of the folder {root}, where all images must be")
+    table["file"] = [os.path.join(root, path) for path in table["path"]]
+    _refuse(file, ~table["file"].map(os.path.isfile).astype(bool), table, "name a file that does not exist")
+    table = table.drop_duplicates()
+    twice = table["path"].duplicated(keep=False)
+    _refuse(file, twice, table, "list an image twice, with different labels, splits or groups")
+    table["path"], table["label"] = table["path"].map(shown), table["label"].map(shown)
     return table[COLUMNS]
+
+
+def _cells(file: Path) -> pd.DataFrame:
+    """The cells of a CSV file as text without blanks around it; names of columns in lower case."""
+    raw = file.read_bytes()
+    try:
+        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"data.source: {file} is not UTF-8 text; save it as CSV in UTF-8.") from None
+    header = text.lstrip().split("\n", 1)[0]
+    separator = max(",;\t", key=header.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
+    rows: list[list[str]] = []
+    try:
+        for cells in reader:
+            row = [cell.strip() for cell in cells]
+            if not any(row):
+                continue
+            if rows and any(row[len(rows[0]) :]):
+                raise UserError(
+                    f"data.source: {file}, line {reader.line_num}, has {len(row)} cells instead of {len(rows[0])}; "
+                    "put text that contains the separator in quotes."
+                )
+            rows.append(row if not rows else (row + [""] * len(rows[0]))[: len(rows[0])])
+    except csv.Error as error:
+        raise UserError(f"data.source: {file}, line {reader.line_num}, is not CSV: {error}.") from None
+    names = [name.lower() for name in rows[0]] if rows else []
+    double = [name for name in ("path", "label", "split", "group") if names.count(name) > 1]
+    if double:
+        raise UserError(f"data.source: {file} has more than one column {double[0]}.")
+    return pd.DataFrame(rows[1:], columns=names, dtype=str)
 
 
 def _refuse(file: Path, wrong: pd.Series, table: pd.DataFrame, what: str) -> None:
     """Raise a UserError that names the first wrong rows, where there are any."""
     if wrong.any():
         named = ", ".join(repr(path) for path in table.loc[wrong, "path"].head(3))
-        raise UserError(f"data.source: {int(wrong.sum())} rows of {file} {what}: {named}.")
+        raise UserError(f"data.source: of {len(table)} rows of {file}, {int(wrong.sum())} {what}: {named}.")

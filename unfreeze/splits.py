@@ -4,6 +4,8 @@ Stratified by class and seeded. Images that must not be separated (exact duplica
 and clusters are dealt out whole.
 """
 
+from collections import Counter
+
 import numpy as np
 import pandas as pd
 
@@ -13,56 +15,114 @@ from unfreeze.errors import UserError
 def assign_splits(table: pd.DataFrame, valid: float, test: float, seed: int) -> pd.Series:
     """The split of every image.
 
-    What the source says stands. Where it gives no validation images they are taken from the rest; test images too, where
-    it gives neither. Rows without a split that are tied to an image of a given split go there.
+    What the source says stands. Where it gives no validation images they are taken from the images without a split (from
+    the training images where every image has one); test images too, where it gives neither. An image without a split
+    that is tied to one of a given split goes there.
 
     Args:
-        table: columns ``label``, ``split`` (may be empty), ``group`` (may be empty) and ``digest`` of each image.
-        valid, test: shares of the images of each class.
+        table: columns ``label``, ``split`` (may be empty), ``group`` (may be empty) and ``digest`` (empty: no
+            duplicates) of each image.
+        valid, test: shares of the images of each class that are to be split.
         seed: of the order in which clusters are dealt.
 
     Returns:
         Names of splits, with the table's index.
 
     Raises:
-        UserError: a class has too few clusters of images for the splits.
+        UserError: a class cannot be in every split that is made, or not in the training split.
     """
-    given = set(table["split"]) - {"", "train"}
-    wanted = {"valid": valid} if "valid" not in given else {}
+    stated = table["split"]
+    given = set(stated) - {"", "train"}
+    wanted = {} if "valid" in given else {"valid": valid}
     if not given and test > 0:
         wanted["test"] = test
 
     cluster = _clusters(table)
-    kept = table["split"].isin(given)
-    claimed = cluster.map(table["split"][kept].groupby(cluster[kept]).first())
-    split = table["split"].where(table["split"].ne(""), claimed.fillna("train"))
-    free = ~split.isin(given) & claimed.isna()
+    pool = stated.eq("") if stated.eq("").any() else stated.eq("train")
+    kept = stated.ne("") & ~pool
+    claimed = cluster.map(stated[kept].groupby(cluster[kept]).first())
+    free = pool & claimed.isna()
+    trained = set(table["label"][kept & stated.eq("train")])
+    dealt = cluster[free].map(_deal(table["label"][free], cluster[free], wanted, trained, seed))
+    split = stated.where(stated.ne(""), claimed).where(~free, dealt)
+    _check(table["label"], split, cluster[free], wanted)
+    return split
 
+
+def _deal(
+    labels: pd.Series, cluster: pd.Series, wanted: dict[str, float], trained: set[str], seed: int
+) -> dict[int, str]:
+    """A split for each cluster, so that every class has its share in each of them.
+
+    Rare classes first, as Sechidis et al. (2011), "On the stratification of multi-label data", have it: a cluster with
+    images of several classes is dealt when its rarest class is.
+    """
+    sizes: dict[str, dict[int, int]] = {label: {} for label in labels.unique()}
+    members: dict[int, list[str]] = {}
+    for label, number in zip(labels, cluster, strict=True):
+        sizes[label][number] = sizes[label].get(number, 0) + 1
+        members.setdefault(number, []).append(label)
+
+    filled = Counter({("train", label): 1 for label in trained})
     rng = np.random.default_rng(seed)
-    sizes = cluster[free].value_counts()
     dealt: dict[int, str] = {}
-    # A cluster of images of several classes is dealt with the class of its first one.
-    for label, rows in table[free].assign(cluster=cluster).drop_duplicates("cluster").groupby("label"):
-        if len(rows) <= len(wanted):
-            raise UserError(
-                f"data.source: the class {label!r} has only {len(rows)} images to split (duplicates and groups counted "
-                f"as one), too few for {len(wanted) + 1} splits: add images, or set data.test to 0."
-            )
-        order = list(rng.permutation(rows["cluster"].to_numpy()))
-        total = sizes[order].sum()
+    for label in sorted(sizes, key=lambda name: (sum(sizes[name].values()), name)):
+        total = sum(sizes[label].values())
+        order = [int(number) for number in rng.permutation([number for number in sizes[label] if number not in dealt])]
+        waiting = [*wanted, "train"]
         for name, share in wanted.items():
-            taken = 0
-            while taken < max(1, round(share * total)) and len(order) > 1:
-                number = order.pop()
-                dealt[number] = name
-                taken += sizes[number]
-    return split.where(~free, cluster.map(dealt).fillna("train"))
+            waiting.remove(name)
+            goal = max(1, round(share * total)) - filled[name, label]
+            spare = sum(filled[other, label] == 0 for other in waiting)
+            taken = _take(order, sizes[label], goal, spare)
+            dealt |= dict.fromkeys(taken, name)
+            filled.update((name, other) for number in taken for other in members[number])
+            order = [number for number in order if number not in dealt]
+        dealt |= dict.fromkeys(order, "train")
+        filled.update(("train", other) for number in order for other in members[number])
+    return dealt
+
+
+def _take(order: list[int], sizes: dict[int, int], goal: int, spare: int) -> list[int]:
+    """Clusters from the end of ``order`` with about ``goal`` images in all, at least one; ``spare`` of them are left."""
+    most = len(order) - spare
+    if goal <= 0 or most <= 0:
+        return []
+    taken: list[int] = []
+    count = 0
+    for number in reversed(order):
+        if count >= goal or len(taken) == most:
+            break
+        if sizes[number] <= 2 * (goal - count):  # else one is nearer to the goal without it
+            taken.append(number)
+            count += sizes[number]
+    return taken or [min(reversed(order), key=lambda number: sizes[number])]
+
+
+def _check(labels: pd.Series, split: pd.Series, cluster: pd.Series, wanted: dict[str, float]) -> None:
+    """Raise a UserError for the first class that is missing where it is needed."""
+    made = ["train", *wanted] if wanted else []
+    present = set(zip(labels, split, strict=True))
+    for label in sorted(labels.unique()):
+        if any((label, name) not in present for name in made):
+            count = cluster[labels[cluster.index] == label].nunique()
+            tied = ", and some of them cannot be parted from other classes' by group" if count >= len(made) else ""
+            raise UserError(
+                f"data.source: the class {label!r} has {count} image{'s' * (count != 1)} to be split (duplicates and "
+                f"images of one group count as one), but {' and '.join(made)} each need one{tied}: add images of this "
+                f"class{', or set data.test to 0' if 'test' in wanted else ''}."
+            )
+        if (label, "train") not in present:
+            raise UserError(
+                f"data.source: there are no training images of the class {label!r}, only others: check how the class is "
+                "written, or add training images of it."
+            )
 
 
 def _clusters(table: pd.DataFrame) -> pd.Series:
     """A number for each image, equal for images that must stay together: the connected components of sharing a digest or
     a group."""
-    parent = np.arange(len(table))
+    parent = list(range(len(table)))
 
     def root(i: int) -> int:
         while parent[i] != i:

@@ -98,7 +98,13 @@ def random_views(
     centre = rng.uniform(half, np.maximum(sizes - 1 - half, half))
     gain = np.exp(rng.uniform(-augment.lighting, augment.lighting, count))
     shift = rng.uniform(-augment.lighting, augment.lighting, count) / 2
-    return Views(rows, *(a.astype(np.float32) for a in (linear, centre, gain, shift)))
+    return Views(
+        rows,
+        linear.astype(np.float32),
+        centre.astype(np.float32),
+        gain.astype(np.float32),
+        shift.astype(np.float32),
+    )
 
 
 def tta_views(size: NDArray[np.int64], image_size: int, flip: str, count: int) -> tuple[Floats, Floats]:

@@ -13,7 +13,18 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent.parent
-PARTS = ("unfreeze", "tasks", "flows", "params.yaml", "dvc.yaml", "prefect.yaml", "sample:elpv", ".dvc", ".dvcignore", ".gitignore")
+PARTS = (
+    "unfreeze",
+    "tasks",
+    "flows",
+    "params.yaml",
+    "dvc.yaml",
+    "prefect.yaml",
+    "sample:elpv",
+    ".dvc",
+    ".dvcignore",
+    ".gitignore",
+)
 SMALL = {
     "data.source": "../photos",
     "data.image_size": "32",
@@ -30,12 +41,13 @@ SMALL = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Project:
-    """A checkout in a folder of its own, and how to run things in it."""
+    """A checkout in a folder of its own, how to run things in it, and what its first run printed."""
 
     folder: Path
     environment: dict[str, str]
+    first: str = ""
 
     def run(self, *words: str, code: int | None = 0) -> str:
         """Run a Python module's command line; returns what it prints."""

@@ -18,7 +18,7 @@ AFTER_FULL = ["train_full", "evaluate", "retrain", "register"]
 @pytest.fixture(scope="module")
 def flow_project(make_project: Callable[[], Project]) -> Project:
     project = make_project()
-    project.first = project.run("flows.cli", "run")  # type: ignore[attr-defined]
+    project.first = project.run("flows.cli", "run")
     return project
 
 
@@ -56,7 +56,7 @@ def check_tracking(project: Project, door: str) -> None:
 
 
 def test_the_flow_runs_everything_and_says_so(flow_project: Project) -> None:
-    output = flow_project.first  # type: ignore[attr-defined]
+    output = flow_project.first
     assert "\r" not in output
     assert "with TTA" in output and "logistic regression" in output
     for stage in STAGES:
@@ -113,12 +113,12 @@ def test_a_wrong_setting_is_refused_before_anything_runs(flow_project: Project) 
 @pytest.fixture(scope="module")
 def dvc_project(make_project: Callable[[], Project]) -> Project:
     project = make_project()
-    project.first = project.run("dvc", "repro")  # type: ignore[attr-defined]
+    project.first = project.run("dvc", "repro")
     return project
 
 
 def test_dvc_alone_does_and_tracks_the_same(dvc_project: Project) -> None:
-    assert dvc_project.ran(dvc_project.first) == list(STAGES)  # type: ignore[attr-defined]
+    assert dvc_project.ran(dvc_project.first) == list(STAGES)
     check_tracking(dvc_project, "dvc repro")
 
 
