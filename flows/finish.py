@@ -24,8 +24,16 @@ def finish(outcomes: Mapping[str, Outcome], plan: Plan) -> None:
         return
     if plan.pull and (trouble := dvc.push()):
         log.warning("DVC's remote did not take everything; `dvc push --run-cache` later sends the rest: %s", trouble)
+    try:
+        _conclude(outcomes)
+    except Exception as error:
+        log.warning("MLflow's parent run could not be concluded: %s", str(error).splitlines()[0])
+
+
+def _conclude(outcomes: Mapping[str, Outcome]) -> None:
     mlflow = client()
     if parent := find_parent(mlflow):
         done = len(outcomes) == len(STAGES)
         conclude(mlflow, parent, tuple(outcomes), "FINISHED" if done else "FAILED")
-        log.info("MLflow run: %s", run_address(mlflow.get_run(parent).info.experiment_id, parent))
+        address = run_address(mlflow.get_run(parent).info.experiment_id, parent)
+        get_run_logger().info("MLflow run: %s", address)

@@ -2,6 +2,7 @@
 
 import os
 
+from prefect import get_run_logger
 from prefect.artifacts import create_link_artifact
 
 from tasks.environment import artifact
@@ -27,9 +28,16 @@ def run_address(experiment: str, run: str) -> str:
 
 
 def publish_links(stage: str) -> None:
-    """Make Prefect artifacts of what a step leaves to look at; says nothing where MLflow cannot be reached."""
+    """Make Prefect artifacts of what a step leaves to look at; a server that does not answer costs only the link."""
     if stage not in LINKED and stage != "ingest":
         return
+    try:
+        _publish(stage)
+    except Exception as error:
+        get_run_logger().warning("No link to MLflow for %s: %s", stage, str(error).splitlines()[0])
+
+
+def _publish(stage: str) -> None:
     mlflow = client()
     parent = find_parent(mlflow)
     if parent is None:

@@ -17,6 +17,8 @@ import pandas as pd
 from unfreeze.errors import UserError
 from unfreeze.samples import SAMPLES, elpv
 
+Row = tuple[str, str, str, str, str]
+
 COLUMNS = ["file", "path", "label", "split", "group"]
 SPLITS = {
     **dict.fromkeys(("train", "training", "trn"), "train"),
@@ -80,7 +82,7 @@ def _table(source: str) -> pd.DataFrame:
     if source.startswith("sample:"):
         if source not in SAMPLES:
             raise UserError(f"data.source: there is no {source}; there is {', '.join(SAMPLES)}.")
-        return pd.DataFrame([(str(file), path, label, "", "") for file, path, label in elpv()], columns=COLUMNS)
+        return _frame([(str(file), path, label, "", "") for file, path, label in elpv()])
     where = _where(source)
     if os.path.isdir(where):
         labels = where / "labels.csv"
@@ -90,6 +92,10 @@ def _table(source: str) -> pd.DataFrame:
     if os.path.exists(where):
         raise UserError(f"data.source: {source} is neither a folder nor a CSV file.")
     raise UserError(f"data.source: {source} does not exist (looked for {where}).")
+
+
+def _frame(rows: list[Row]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=COLUMNS, dtype=object)  # pandas' own text cannot hold names that are not UTF-8
 
 
 def _where(source: str) -> Path:
@@ -110,7 +116,7 @@ def _folder(root: str) -> pd.DataFrame:
     splits = {name: SPLITS[name.lower()] for name in folders if name.lower() in SPLITS}
     # "train" may be a class, beside "bus" and "car"; then there are no classes in it.
     training = [name for name, split in splits.items() if split == "train" and _subfolders(os.path.join(root, name))]
-    rows: list[tuple[str, str, str, str, str]] = []
+    rows: list[Row] = []
     if training:
         for name, split in splits.items():
             labels = _subfolders(os.path.join(root, name))
@@ -123,7 +129,7 @@ def _folder(root: str) -> pd.DataFrame:
     else:
         for label in folders:
             rows += _images(root, os.path.join(root, label), label, "")
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return _frame(rows)
 
 
 def _no_classes(root: str, name: str | None) -> str:
@@ -148,19 +154,20 @@ def _ignored(name: str) -> bool:
     return name.startswith(".") or name in LITTER
 
 
-def _images(root: str, folder: str, label: str, split: str) -> list[tuple[str, str, str, str, str]]:
+def _images(root: str, folder: str, label: str, split: str) -> list[Row]:
     return [(file, shown(os.path.relpath(file, root)), shown(label), split, "") for file in walk(folder)]
 
 
 def walk(folder: str) -> Iterator[str]:
     """Files below a folder that may be images, in a fixed order; links are followed, but no folder is entered twice."""
-    seen: set[str] = set()
+    seen: set[tuple[int, int]] = set()
     waiting = [folder]
     while waiting:
         here = waiting.pop()
-        if (real := os.path.realpath(here)) in seen:
+        status = os.stat(here)
+        if (status.st_dev, status.st_ino) in seen:
             continue
-        seen.add(real)
+        seen.add((status.st_dev, status.st_ino))
         below = []
         with os.scandir(here) as entries:
             for entry in sorted(entries, key=lambda e: e.name):
@@ -177,13 +184,15 @@ def _csv(file: Path) -> pd.DataFrame:
     """A CSV file of images, whose paths start at its own folder."""
     table = _cells(file)
     columns = list(table.columns)
-    missing = [name for name in ("path", "label") if name not in columns]
-    if missing:
+    lacking = [name for name in ("path", "label") if name not in columns]
+    if lacking:
         raise UserError(
-            f"data.source: {file} has no column {' and no column '.join(missing)}; its columns are "
-            f"{', '.join(columns)}. It needs path and label, and may have split and group."
+            f"data.source: {file} has no column {' and no column '.join(lacking)}; it has "
+            f"{', '.join(columns) or 'none at all'}. It needs path and label, and may have split and group."
         )
     table = pd.DataFrame({name: table[name] if name in columns else "" for name in ("path", "label", "split", "group")})
+    if table.empty:
+        return _frame([])
     _refuse(file, table["path"].eq("") | table["label"].eq(""), table, "have no path or no label")
     table["split"] = table["split"].str.lower().replace(SPLITS)
     strange = ~table["split"].isin(["", *set(SPLITS.values())])
@@ -195,8 +204,10 @@ def _csv(file: Path) -> pd.DataFrame:
     ]
     outside = table["path"].eq("..") | table["path"].str.startswith("../")
     _refuse(file, outside, table, f"lead out of the folder {root}, where all images must be")
-    table["file"] = [os.path.join(root, path) for path in table["path"]]
-    _refuse(file, ~table["file"].map(os.path.isfile).astype(bool), table, "name a file that does not exist")
+    files = [os.path.join(root, path) for path in table["path"]]
+    missing = pd.Series([not os.path.isfile(path) for path in files], table.index)
+    _refuse(file, missing, table, "name a file that does not exist")
+    table.insert(0, "file", pd.Series(files, table.index, dtype=object))
     table = table.drop_duplicates()
     twice = table["path"].duplicated(keep=False)
     _refuse(file, twice, table, "list an image twice, with different labels, splits or groups")
@@ -232,7 +243,7 @@ def _cells(file: Path) -> pd.DataFrame:
     double = [name for name in ("path", "label", "split", "group") if names.count(name) > 1]
     if double:
         raise UserError(f"data.source: {file} has more than one column {double[0]}.")
-    return pd.DataFrame(rows[1:], columns=names, dtype=str)
+    return pd.DataFrame(rows[1:], columns=names, dtype=object)
 
 
 def _refuse(file: Path, wrong: pd.Series, table: pd.DataFrame, what: str) -> None:
