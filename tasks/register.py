@@ -4,7 +4,9 @@ The version belongs to the pass's parent run, which carries the metrics, the rep
 it takes to build the same model again.
 """
 
+import contextlib
 import hashlib
+import io
 import logging
 import os
 import warnings
@@ -46,7 +48,8 @@ def _register(weights: Path, name: str, parent: str) -> int:
 
     mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
     root = Path(__file__).parent.parent
-    with mlflow.start_run(run_id=parent), warnings.catch_warnings():
+    # MLflow says on stderr what it did; what goes wrong it raises.
+    with mlflow.start_run(run_id=parent), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         model = mlflow.pyfunc.log_model(
             name="model",

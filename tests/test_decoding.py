@@ -18,6 +18,7 @@ from PIL import Image
 
 from unfreeze.decoding import ORIENTATION, BrokenImage, decode, resize_shorter
 
+pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")  # pytest undoes what the module itself does about them
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (23, 31, 3), np.uint8)
 SMOOTH = np.stack([*np.meshgrid(np.linspace(0, 255, 31), np.linspace(0, 255, 23)), np.full((23, 31), 90.0)], 2).astype(

@@ -25,12 +25,13 @@ from unfreeze.packing import difference_hash, pack
 from unfreeze.settings import Data
 from unfreeze.sources import read_source
 
+pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
 SIZE = 32
 
 
 def data(source: Path, **changes: float) -> Data:
     chosen: dict[str, float] = {"valid": 0.2, "test": 0.2, "max_broken": 0.2, "max_megapixels": 1, **changes}
-    return Data(str(source), SIZE, **chosen)  # type: ignore[arg-type]
+    return Data(str(source), SIZE, **chosen)
 
 
 def noise(seed: int, width: int = 40, height: int = SIZE) -> Image.Image:
@@ -269,6 +270,18 @@ def test_a_disk_that_fills_up_is_said_in_a_sentence(photos: Path) -> None:
     assert os.strerror(errno.EFBIG) in message and str(photos.parent / "failing") in message
 
 
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_whichever_file_does_not_fit_none_is_left(photos: Path, monkeypatch: pytest.MonkeyPatch, written: int) -> None:
+    calls = itertools.count()
+
+    def full(_: int) -> None:
+        if next(calls) == written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert os.strerror(errno.ENOSPC) in failing(photos)
+
+
 def test_a_folder_that_cannot_be_made_is_named(photos: Path) -> None:
     out = photos / "cat/0.png/out"
     with pytest.raises(UserError, match=r"could not be written.*0\.png"):
@@ -348,9 +361,9 @@ def test_duplicates_are_those_that_comparing_all_pairs_finds(seed: int) -> None:
     found = find_duplicates(images)
     assert dict(zip(zip(found["row_a"], found["row_b"], strict=True), found["kind"], strict=True)) == expected
     assert {"exact", "near"} == set(expected.values())
-    for pair in found.itertuples():
-        assert pair.leak == (table["split"][pair.row_a] != table["split"][pair.row_b])
-        assert pair.conflict == (table["label"][pair.row_a] != table["label"][pair.row_b])
+    first, second = (table.loc[found[name].to_list()].reset_index() for name in ("row_a", "row_b"))
+    assert found["leak"].equals(first["split"] != second["split"])
+    assert found["conflict"].equals(first["label"] != second["label"])
     assert found["conflict"].is_monotonic_decreasing and found["conflict"].any()
 
 

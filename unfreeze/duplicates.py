@@ -53,10 +53,9 @@ def find_duplicates(packed: PackedImages) -> pd.DataFrame:
 def _near(packed: PackedImages, hashes: NDArray[np.uint64], digest: Rows) -> Rows:
     """Pairs (M, 2) of rows whose hashes and pixels are nearly, but not exactly, the same."""
     structured = np.flatnonzero((np.bitwise_count(hashes) >= FLAT) & (np.bitwise_count(hashes) <= 64 - FLAT))
-    some = hashes[structured]
+    some, of = hashes[structured], digest[structured]
     parts = [(some >> np.uint64(shift)) & np.uint64(2**bits - 1) for shift, bits in ((0, 21), (21, 21), (42, 22))]
-    pairs = structured[np.unique(np.concatenate([_sharing(part, some, REACH) for part in parts]), axis=0)]
-    pairs = pairs[digest[pairs[:, 0]] != digest[pairs[:, 1]]]
+    pairs = structured[np.unique(np.concatenate([_sharing(part, some, REACH, of) for part in parts]), axis=0)]
     rows, place = np.unique(pairs, return_inverse=True)
     small = np.array([_small(packed[row]) for row in rows]).reshape(-1, SMALL * SMALL)
     first, second = place.reshape(-1, 2).T
@@ -64,19 +63,26 @@ def _near(packed: PackedImages, hashes: NDArray[np.uint64], digest: Rows) -> Row
     return pairs[np.array(alike, bool)]
 
 
-def _sharing(key: NDArray[np.generic], hashes: NDArray[np.uint64], reach: int) -> Rows:
+def _sharing(
+    key: NDArray[np.generic], hashes: NDArray[np.uint64], reach: int, digest: NDArray[np.generic] | None = None
+) -> Rows:
     """Pairs (M, 2) of rows that have the same key, and hashes that differ in at most `NEAR` bits.
 
-    Among rows of one key each is compared with the ``reach`` next ones in the order of their hashes.
+    Among rows of one key each is compared with the ``reach`` next ones in the order of their hashes. With ``digest``,
+    pairs of the same digest are left out.
     """
     order = np.lexsort((hashes, key))
     found = [np.empty((0, 2), np.int64)]
-    for step in range(1, min(reach, len(order) - 1) + 1):
-        a, b = order[:-step], order[step:]
-        same = key[a] == key[b]
-        if not same.any():
+    start = np.arange(len(order))
+    for step in range(1, reach + 1):
+        start = start[start + step < len(order)]
+        start = start[key[order[start]] == key[order[start + step]]]  # who has no neighbour has none further on
+        if not len(start):
             break
-        close = same & (np.bitwise_count(hashes[a] ^ hashes[b]) <= NEAR)
+        a, b = order[start], order[start + step]
+        close = np.bitwise_count(hashes[a] ^ hashes[b]) <= NEAR
+        if digest is not None:
+            close &= digest[a] != digest[b]
         found.append(np.sort(np.stack([a[close], b[close]], 1), 1))
     return np.concatenate(found)
 

@@ -1,5 +1,6 @@
 """Packing: decode every image once and write its pixels where `unfreeze.packed` reads them."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -48,13 +49,12 @@ def pack(table: pd.DataFrame, folder: Path, data: Data, seed: int) -> dict[str, 
     """
     # A rehearsal without knowledge of duplicates: what cannot be split is refused before hours of decoding.
     assign_splits(table.assign(digest=""), data.valid, data.test, seed)
-    partial = folder / "pixels.bin.partial"
+    partial = {name: folder / f"{name}.partial" for name in ("pixels.bin", "images.csv", "dataset.json")}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _check_space(folder, len(table), data.image_size)
-        with partial.open("wb") as file:
+        with _written(partial["pixels.bin"]) as file:
             rows = _pack_pixels(table, file, data)
-            _sync(file)
         found = pd.concat([table.drop(columns="file").reset_index(drop=True), pd.DataFrame(rows)], axis=1)
         good = found["reason"] == ""
         _check_classes(found, good)
@@ -66,16 +66,21 @@ def pack(table: pd.DataFrame, folder: Path, data: Data, seed: int) -> dict[str, 
             "source": data.source,
             "fingerprint": _fingerprint(found[good]),
         }
-        os.replace(partial, folder / "pixels.bin")
-        _write(folder / "images.csv", found.to_csv(index=False, lineterminator="\n"))
-        _write(folder / "dataset.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+        with _written(partial["images.csv"]) as file:
+            file.write(found.to_csv(index=False, lineterminator="\n").encode())
+        with _written(partial["dataset.json"]) as file:
+            file.write((json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode())
+        for name, whole in partial.items():
+            os.replace(whole, folder / name)
     except OSError as error:
         raise UserError(
             f"The packed pixels could not be written to {folder.absolute()}: {error.strerror}. Make space, or see who may "
             "write there."
         ) from None
     finally:
-        partial.unlink(missing_ok=True)
+        for left in partial.values():
+            with contextlib.suppress(OSError):
+                left.unlink()
     counts = found.loc[good, "split"].value_counts()
     splits = {split: int(counts.get(split, 0)) for split in ("train", "valid", "test")}
     return {"images": int(good.sum()), "broken": int((~good).sum()), "classes": len(classes), **splits}
@@ -168,16 +173,10 @@ def _check_space(folder: Path, images: int, image_size: int) -> None:
         )
 
 
-def _write(file: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    partial = file.with_name(f"{file.name}.partial")
-    with partial.open("wb") as stream:
-        stream.write(text.encode())
-        _sync(stream)
-    os.replace(partial, file)
-
-
-def _sync(file: IO[bytes]) -> None:
-    """Have the disk keep what was written, should the power fail."""
-    file.flush()
-    os.fsync(file.fileno())
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, of which the disk keeps what was written should the power fail."""
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())

@@ -80,7 +80,7 @@ def test_a_deployment_on_the_gpu_pool_runs_the_recipe(make_project: Callable[[],
             parameters = 'settings={"train_full.cycles": 2}'
             command = ("prefect", "deployment", "run", "recipe/nightly", "--watch", "--param", parameters)
             output = project.run(*command, code=None)
-        assert "in state 'Completed'" in output, output + worker_log.read_text()
+        assert "finished successfully" in output, output + worker_log.read_text()
         assert "up to date" in project.run("dvc", "status")
 
         mlflow = MlflowClient(tracking)
