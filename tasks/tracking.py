@@ -14,6 +14,7 @@ import queue
 import subprocess
 import threading
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -137,6 +138,8 @@ def client() -> Any:
     """An MLflow client for the tracking server of the environment."""
     # MLflow's own migrations announce each of their dozens of steps.
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    # urllib3 says on import that it could not speak SOCKS, which nobody asked it to.
+    warnings.filterwarnings("ignore", message="SOCKS support in urllib3")
     from mlflow import MlflowClient
 
     return MlflowClient(_uri())
