@@ -122,9 +122,21 @@ def test_exif_orientation_is_honoured(kind: str, orientation: int) -> None:
     assert size == image.size == SEEN[orientation](NOISE).shape[1::-1]
 
 
-def test_damaged_exif_does_not_cost_the_image() -> None:
+DAMAGED_EXIF = {
+    "cut off": b"II*\0\x08\0\0\0\x01\0",
+    "leads nowhere": b"II*\0\xff\xff\xff\xff" + bytes(range(60)),
+    "orientation is text": b"II*\0\x08\0\0\0\x01\0" + struct.pack("<HHI4s", ORIENTATION, 2, 4, b"up!\0") + bytes(4),
+    "orientation is none of eight": b"II*\0\x08\0\0\0\x01\0"
+    + struct.pack("<HHIHH", ORIENTATION, 3, 1, 9, 0)
+    + bytes(4),
+    "not EXIF at all": b"hello",
+}
+
+
+@pytest.mark.parametrize("exif", DAMAGED_EXIF.values(), ids=DAMAGED_EXIF)
+def test_damaged_exif_does_not_cost_the_image(exif: bytes) -> None:
     plain = encoded(Image.fromarray(NOISE), "JPEG")
-    spoilt = encoded(Image.fromarray(NOISE), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + bytes(range(60)))
+    spoilt = encoded(Image.fromarray(NOISE), "JPEG", exif=b"Exif\0\0" + exif)
     np.testing.assert_array_equal(pixels(spoilt), pixels(plain))
 
 
@@ -264,11 +276,17 @@ def test_bombs_are_refused_by_size_before_they_are_decoded(monkeypatch: pytest.M
         decode(encoded(Image.new("L", (100, 100)), "PNG"), 0.009)
 
 
-def test_a_bomb_inside_a_container_that_says_it_is_small_is_refused() -> None:
-    inner = png(30_000, 30_000, 1, 0, b"").getvalue()
+@pytest.mark.parametrize(("side", "limit"), [(30_000, 100), (2000, 1)])
+def test_a_bomb_inside_a_container_that_says_it_is_small_is_refused(side: int, limit: float) -> None:
+    inner = png(side, side, 1, 0, b"").getvalue()
     icon = struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inner), 22) + inner
     with pytest.raises(BrokenImage, match="max_megapixels"):
-        decode(io.BytesIO(icon), 100)
+        decode(io.BytesIO(icon), limit)
+
+
+def test_the_limit_is_the_settings_and_not_pillows() -> None:
+    with pytest.raises(BrokenImage, match="damaged"):  # it has no pixels, but that is found by decoding it
+        decode(png(15_000, 15_000, 1, 0, b""), 300)
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,12 @@ def test_as_many_images_as_splits_are_enough() -> None:
         assert set(assign_splits(plain(a=50, rare=2), 0.3, 0.0, seed)[50:]) == {"train", "valid"}
 
 
+def test_with_given_training_images_the_others_need_not_train() -> None:
+    rows = [(label, "train", "", "") for label in "ab"] + [(label, "", "", "") for label in "ab" for _ in range(2)]
+    split = assign_splits(frame(rows), 0.2, 0.2, 0)
+    assert split[:2].tolist() == ["train"] * 2 and set(split[2:4]) == set(split[4:]) == {"valid", "test"}
+
+
 def test_a_class_that_nothing_trains_is_named() -> None:
     rows = [(label, split, "", "") for split in ("train", "valid", "test") for label in "ab"]
     with pytest.raises(UserError, match="no training images of the class 'A'"):
