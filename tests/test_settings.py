@@ -81,8 +81,8 @@ def test_flatten_of_one_section() -> None:
         ("head.dropout", 1, "below 1"),
         ("head.dropout", "0.5", "a number"),
         ("head.dropout", "half", "a number"),
-        ("augment.flip", "dihedrall", "one of none, horizontal, dihedral. Did you mean dihedral?"),
-        ("augment.flip", False, "one of none, horizontal, dihedral"),
+        ("augment.flip", "dihedrall", "one of none, horizontal, both, dihedral. Did you mean dihedral?"),
+        ("augment.flip", False, "one of none, horizontal, both, dihedral"),
         ("augment.zoom", 0.9, "at least 1"),
         ("train.batch_size", 1, "at least 2"),
         ("train.optimizer", "adam", "one of adamw, sgd. Did you mean adamw?"),
@@ -122,7 +122,7 @@ def test_numbers_that_yaml_1_1_takes_for_text(text: str) -> None:
     [
         (changed("data.valid", 0.8), "data.valid and data.test together leave nothing to train on"),
         (changed("lr_find.start", 10.0), "lr_find.start is 10, but must be below lr_find.end, 10."),
-        (changed("unfreeze_lr_find.end", 1e-7), "unfreeze_lr_find.start is 1e-06, but must be below"),
+        (changed("unfreeze_lr_find.end", 1e-7), "unfreeze_lr_find.start is 1e-05, but must be below"),
         (changed("train_full.cycles", 100), "train_full: cycles, cycle_len and cycle_mult make more than 10000 epochs"),
     ],
 )
