@@ -28,8 +28,12 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run the recipe; what has not changed is not run again")
     run.add_argument(
+        "--settings", type=Path, metavar="FILE",
+        help="change the values named in FILE in params.yaml first, for example settings/photographs.yaml",
+    )  # fmt: skip
+    run.add_argument(
         "-S", "--set-param", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="change a value in params.yaml first, as in `dvc exp run -S`; may be repeated",
+        help="change a value in params.yaml, as in `dvc exp run -S`; may be repeated",
     )  # fmt: skip
     run.set_defaults(command=_run)
 
@@ -52,12 +56,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(chosen: argparse.Namespace) -> int:
-    from flows.overrides import apply_overrides
+    from flows.overrides import apply_overrides, read_overrides
     from unfreeze.settings import load_settings
     from unfreeze.sources import read_source
 
-    if chosen.overrides:
-        apply_overrides("params.yaml", chosen.overrides)
+    overrides = (read_overrides(chosen.settings) if chosen.settings else []) + chosen.overrides
+    if overrides:
+        apply_overrides("params.yaml", overrides)
     read_source(load_settings().data.source)
 
     from flows.recipe import recipe

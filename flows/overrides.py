@@ -2,6 +2,7 @@
 
 import difflib
 import io
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from ruamel.yaml.representer import RoundTripRepresenter
 
 from unfreeze.errors import UserError
 from unfreeze.settings import flatten, parse_text, read_text
+from unfreeze.yaml12 import read_yaml
 
 
 def apply_overrides(path: str | Path, overrides: list[str]) -> None:
@@ -44,16 +46,38 @@ def apply_overrides(path: str | Path, overrides: list[str]) -> None:
         _replace(Path(path).resolve(), buffer.getvalue())
 
 
+def read_overrides(path: str | Path) -> list[str]:
+    """The values in a file that is like `params.yaml` but has only the keys to change, for `apply_overrides`.
+
+    Raises:
+        UserError: there is no such file, or it is not a YAML mapping.
+    """
+    content = read_yaml(read_text(path), str(path))
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} must be a mapping of keys to values, as params.yaml is.")
+    return as_overrides(flatten(content))
+
+
+def as_overrides(values: Mapping[str, Any]) -> list[str]:
+    """``section.key -> value`` as `apply_overrides` takes them; text is quoted only where it has to be."""
+
+    def written(value: Any) -> str:
+        plain = isinstance(value, str) and value.strip() and read_yaml(f"- {value}", "") == [value]
+        return value if plain else json.dumps(value)
+
+    return [f"{key}={written(value)}" for key, value in values.items()]
+
+
 def _set(content: Any, override: str, path: str) -> None:
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals:
-        raise UserError(f"-S {override}: write it as key=value, for example train_full.cycles=2.")
+        raise UserError(f"{override}: write it as key=value, for example train_full.cycles=2.")
     known = flatten(content)
     if key not in known:
         near = difflib.get_close_matches(key, known, 1, 0.5)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise UserError(f"-S {override}: {path} has no key {key!r}.{hint}")
+        raise UserError(f"{override}: {path} has no key {key!r}.{hint}")
     *sections, last = key.split(".")
     for section in sections:
         content = content[section]
@@ -61,7 +85,7 @@ def _set(content: Any, override: str, path: str) -> None:
         # A key without a value would be null, which turns some settings off: that has to be said.
         content[last] = _yaml().load(text) if text.strip() else ""
     except (YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"-S {override}: {text!r} is not valid YAML: {_problem(error)}.") from None
+        raise UserError(f"{override}: {text!r} is not valid YAML: {_problem(error)}.") from None
 
 
 def _replace(path: Path, text: str) -> None:

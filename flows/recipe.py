@@ -1,12 +1,11 @@
 """The recipe as a Prefect flow: easy steps to a world-class image classifier."""
 
-import json
 from typing import Any
 
 from prefect import flow
 
 from flows.finish import finish
-from flows.overrides import apply_overrides
+from flows.overrides import apply_overrides, as_overrides
 from flows.stage import Outcome, begin, run_stage, stage_task
 
 ingest = stage_task("ingest", "read every image once: validate, split, pack")
@@ -52,7 +51,7 @@ def recipe(settings: dict[str, Any] | None = None) -> dict[str, Outcome]:
         StageFailed: a step failed, with the last lines of what it printed.
     """
     if settings:
-        apply_overrides("params.yaml", [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+        apply_overrides("params.yaml", as_overrides(settings))
     plan = begin()
     outcomes: dict[str, Outcome] = {}
     try:

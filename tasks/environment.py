@@ -13,6 +13,8 @@ DEFAULTS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    # The temporary server is stopped in the middle of its housekeeping, and would print tracebacks about it.
+    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     "GIT_PYTHON_REFRESH": "quiet",
     "MLFLOW_TRACKING_URI": DEFAULT_TRACKING_URI,
     "MLFLOW_EXPERIMENT_NAME": "unfreeze",

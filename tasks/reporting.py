@@ -31,11 +31,11 @@ def write_report(
         },
         {name: pd.read_csv(artifact(name, "history.csv")) for name in trainings},
         pd.read_csv(artifact("train_full", "batches.csv")),
+        int(run.read_metrics("train_full")["best_cycle"]) - 1,
     )
     text = evaluate_report(packed, predictions, metrics, candidates, chosen, reason, course, seed)
     run.path("report.html").write_text(text, encoding="utf-8")
     matrix = pd.read_csv(run.path("confusion_matrix.csv"), index_col=0).to_numpy()
     save_png(confusion_plot(matrix, packed.classes), run.path("confusion_matrix.png"))
-    best_cycle = int(run.read_metrics("train_full")["best_cycle"])
-    save_png(learning_curves_plot(course.histories["train_full"], best_cycle), run.path("learning_curves.png"))
+    save_png(learning_curves_plot(course.histories["train_full"], course.best_cycle), run.path("learning_curves.png"))
     save_png(rates_plot(course.batches), run.path("rates.png"))

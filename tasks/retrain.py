@@ -54,7 +54,7 @@ def retrain(
             listener(run, train_augmented.epochs, "augmented"),
         )  # fmt: skip
     if chosen == "train_full":
-        cycles = int(run.read_metrics("train_full")["best_cycle"]) + 1
+        cycles = int(run.read_metrics("train_full")["best_cycle"])
         found = dataclasses.replace(train_full, cycles=cycles, until_overfitting=False)
         history = fit_full(
             model, loader, rows, nothing, run.read_metrics("unfreeze_lr_find")["rate"], found, unfreeze, augment,

