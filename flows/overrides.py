@@ -83,7 +83,9 @@ def _set(content: Any, override: str, path: str) -> None:
         content = content[section]
     try:
         # A key without a value would be null, which turns some settings off: that has to be said.
-        content[last] = _yaml().load(text) if text.strip() else ""
+        value = _yaml().load(text) if text.strip() else ""
+        # DVC does not know ~, and a shell leaves it as it is after the equals sign.
+        content[last] = os.path.expanduser(value) if key == "data.source" and isinstance(value, str) else value
     except (YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{override}: {text!r} is not valid YAML: {_problem(error)}.") from None
 

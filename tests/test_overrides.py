@@ -80,6 +80,11 @@ def test_a_rate_can_be_set_and_taken_back(params: Path) -> None:
     assert params.read_text(encoding="utf-8") == TEXT
 
 
+def test_a_home_folder_is_written_out(params: Path) -> None:
+    apply_overrides(params, ["data.source=~/photos"])
+    assert load_settings(params).data.source == str(Path.home() / "photos")
+
+
 def test_several_at_once_and_the_last_one_counts(params: Path) -> None:
     apply_overrides(params, ["data.valid=0.5", "data.test=0.3", "seed=1", "seed=2"])
     settings = load_settings(params)

@@ -6,6 +6,7 @@ at once, before anything expensive starts.
 
 import dataclasses
 import difflib
+import os
 import re
 import reprlib
 import types
@@ -358,6 +359,9 @@ def _shown(value: object) -> str:
 def _across(settings: Settings) -> list[str]:
     """Problems between keys."""
     problems = []
+    if settings.data.source.startswith("~"):
+        full = os.path.expanduser(settings.data.source)
+        problems.append(f"data.source is {settings.data.source}, but DVC does not know ~; write {full}.")
     if settings.data.valid + settings.data.test >= 1:
         problems.append("data.valid and data.test together leave nothing to train on; their sum must be below 1.")
     for name in ("lr_find", "unfreeze_lr_find"):

@@ -99,7 +99,7 @@ def _frame(rows: list[Row]) -> pd.DataFrame:
 
 
 def _where(source: str) -> Path:
-    return Path(os.path.expanduser(source)).absolute()
+    return Path(source).absolute()
 
 
 def _deeper(source: str, label: str) -> str:
