@@ -75,6 +75,27 @@ def test_a_warp_by_a_symmetry_is_that_symmetry(number: int) -> None:
     assert (closest == 0) == (number == 0)
 
 
+def test_a_turned_view_is_interpolated_and_mirrored_at_the_edges() -> None:
+    """Against scipy: a rotation by 20 degrees and a zoom, of a square that reaches over the image's edge."""
+    from scipy.ndimage import map_coordinates
+
+    packed = images(2, width=SIZE + 6)
+    turn = np.deg2rad(20)
+    linear = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]], np.float32) * 0.9
+    views = plain_views(np.arange(2), packed.sizes, SIZE)
+    centre = views.centre + np.array([[2, 0], [-3, 1]], np.float32)
+    views = dataclasses.replace(views, linear=np.stack([linear, linear.T]), centre=centre, plain=False)
+    [(batch, _)] = Loader(packed, Normalisation((0, 0, 0), (1, 1, 1)), CPU, 2).views([views])
+    offset = np.arange(SIZE) - (SIZE - 1) / 2
+    for i in range(2):
+        x, y = np.einsum("ij,jyx->iyx", views.linear[i], np.stack(np.meshgrid(offset, offset)))
+        places = [y + views.centre[i, 1], x + views.centre[i, 0]]
+        assert places[0].min() < -1 or places[0].max() > SIZE
+        for channel in range(3):
+            expected = map_coordinates(packed[i][..., channel] / 255, places, order=1, mode="mirror")
+            np.testing.assert_allclose(batch[i, channel].numpy(), expected, atol=1e-4)
+
+
 def test_augmented_epochs_repeat_with_the_seed_and_differ_without(settings: Settings) -> None:
     loader, rows = Loader(images(12), NORM, CPU, 4), np.arange(12)
 

@@ -83,35 +83,45 @@ def render(
     """
     pixels = _upload(canvas.pixels, device).permute(0, 3, 1, 2).float()
     if not views.plain:
-        pixels = _warp(pixels, canvas, views, sizes, image_size, device)
+        pixels = F.grid_sample(
+            pixels, _grid(canvas, views, sizes, image_size, device), padding_mode="border", align_corners=False
+        )
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (norm.mean, norm.std))
     gain, shift = (_upload(torch.from_numpy(v), device).view(-1, 1, 1, 1) for v in (views.gain, views.shift))
     # ((p/255 - 1/2) * gain + 1/2 + shift - mean) / std as one multiply-add
-    return torch.addcmul((0.5 - 0.5 * gain + shift - mean) / std, pixels, gain / (255 * std)).contiguous(
-        memory_format=torch.channels_last
-    )
+    scale, offset = gain / (255 * std), (0.5 - 0.5 * gain + shift - mean) / std
+    return pixels.mul_(scale).add_(offset).contiguous(memory_format=torch.channels_last)
 
 
-def _warp(
-    pixels: torch.Tensor, canvas: Canvas, views: Views, sizes: NDArray[np.int64], size: int, device: torch.device
+def _grid(
+    canvas: Canvas, views: Views, sizes: NDArray[np.int64], image_size: int, device: torch.device
 ) -> torch.Tensor:
-    offset = torch.arange(size, device=device, dtype=torch.float32) - (size - 1) / 2
-    linear, centre, origin, last = (
-        _upload(torch.from_numpy(a), device)
-        for a in (views.linear, views.centre, canvas.origin, (sizes - 1).astype(np.float32))
+    """Where in its canvas each output pixel looks, (B, S, S, 2) as `grid_sample` wants it: -1 to 1 from edge to edge.
+
+    The large arithmetic is one addition; places outside the image are mirrored only where there are any.
+    """
+    last = (sizes - 1).astype(np.float32)
+    reach = np.abs(views.linear).sum(2) * (image_size - 1) / 2
+    inside = bool(((views.centre >= reach - 0.5) & (views.centre + reach <= last + 0.5)).all())
+    extent = np.array(canvas.pixels.shape[2:0:-1], np.float32)
+    to_grid = np.float32(2) / extent
+    shift = (to_grid * (np.float32(0.5) - canvas.origin) - np.float32(1)).astype(np.float32)
+    linear, centre = views.linear, views.centre
+    if inside:
+        linear, centre = linear * to_grid[:, None], centre * to_grid + shift
+    offset = np.arange(image_size, dtype=np.float32) - (image_size - 1) / 2
+    along_x = linear[:, None, :, 0] * offset[:, None]
+    along_y = linear[:, None, :, 1] * offset[:, None] + centre[:, None]
+    x, y = (_upload(torch.from_numpy(a), device) for a in (along_x, along_y))
+    place = x[:, None] + y[:, :, None]
+    if inside:
+        return place
+    edge, factor, term = (
+        _upload(torch.from_numpy(np.broadcast_to(a, last.shape).copy()), device)[:, None, None]
+        for a in (last, to_grid, shift)
     )
-    x_part, y_part = linear[:, :, 0], linear[:, :, 1]
-    place = (
-        offset.view(1, 1, size, 1) * x_part.view(-1, 1, 1, 2)
-        + offset.view(1, size, 1, 1) * y_part.view(-1, 1, 1, 2)
-        + centre.view(-1, 1, 1, 2)
-    )
-    last = last.view(-1, 1, 1, 2)
-    place = last - (last - place.abs()).abs()  # mirrored at both edges
-    place = place - origin.view(-1, 1, 1, 2)
-    extent = torch.tensor([pixels.shape[3], pixels.shape[2]], device=device, dtype=torch.float32)
-    grid = (place * 2 + 1) / extent - 1
-    return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    # Mirrored at both edges, then from pixels to the grid's units.
+    return place.abs_().sub_(edge).abs_().neg_().add_(edge).mul_(factor).add_(term)
 
 
 def _upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The hardware at hand: device, arithmetic, seeds."""
 
 import contextlib
+import ctypes
 import os
 import random
 from collections.abc import Callable
@@ -48,6 +49,23 @@ def seed_everything(seed: int) -> None:
     torch.backends.cudnn.benchmark = False
 
 
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+"""Names of glibc's `mallopt`."""
+
+
+def keep_memory() -> None:
+    """Keep the memory that one batch frees for the next one, instead of handing it back to the system.
+
+    Activations of a batch are megabytes, which glibc asks the system for one by one and returns at once; clearing and
+    mapping their pages anew took a third of an epoch's time on a CPU. Elsewhere than on glibc this does nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TOP_PAD, 64 * 2**20)
+
+
 def to_device(model: Model, device: torch.device) -> Model:
     """Move a network to a device, in the memory layout that convolutions are fastest in there.
 
@@ -55,6 +73,8 @@ def to_device(model: Model, device: torch.device) -> Model:
     bfloat16 than in float32 (oneDNN has no fast kernel for it); while training, these layers compute in float32.
     """
     model = model.to(device).to(memory_format=torch.channels_last)
+    if device.type == "cpu":
+        keep_memory()
     if device.type == "cpu" and native_bf16(device):
         for module in model.modules():
             if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1 and _slow_in_bf16(module):

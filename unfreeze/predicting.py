@@ -10,6 +10,7 @@ from torch import nn
 
 from unfreeze.batches import Batch, Loader, image_sizes
 from unfreeze.device import autocast
+from unfreeze.frozen import frozen_copy
 from unfreeze.progress import track
 from unfreeze.views import Views, tta_views
 
@@ -33,14 +34,18 @@ def score(probabilities: Probabilities, labels: NDArray[np.int64]) -> Scores:
 
 def predict(model: nn.Module, batches: Iterable[Batch]) -> Probabilities:
     """Probabilities (N, C) of the inputs of ``batches``, in their order; the model is left in eval mode."""
-    model.eval()
-    outputs = []
-    with torch.inference_mode():
-        for inputs, _ in batches:
-            with autocast(inputs.device):
-                logits = model(inputs)
-            outputs.append(logits.float().softmax(1))
-    return torch.cat(outputs).cpu().numpy()
+    return torch.cat([logits.softmax(1) for logits in _outputs(model, batches)]).cpu().numpy()
+
+
+def _outputs(network: nn.Module, batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
+    """What the network makes of each batch, in full precision; it is left in eval mode."""
+    network.eval()
+    fast: nn.Module | None = None
+    for inputs, _ in batches:
+        fast = frozen_copy(network, inputs[:2]) if fast is None else fast
+        with torch.no_grad(), autocast(inputs.device):
+            output = fast(inputs)
+        yield output.float()
 
 
 def predict_tta(
@@ -85,12 +90,6 @@ def predict_tta(
 
 def backbone_activations(backbone: nn.Module, loader: Loader) -> NDArray[np.float32]:
     """Pooled activations (N, F) of the frozen backbone for the plain view of every packed image, in their order."""
-    backbone.eval()
     rows = np.arange(len(loader.packed))
-    outputs = []
     batches = track(loader.plain(rows), "activations", -(-len(rows) // loader.batch_size))
-    with torch.inference_mode():
-        for inputs, _ in batches:
-            with autocast(inputs.device):
-                outputs.append(backbone(inputs).float())
-    return torch.cat(outputs).cpu().numpy()
+    return torch.cat(list(_outputs(backbone, batches))).cpu().numpy()

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from unfreeze.batches import Batch, Loader, activation_batches, batches_per_epoch, shuffled
+from unfreeze.frozen import frozen_copy
 from unfreeze.models import Classifier, freeze_to, parameter_groups, set_train_mode
 from unfreeze.predicting import Scores, predict, score
 from unfreeze.progress import track
@@ -93,8 +94,10 @@ def fit_augmented(
 ) -> History:
     """Train the head on augmented images through the frozen backbone. Arguments as for `fit_head`."""
     freeze_to(model, HEAD)
+    [(example, _)] = loader.plain(train_rows[:2])
+    frozen = Classifier(frozen_copy(model.backbone, example), model.head)
     return _fit_images(
-        model, loader, train_rows, valid_rows, rate, settings, 1.0, augment, train,
+        frozen, loader, train_rows, valid_rows, rate, settings, head_groups(model.head), augment, train,
         stream(seed, "train_augmented"), False, listener,
     )  # fmt: skip
 
@@ -115,7 +118,7 @@ def fit_full(
     """Train the whole network with differential rates. Arguments as for `fit_head`; ``rate`` is the head's."""
     freeze_to(model, unfreeze.freeze_to, unfreeze.bn_freeze)
     return _fit_images(
-        model, loader, train_rows, valid_rows, rate, settings, unfreeze.lr_ratio, augment, train,
+        model, loader, train_rows, valid_rows, rate, settings, parameter_groups(model, unfreeze.lr_ratio), augment, train,
         stream(seed, "train_full"), settings.until_overfitting, listener,
     )  # fmt: skip
 
@@ -127,7 +130,7 @@ def _fit_images(
     valid_rows: Rows,
     rate: float,
     settings: TrainAugmented | TrainFull,
-    lr_ratio: float,
+    groups: list[dict[str, Any]],
     augment: Augment,
     train: Train,
     seed: int,
@@ -147,7 +150,7 @@ def _fit_images(
 
     return fit(
         model,
-        make_optimizer(parameter_groups(model, lr_ratio), train),
+        make_optimizer(groups, train),
         schedule,
         rate,
         epochs,

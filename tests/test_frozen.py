@@ -1,0 +1,108 @@
+"""Copies for prediction: the same outputs as the network's own, whatever it is made of."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from unfreeze.backbones import create_backbone
+from unfreeze.device import autocast, native_bf16, to_device
+from unfreeze.frozen import ConvAct, OneDNNConvAct, frozen_copy
+
+CPU = torch.device("cpu")
+FOLDED = ["timm:tf_efficientnet_lite0", "timm:resnet10t", "timm:test_efficientnet", "torchvision:resnet18"]
+OTHERS = ["timm:test_vit", "timm:test_convnext", "timm:nf_resnet26", "torchvision:mobilenet_v3_small"]
+requires_bf16 = pytest.mark.skipif(not native_bf16(CPU), reason="a processor without native bfloat16")
+
+
+def trained(name: str, size: int) -> nn.Module:
+    """A network whose BatchNorms do something."""
+    torch.manual_seed(0)
+    network = to_device(create_backbone(name, "none", size), CPU)
+    for module in network.modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.1)
+    return network.train()
+
+
+@pytest.mark.parametrize("size", [64, 65])
+@pytest.mark.parametrize("name", FOLDED + OTHERS)
+def test_a_copy_predicts_what_the_network_predicts(name: str, size: int) -> None:
+    if "vit" in name:
+        size = 160
+    network = trained(name, size)
+    images = torch.randn(4, 3, size, size).contiguous(memory_format=torch.channels_last)
+    fast = frozen_copy(network, images[:2])
+    assert network.training and all(p.requires_grad for p in network.parameters())
+    assert not fast.training and not any(p.requires_grad for p in fast.parameters())
+    network.eval()
+    with torch.no_grad():
+        exact = network(images)
+        with autocast(CPU):
+            rounded, copied = network(images).float(), fast(images).float()
+    error = (copied - exact).norm() / exact.norm()
+    assert error < 1.5 * (rounded - exact).norm() / exact.norm() + 1e-3
+    assert fast is not network
+    assert (frozen_copy(fast, images) is fast) == any(isinstance(m, OneDNNConvAct) for m in fast.modules())
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_every_batch_norm_after_a_convolution_is_folded(name: str) -> None:
+    fast = frozen_copy(trained(name, 64), torch.randn(2, 3, 64, 64))
+    assert not any(isinstance(module, _BatchNorm) for module in fast.modules())
+
+
+@requires_bf16
+def test_convolution_and_activation_are_one_operation_where_bf16_is_native() -> None:
+    fast = frozen_copy(trained("timm:tf_efficientnet_lite0", 64), torch.randn(2, 3, 64, 64))
+    kinds = [type(module) for module in fast.modules()]
+    assert kinds.count(OneDNNConvAct) == 49 and not {nn.Conv2d, ConvAct, nn.ReLU6} & set(kinds)
+
+
+class Branching(nn.Module):
+    """The convolution's output is used twice, which module calls alone do not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = self.conv(x)
+        return self.act(self.norm(seen)).mean((2, 3)) + seen.mean((2, 3))
+
+
+class AddsInPlace(Branching):
+    """What the activation sees is no longer what the BatchNorm made."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = self.norm(self.conv(x))
+        seen += x[:, :1, 1:-1, 1:-1]
+        return self.act(seen).mean((2, 3))
+
+
+class Shared(Branching):
+    """One module in two places."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.norm(self.conv(x))).mean((2, 3)) + self.norm(self.conv(self.act(x))).mean((2, 3))
+
+
+@pytest.mark.parametrize("kind", [Branching, AddsInPlace, Shared])
+def test_what_cannot_be_folded_is_left_as_it_is(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    network = kind()
+    network.norm.running_mean.normal_()
+    network.norm.weight.data.uniform_(0.5, 2)
+    images = torch.randn(3, 3, 16, 16)
+    fast = frozen_copy(network, images)
+    network.eval()
+    with torch.no_grad(), autocast(CPU):
+        torch.testing.assert_close(fast(images).float(), network(images).float(), atol=0.03, rtol=0.02)
+
+
+def test_a_network_without_convolutions_is_its_own_copy() -> None:
+    head = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    assert frozen_copy(head, torch.randn(2, 3)) is head

@@ -1,0 +1,210 @@
+"""Frozen work is inference: a copy of a network that computes the same in less time.
+
+BatchNorm with kept statistics is one multiplication and one addition per channel, which the convolution before it does as
+well when its weights are scaled (Jacob et al., 2018, section 3.2). On a processor with native bfloat16, oneDNN then
+computes convolution and activation in one pass over memory, with weights laid out for it once.
+"""
+
+import copy
+from collections import Counter
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from unfreeze.device import native_bf16
+
+Model = TypeVar("Model", bound=nn.Module)
+
+POST_OPS: dict[type[nn.Module], tuple[str, list[float]]] = {
+    nn.Identity: ("none", []),
+    nn.ReLU: ("relu", []),
+    nn.ReLU6: ("hardtanh", [0.0, 6.0]),
+    nn.SiLU: ("swish", []),
+    nn.Hardswish: ("hardswish", []),
+}
+"""Activations that oneDNN computes within a convolution, under its names and with its scalars."""
+
+TOLERANCE = 1e-3
+"""Largest difference between a copy's activations and the network's own in full precision, as a share of the largest."""
+
+
+class ConvAct(nn.Module):
+    """A convolution and the activation that follows it."""
+
+    def __init__(self, conv: nn.Conv2d, act: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.act = conv, act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Activations (B, O, H', W') of (B, C, H, W)."""
+        return self.act(self.conv(x))
+
+
+class OneDNNConvAct(nn.Module):
+    """`ConvAct` in bfloat16 as a single operation of oneDNN, for images of one size."""
+
+    def __init__(self, of: ConvAct, size: tuple[int, int]) -> None:
+        super().__init__()
+        conv = of.conv
+        weight = conv.weight.detach()
+        self.edges = _edges(conv, size)
+        before, after = self.edges[::2][::-1], self.edges[1::2][::-1]  # of height and width
+        if conv.dilation == (1, 1) and all(0 <= b <= a for b, a in zip(before, after, strict=True)):
+            # Rows of zeros before the kernel's make uneven edges even, which oneDNN adds without a copy of the image.
+            (top, left), padding = (a - b for b, a in zip(before, after, strict=True)), list(after)
+            weight, self.edges = F.pad(weight, (left, 0, top, 0)), (0, 0, 0, 0)
+        else:
+            padding = [0, 0]
+        self.arguments: tuple[Any, ...] = (padding, list(conv.stride), list(conv.dilation), conv.groups)
+        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # whose stub lacks the last argument
+        packed = reorder(weight.bfloat16().to_mkldnn(), *self.arguments, None)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().bfloat16(), requires_grad=False)
+        self.post = POST_OPS[type(of.act)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Activations (B, O, H', W'), bfloat16, of (B, C, H, W)."""
+        x = x.bfloat16()
+        if any(self.edges):
+            x = F.pad(x, self.edges)
+        return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.arguments, *self.post, "")
+
+
+def frozen_copy(network: Model, images: torch.Tensor) -> Model:
+    """A copy of a network that predicts the same, faster, and cannot be trained.
+
+    Which modules follow one another is seen by running the network once; a copy whose output differs all the same
+    (something else in it uses what was between them) is discarded.
+
+    Args:
+        network: maps the images to anything with one tensor; as it stands in eval mode is what the copy predicts.
+        images: (B, 3, S, S) normalised, on the network's device; the copy is for images of this size.
+
+    Returns:
+        The copy in eval mode without gradients; the network itself where it is one already, or has no convolutions.
+    """
+    kinds = {type(module) for module in network.modules()}
+    if OneDNNConvAct in kinds or not any(issubclass(kind, nn.Conv2d) for kind in kinds):
+        return network
+    plain = copy.deepcopy(network).eval().requires_grad_(False)
+    for module in plain.modules():
+        module.__dict__.pop("forward", None)  # what `device.to_device` put there for training
+    folded = copy.deepcopy(plain)
+    images = images.float()
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        expected = plain(images)
+        sizes = _fold(folded, images)
+        found = folded(images)
+    if not torch.allclose(found, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max())):
+        return plain
+    if images.device.type == "cpu" and native_bf16(images.device):
+        for name, module in list(folded.named_modules()):
+            if name in sizes and type(module) is ConvAct and type(module.act) in POST_OPS:
+                folded.set_submodule(name, OneDNNConvAct(module, sizes[name]))
+            elif isinstance(module, nn.Linear):
+                module.weight.data = module.weight.data.bfloat16()  # as autocast would, but once
+    return folded
+
+
+def _fold(network: nn.Module, images: torch.Tensor) -> dict[str, tuple[int, int]]:
+    """Fold every BatchNorm into the convolution before it and join convolutions with the activation after them.
+
+    Returns:
+        Height and width of the input of each `ConvAct`, by its name.
+    """
+    for name, module in list(network.named_modules()):
+        if isinstance(module, _BatchNorm) and isinstance(getattr(module, "act", None), nn.Module):
+            network.set_submodule(name, _split(module))  # timm's BatchNorm with drop and activation inside
+
+    names = {module: name for name, module in network.named_modules()}
+    sizes = {}
+    for conv, norm, act, size in _chains(network, images):
+        if norm is not None:
+            assert norm.running_mean is not None and norm.running_var is not None
+            conv.weight, conv.bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+            conv.requires_grad_(False)
+            network.set_submodule(names[norm], nn.Identity())
+        if act is not None:
+            network.set_submodule(names[act], nn.Identity())
+        network.set_submodule(names[conv], ConvAct(conv, act or nn.Identity()))
+        sizes[names[conv]] = size
+    return sizes
+
+
+def _split(module: Any) -> nn.Sequential:
+    norm = nn.BatchNorm2d(module.num_features, module.eps, module.momentum, module.affine)
+    norm.load_state_dict(module.state_dict())
+    return nn.Sequential(norm, *(part for part in (module.drop, module.act) if type(part) is not nn.Identity)).eval()
+
+
+Chain = tuple[nn.Conv2d, _BatchNorm | None, nn.Module | None, tuple[int, int]]
+
+
+def _chains(network: nn.Module, images: torch.Tensor) -> list[Chain]:
+    """Convolutions with the BatchNorm and the activation that follow each (or None), and the size of its input."""
+    calls: Counter[nn.Module] = Counter()
+    made_by: dict[tuple[int, int], list[Any]] = {}  # by id and version of a tensor, as some are added to in place
+    alive = []  # an id stays a tensor's own while the tensor lives
+
+    def see(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        calls[module] += 1
+        version = inputs[0]._version - getattr(module, "inplace", False)  # before the module itself raised it
+        chain = made_by.get((id(inputs[0]), version))
+        if isinstance(module, nn.Conv2d):
+            chain = [module, None, None, tuple(inputs[0].shape[2:])]
+            chains.append(chain)
+        elif chain is None or chain[2] is not None:
+            return
+        elif isinstance(module, _BatchNorm) and chain[1] is None and module.track_running_stats:
+            chain[1] = module
+        elif type(module) in POST_OPS:
+            chain[2] = module
+        else:
+            return
+        alive.append(output)
+        made_by[id(output), output._version] = chain
+
+    chains: list[list[Any]] = []
+    known = (nn.Conv2d, _BatchNorm, *(kind for kind in POST_OPS if kind is not nn.Identity))
+    seen = [m for m in network.modules() if isinstance(m, known)]
+    hooks = [module.register_forward_hook(see) for module in seen]
+    try:
+        network(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # A module that is called in several places cannot be taken out of one.
+    return [
+        (conv, norm, act if calls[act] == 1 else None, size)
+        for conv, norm, act, size in chains
+        if _plain(conv) and calls[conv] == 1 and calls[norm] in (0, 1)
+    ]
+
+
+def _plain(conv: nn.Conv2d) -> bool:
+    """Whether the weights are what the convolution computes with: some standardise them on the way."""
+    from timm.layers import Conv2dSame
+
+    return type(conv) in (nn.Conv2d, Conv2dSame) and conv.padding_mode == "zeros"
+
+
+def _edges(conv: nn.Conv2d, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Zeros that the convolution puts around an image of this height and width: left, right, top, bottom."""
+    if type(conv) is not nn.Conv2d:  # TensorFlow's way: as many as it takes, the odd one at the end
+        needed = [
+            max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
+            for n, s, k, d in zip(size, conv.stride, conv.kernel_size, conv.dilation, strict=True)
+        ]
+        (top, left), (height, width) = [n // 2 for n in needed], needed
+        return left, width - left, top, height - top
+    if isinstance(conv.padding, str):
+        left, right, top, bottom = conv._reversed_padding_repeated_twice
+        return left, right, top, bottom
+    top, left = conv.padding
+    return left, left, top, top
