@@ -26,7 +26,11 @@ def precompute(run: Run, seed: int, backbone: Backbone, train: Train) -> dict[st
     packed = open_packed(artifact("ingest", ""))
     network = create_backbone(backbone.name, backbone.weights, packed.image_size)
     loader = Loader(packed, Normalisation(network.mean, network.std), device, train.batch_size)
-    activations = backbone_activations(to_device(network, device), loader)
+    # Written as they come: for a hundred thousand images they are half a gigabyte.
+    shape = (len(packed), network.num_features)
+    kept = np.lib.format.open_memmap(run.path("activations.npy"), "w+", np.float32, shape)
+    activations = backbone_activations(to_device(network, device), loader, kept)
+    kept.flush()
     run.log("%d images through %s: %d activations each", len(packed), backbone.name, activations.shape[1])
 
     rows = packed.rows("train")
@@ -35,7 +39,6 @@ def precompute(run: Run, seed: int, backbone: Backbone, train: Train) -> dict[st
     accuracy = score(baseline[packed.rows("valid")], packed.labels[packed.rows("valid")]).accuracy
     run.log("logistic regression on the activations: %.3f of the validation images right", accuracy)
 
-    np.save(run.path("activations.npy"), activations)
     np.save(run.path("baseline.npy"), baseline)
     save_backbone(network.cpu(), run.path("backbone.safetensors"))
     return {"images": len(packed), "features": activations.shape[1], "valid_baseline_accuracy": accuracy}

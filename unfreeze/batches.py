@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from unfreeze.packed import PackedImages
+from unfreeze.progress import track
 from unfreeze.settings import Augment
 from unfreeze.views import Views, plain_views, random_views
 
@@ -49,6 +50,7 @@ def read_canvas(packed: PackedImages, views: Views) -> Canvas:
     pixels = np.zeros((len(views), height, width, 3), np.uint8)
     for target, row, (x0, y0), (x1, y1) in zip(pixels, views.rows, low, high, strict=True):
         target[: y1 - y0, : x1 - x0] = packed[row][y0:y1, x0:x1]
+    packed.release()
     return Canvas(torch.from_numpy(pixels), low.astype(np.float32))
 
 
@@ -181,9 +183,10 @@ class Loader:
     def plain(self, rows: NDArray[np.int64]) -> Iterator[Batch]:
         """The centre squares of ``rows``, in that order, the last batch possibly smaller."""
         chunks = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        return self._batches(
+        batches = self._batches(
             chunks, lambda i: plain_views(chunks[i], image_sizes(self.packed, chunks[i]), self.packed.image_size)
         )
+        return track(batches, "predicting", len(chunks))
 
     def augmented(self, rows: NDArray[np.int64], augment: Augment, seed: int, epoch: int) -> Iterator[Batch]:
         """One epoch of ``rows``, shuffled and augmented.

@@ -13,6 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from unfreeze.errors import UserError
+from unfreeze.progress import track
 
 DIVERGED = 4.0
 """A running mean of the loss so many times its lowest ends the sweep."""
@@ -81,7 +82,7 @@ def lr_find(
     rates, losses = [], []
     mean = lowest = math.inf
     diverged = False
-    for rate in exponential_rates(start, end, iterations):
+    for rate in track(exponential_rates(start, end, iterations), "learning rates"):
         set_rate(float(rate))
         loss = train_batch()
         diverged = not math.isfinite(loss)

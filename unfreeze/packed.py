@@ -5,6 +5,7 @@ for every image that was found where its pixels begin, or why there are none; `d
 """
 
 import json
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,11 @@ class PackedImages:
         width, height = self.sizes[row]
         start = self.offsets[row]
         return self.pixels[start : start + width * height * 3].reshape(height, width, 3)
+
+    def release(self) -> None:
+        """Let go of the pages that were read: they stay in the system's cache, and this process does not grow."""
+        if isinstance(self.pixels, np.memmap):
+            self.pixels._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
     def rows(self, split: str) -> NDArray[np.int64]:
         """Row numbers of a split's images: train, valid or test."""

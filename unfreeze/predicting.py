@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from unfreeze.backbones import Backbone
 from unfreeze.batches import Batch, Loader, image_sizes
 from unfreeze.device import autocast
 from unfreeze.frozen import frozen_copy
@@ -84,12 +85,25 @@ def predict_tta(
             yield Views(rows[owner[part]], linear[part], centre[part], ones, zeros)
 
     total = plain.astype(np.float64)
-    np.add.at(total, owner, predict(model, loader.views(chunks())))
+    batches = track(loader.views(chunks()), "views", -(-len(owner) // loader.batch_size))
+    np.add.at(total, owner, predict(model, batches))
     return (total / (counts + 1)[:, None]).astype(np.float32)
 
 
-def backbone_activations(backbone: nn.Module, loader: Loader) -> NDArray[np.float32]:
-    """Pooled activations (N, F) of the frozen backbone for the plain view of every packed image, in their order."""
-    rows = np.arange(len(loader.packed))
-    batches = track(loader.plain(rows), "activations", -(-len(rows) // loader.batch_size))
-    return torch.cat(list(_outputs(backbone, batches))).cpu().numpy()
+def backbone_activations(
+    backbone: Backbone, loader: Loader, out: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """Pooled activations (N, F) of the frozen backbone for the plain view of every packed image, in their order.
+
+    Args:
+        backbone: the network.
+        loader: of the packed images.
+        out: (N, F) where to put them, for example a memory map; a new array where it is None.
+    """
+    count = len(loader.packed)
+    found = np.empty((count, backbone.num_features), np.float32) if out is None else out
+    done = 0
+    for activations in _outputs(backbone, loader.plain(np.arange(count))):
+        found[done : done + len(activations)] = activations.cpu().numpy()
+        done += len(activations)
+    return found
