@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,12 +72,12 @@ class Step:
         chosen = {section: getattr(settings, section) for section in self.sections}
         artifact(self.name, "").mkdir(parents=True, exist_ok=True)
         tracker = Tracker(self.name, flatten(settings), flatten(chosen))
-        metrics = None
+        metrics, start = None, time.perf_counter()
         try:
             metrics = {k: float(v) for k, v in self.function(Run(self.name, tracker), **chosen).items()}
             write_json(artifact(self.name, "metrics.json"), metrics)
         finally:
-            tracker.close(metrics)
+            tracker.close(metrics, time.perf_counter() - start)
 
 
 def step(function: Callable[..., Mapping[str, float]]) -> Step:

@@ -83,9 +83,10 @@ class Tracker:
             raise RuntimeError(f"MLflow cannot be reached: {self._failed}")
         return self._parent
 
-    def close(self, metrics: Mapping[str, float] | None) -> None:
-        """End the child run with the step's final metrics, or as failed where there are none (None)."""
+    def close(self, metrics: Mapping[str, float] | None, seconds: float) -> None:
+        """End the child run with the step's final metrics, or as failed where there are none (None), and how long it took."""
         self._metrics, self._status = metrics or {}, "FAILED" if metrics is None else "FINISHED"
+        self._seconds = seconds
         self._closing.set()
         self._thread.join()
 
@@ -122,7 +123,7 @@ class Tracker:
             self._client.log_batch(self._child, metrics=points[i : i + 1000])
 
     def _finish(self) -> None:
-        log_metrics(self._client, self._child, self._metrics)
+        log_metrics(self._client, self._child, {**self._metrics, "seconds": self._seconds})
         for path in shown(self.stage):
             self._client.log_artifact(self._child, str(path))
         self._client.set_terminated(self._child, self._status)
