@@ -11,7 +11,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export MLFLOW_DISABLE_TELEMETRY = true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run repro test fast-test lint types ui server deploy worker clean
+.PHONY: help setup run repro test fast-test lint types bench ui server deploy worker clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | column -t -s '|'
@@ -42,6 +42,10 @@ lint: $(READY)  ## look for mistakes and untidiness
 
 types: $(READY)  ## check the types
 	mypy
+
+bench: $(READY)  ## compare with fastai and with what this machine can do; BENCH="--help" says how
+	uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[bench]'
+	python -m benchmarks $(BENCH)
 
 ui: $(READY)  ## open MLflow's pages on the local database: http://127.0.0.1:5000
 	mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///mlflow.db

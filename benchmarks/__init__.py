@@ -1,0 +1,1 @@
+"""Speed and accuracy against a peer and against what the machine can do, each compared within one run."""

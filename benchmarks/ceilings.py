@@ -1,0 +1,121 @@
+"""What the machine can do: throughput of the network itself on one batch that is there already, images per second.
+
+A ceiling is the best of the ways that a person would try: full precision or bfloat16, planes or channels last, eager or
+compiled, and ours.
+"""
+
+import contextlib
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.ours import WHOLE
+from benchmarks.work import Work, classifier
+from unfreeze.device import best_device, native_bf16, to_device
+from unfreeze.models import freeze_to, parameter_groups, set_train_mode
+from unfreeze.settings import Unfreeze
+from unfreeze.training import make_optimizer, set_rate
+
+Ways = dict[str, float]
+FORWARD_REPEATS, STEP_REPEATS = 12, 6
+
+
+def forward(work: Work) -> Ways:
+    """Images per second of the frozen network, by way."""
+    device, ways = best_device(), {}
+    for name, model, batch, context in _variants(work, train=False):
+        model.eval()
+
+        def run(model: Any = model, batch: Any = batch, context: Any = context) -> None:
+            with torch.inference_mode(), context():
+                model(batch)
+
+        ways[name] = len(batch) / _seconds(run, FORWARD_REPEATS, device)
+    return ways
+
+
+def training(work: Work, unfreeze: Unfreeze = WHOLE) -> Ways:
+    """Images per second of a training step (forward, backward, optimizer), by way."""
+    device, ways = best_device(), {}
+    for name, model, batch, context in _variants(work, train=True, unfreeze=unfreeze):
+        inner = getattr(model, "_orig_mod", model)
+        optimizer = make_optimizer(parameter_groups(inner, unfreeze.lr_ratio), work.settings.train)
+        set_rate(optimizer, 1e-6)
+        labels = torch.zeros(len(batch), dtype=torch.long, device=device)
+
+        def run(
+            model: Any = model, batch: Any = batch, context: Any = context, optimizer: Any = optimizer, y: Any = labels
+        ) -> None:
+            with context():
+                logits = model(batch)
+            loss = F.cross_entropy(logits.float(), y)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+        ways[name] = len(batch) / _seconds(run, STEP_REPEATS, device)
+    return ways
+
+
+def _variants(work: Work, train: bool, unfreeze: Unfreeze = WHOLE) -> Any:
+    """(name, model, batch, context) for each way to run the network."""
+    device = best_device()
+    base, _ = classifier(work, seed=0)  # in our own way
+    size = work.image_size
+    batch = torch.randn(work.settings.train.batch_size, 3, size, size, device=device)
+
+    def plain() -> Any:
+        from benchmarks.work import backbone
+        from unfreeze.models import Classifier
+
+        return Classifier(backbone(work), copy.deepcopy(base.head)).to(device)
+
+    def prepared(model: Any) -> Any:
+        freeze_to(model, unfreeze.freeze_to if train else 2, unfreeze.bn_freeze)
+        set_train_mode(model)
+        return model
+
+    def half() -> Any:
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+
+    precisions = {"float32": contextlib.nullcontext} | ({"bfloat16": half} if native_bf16(device) else {})
+    for precision, context in precisions.items():
+        for layout in (torch.contiguous_format, torch.channels_last):
+            where = "channels last" if layout is torch.channels_last else "planes"
+            yield f"{precision}, {where}", prepared(plain().to(memory_format=layout)), _laid(batch, layout), context
+        last = _laid(batch, torch.channels_last)
+        model = prepared(plain().to(memory_format=torch.channels_last))
+        torch._dynamo.reset()
+        yield f"{precision}, channels last, compiled", torch.compile(model), last, context
+    yield (
+        "unfreeze",
+        prepared(to_device(plain(), device)),
+        _laid(batch, torch.channels_last),
+        list(precisions.values())[-1],
+    )
+
+
+def _laid(batch: torch.Tensor, layout: torch.memory_format) -> torch.Tensor:
+    return batch.contiguous(memory_format=layout)
+
+
+def _seconds(run: Callable[[], None], repeats: int, device: torch.device) -> float:
+    """Median seconds of a call, after two that do not count."""
+    times = []
+    for i in range(repeats + 2):
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        if i >= 2:
+            times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

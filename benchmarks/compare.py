@@ -1,0 +1,114 @@
+"""unfreeze and fastai at the same work, in turn, each in a process of its own that keeps its network and its workers."""
+
+import dataclasses
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks import ceilings, ours, peer
+from benchmarks.work import Work
+from unfreeze.packed import open_packed
+
+CASES = {
+    "lr_find": "LR finder, whole network",
+    "frozen_epoch": "augmented epoch, frozen network",
+    "full_epoch": "epoch, whole network",
+    "tta": "TTA of the validation images",
+}
+"""Functions that both sides have, and what they are."""
+
+
+def speed(work: Work, repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Seconds of each case on both sides, their medians and ratios, and our shares of the ceilings."""
+    packed = open_packed(work.folder)
+    images = {split: len(packed.rows(split)) for split in ("train", "valid", "test")}
+    with ExitStack() as stack:
+        us, them, ceiling = (stack.enter_context(_process()) for _ in range(3))
+        result: dict[str, Any] = {"images": images, "cases": {}}
+        for name in CASES:
+            times: dict[str, list[float]] = {"unfreeze": [], "fastai": []}
+            for _ in range(repeats):
+                times["unfreeze"].append(us.submit(getattr(ours, name), work).result())
+                times["fastai"].append(them.submit(getattr(peer, name), work).result())
+            ratio = median(times["fastai"]) / median(times["unfreeze"])
+            result["cases"][name] = {**times, "ratio": ratio}
+            say(
+                f"{CASES[name]}: {median(times['unfreeze']):.1f} s, fastai {median(times['fastai']):.1f} s: {ratio:.1f} x"
+            )
+        shares = _shares(work, us, ceiling, repeats)
+        for name, share in shares.items():
+            say(f"{name}: {share['rate']:.0f} images/s, {share['share']:.0%} of the ceiling ({share['way']})")
+    return {**result, "shares": shares}
+
+
+def _shares(work: Work, us: ProcessPoolExecutor, ceiling: ProcessPoolExecutor, repeats: int) -> dict[str, Any]:
+    """Throughput of ours without validation, as a share of the fastest way to run the network on one batch.
+
+    Ceiling and ours take turns; a share is the median of the turns' shares.
+    """
+    parts = {
+        "precompute": (ours.precompute_rate, ceilings.forward),
+        "augmented frozen epoch": (ours.frozen_rate, ceilings.forward),
+        "epoch of the whole network": (ours.full_rate, ceilings.training),
+        "reading packed pixels": (ours.read_rate, ceilings.forward),
+    }
+    found = {}
+    for name, (rate, top) in parts.items():
+        turns: list[dict[str, Any]] = []
+        for _ in range(repeats):
+            ways = ceiling.submit(top, work).result()
+            way = max(ways, key=lambda w: ways[w])
+            mine = us.submit(rate, work).result()
+            turns.append({"rate": mine, "share": mine / ways[way], "way": way, "ways": ways})
+        middle = sorted(turns, key=lambda turn: turn["share"])[len(turns) // 2]
+        found[name] = {**middle, "shares": [turn["share"] for turn in turns]}
+    return found
+
+
+def accuracy(work: Work, seeds: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """From images to evaluated model on both sides with equal epochs: seconds and accuracies for each seed."""
+    runs: dict[str, list[dict[str, float]]] = {"unfreeze": [], "fastai": []}
+    with ExitStack() as stack:
+        us, them = (stack.enter_context(_process()) for _ in range(2))
+        for seed in range(seeds):
+            for name, pool, function in (("unfreeze", us, ours.recipe), ("fastai", them, peer.recipe)):
+                runs[name].append(pool.submit(function, work, seed).result())
+                last = runs[name][-1]
+                say(f"{name}, seed {seed}: " + ", ".join(f"{key} {value:.4g}" for key, value in last.items()))
+    means = {
+        name: {key: sum(run[key] for run in found) / len(found) for key in found[0]} for name, found in runs.items()
+    }
+    ratio = median(run["seconds"] for run in runs["fastai"]) / median(run["seconds"] for run in runs["unfreeze"])
+    say(f"images to evaluated model: {ratio:.1f} x")
+    epochs = {"frozen": work.frozen_epochs, "full": work.full_epochs}
+    return {"runs": runs, "means": means, "ratio": ratio, "epochs": epochs}
+
+
+def about(work: Work) -> dict[str, Any]:
+    """What was measured, and with what."""
+    import importlib.metadata
+    import platform
+
+    import torch
+
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm", "fastai")}
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text().splitlines() if described.exists() else []
+    processor = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
+    return {
+        "source": work.source,
+        "settings": dataclasses.asdict(work.settings),
+        "views": work.views,
+        "fastai_workers": work.workers,
+        "packages": packages,
+        "machine": cuda or f"{processor or platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+def _process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, get_context("spawn"))

@@ -1,0 +1,206 @@
+"""unfreeze at the work: the functions that its steps are made of, without Prefect, DVC and MLflow around them."""
+
+import copy
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.work import Work, backbone, classifier
+from unfreeze.batches import Batch, Loader, Normalisation, activation_batches, read_canvas, shuffled
+from unfreeze.device import best_device, seed_everything, to_device
+from unfreeze.evaluating import Candidate, choose, head_probabilities
+from unfreeze.lr_finder import lr_find as range_test
+from unfreeze.lr_finder import pick_rate, suggest
+from unfreeze.models import Classifier, Head, freeze_to, parameter_groups, set_train_mode
+from unfreeze.packed import open_packed
+from unfreeze.packing import pack
+from unfreeze.predicting import backbone_activations, predict, predict_tta, score
+from unfreeze.preserve import preserved
+from unfreeze.recipe import Rows, fit_augmented, fit_full, fit_head, head_groups, sweep
+from unfreeze.settings import TrainAugmented, TrainFull, Unfreeze
+from unfreeze.sources import read_source
+from unfreeze.training import make_optimizer, set_rate
+from unfreeze.views import random_views
+
+WHOLE = Unfreeze(freeze_to=0, lr_ratio=3, bn_freeze=True)
+"""All layer groups train, as in the peer's epochs."""
+
+
+@cache
+def _classifier(work: Work) -> tuple[Classifier, Loader]:
+    return classifier(work, seed=0)
+
+
+def lr_find(work: Work) -> float:
+    """Seconds for an LR range test of the unfrozen network."""
+    model, loader = _classifier(work)
+    return _timed(lambda: _find(work, model, loader, WHOLE, work.sweep))
+
+
+def frozen_epoch(work: Work) -> float:
+    """Seconds for an augmented epoch of the head through the frozen network, and its validation."""
+    model, loader = _classifier(work)
+    return _timed(lambda: _augmented(work, model, loader, 1, 1e-4))
+
+
+def full_epoch(work: Work) -> float:
+    """Seconds for an epoch of the whole network, and its validation."""
+    model, loader = _classifier(work)
+    return _timed(lambda: _full(work, model, loader, WHOLE, 1, 1e-5))
+
+
+def tta(work: Work) -> float:
+    """Seconds for TTA of the validation images, the plain prediction included."""
+    model, loader = _classifier(work)
+    return _timed(lambda: _predict(work, model, loader, "valid"))
+
+
+def precompute_rate(work: Work) -> float:
+    """Images per second of precomputing activations."""
+    model, loader = _classifier(work)
+    return len(loader.packed) / _timed(lambda: backbone_activations(model.backbone, loader))
+
+
+def frozen_rate(work: Work) -> float:
+    """Images per second of an augmented epoch of the head through the frozen network, without validation."""
+    model, loader = _classifier(work)
+    trained = _trained(loader)
+    return trained / _timed(lambda: _augmented(work, model, loader, 1, 1e-4, validate=False))
+
+
+def full_rate(work: Work) -> float:
+    """Images per second of an epoch of the whole network, without validation."""
+    model, loader = _classifier(work)
+    trained = _trained(loader)
+    return trained / _timed(lambda: _full(work, model, loader, WHOLE, 1, 1e-5, validate=False))
+
+
+def read_rate(work: Work) -> float:
+    """Images per second of reading packed pixels into batches, as an augmented epoch needs them."""
+    _, loader = _classifier(work)
+    chunks = shuffled(loader.packed.rows("train"), loader.batch_size, 0, 0)
+    views = [
+        random_views(rows, loader.packed.sizes[rows], work.image_size, work.settings.augment, np.random.default_rng(i))
+        for i, rows in enumerate(chunks)
+    ]
+    return _trained(loader) / _timed(lambda: [read_canvas(loader.packed, batch) for batch in views])
+
+
+def _trained(loader: Loader) -> int:
+    """Images that an epoch trains on."""
+    return sum(len(rows) for rows in shuffled(loader.packed.rows("train"), loader.batch_size, 0, 0))
+
+
+def recipe(work: Work, seed: int) -> dict[str, float]:
+    """From images to evaluated model: seconds, and accuracies on valid and test, plain and with TTA."""
+    start = time.perf_counter()
+    seed_everything(seed)
+    settings = dataclasses.replace(work.settings, seed=seed)
+    work = dataclasses.replace(work, settings=settings)
+    with tempfile.TemporaryDirectory() as folder:
+        # The split is the peer's; the pixels are packed anew, which is part of the work.
+        pack(read_source(work.source), Path(folder), settings.data, 42)
+        network, device = to_device(backbone(work), best_device()), best_device()
+        packed = open_packed(Path(folder))
+        loader = Loader(packed, Normalisation(network.mean, network.std), device, settings.train.batch_size)
+        activations = backbone_activations(network, loader)
+        train, valid = packed.rows("train"), packed.rows("valid")
+        model = to_device(
+            Classifier(network, Head(network.num_features, len(packed.classes), settings.head.dropout)), device
+        )
+
+        def on_activations(epoch: int) -> Iterator[Batch]:
+            order = shuffled(train, settings.train.batch_size, seed, epoch)
+            return activation_batches(activations, packed.labels, order, device)
+
+        rate = _pick(work, model.head, head_groups(model.head), on_activations, settings.lr_find.iterations)
+        fit_head(
+            model.head, activations, packed.labels, train, valid, rate, settings.train_head, settings.train, seed, device
+        )  # fmt: skip
+        candidates = [_candidate("train_head", model.head, activations, loader)]
+        states = {"train_head": copy.deepcopy(model.state_dict())}
+        _augmented(work, model, loader, work.frozen_epochs, rate)
+        candidates.append(_candidate("train_augmented", model.head, activations, loader))
+        states["train_augmented"] = copy.deepcopy(model.state_dict())
+        full_rate = _find(work, model, loader, settings.unfreeze, settings.unfreeze_lr_find.iterations)
+        _full(work, model, loader, settings.unfreeze, work.full_epochs, full_rate)
+        candidates.append(Candidate("train_full", predict(model, loader.plain(valid)), packed.labels[valid]))
+        chosen, _ = choose(candidates)
+        if chosen.name in states:
+            model.load_state_dict(states[chosen.name])
+        scores: dict[str, float] = {}
+        for split in ("valid", "test"):
+            plain, averaged = _predict(dataclasses.replace(work, folder=Path(folder)), model, loader, split)
+            labels = packed.labels[packed.rows(split)]
+            scores[f"{split}_accuracy"] = score(plain, labels).accuracy
+            scores[f"{split}_tta_accuracy"] = score(averaged, labels).accuracy
+    return {"seconds": time.perf_counter() - start, "rate": full_rate, **scores}
+
+
+def _candidate(name: str, head: torch.nn.Module, activations: Any, loader: Loader) -> Candidate:
+    valid = loader.packed.rows("valid")
+    return Candidate(name, head_probabilities(head, activations[valid]), loader.packed.labels[valid])
+
+
+def _augmented(work: Work, model: Classifier, loader: Loader, epochs: int, rate: float, validate: bool = True) -> None:
+    settings = TrainAugmented("sgdr", epochs, 1, 1)
+    train, valid = _rows(loader, validate)
+    fit_augmented(
+        model, loader, train, valid, rate, settings, work.settings.augment, work.settings.train, work.settings.seed
+    )  # fmt: skip
+
+
+def _full(
+    work: Work, model: Classifier, loader: Loader, unfreeze: Unfreeze, epochs: int, rate: float, validate: bool = True
+) -> None:
+    settings = TrainFull("sgdr", 1, epochs, 1, until_overfitting=False)
+    train, valid = _rows(loader, validate)
+    fit_full(
+        model, loader, train, valid, rate, settings, unfreeze, work.settings.augment, work.settings.train,
+        work.settings.seed,
+    )  # fmt: skip
+
+
+def _rows(loader: Loader, validate: bool) -> tuple[Rows, Rows]:
+    valid = loader.packed.rows("valid")
+    return loader.packed.rows("train"), valid if validate else valid[:0]
+
+
+def _find(work: Work, model: Classifier, loader: Loader, unfreeze: Unfreeze, batches: int) -> float:
+    freeze_to(model, unfreeze.freeze_to, unfreeze.bn_freeze)
+    set_train_mode(model)
+    rows = loader.packed.rows("train")
+    return _pick(
+        work, model, parameter_groups(model, unfreeze.lr_ratio),
+        lambda epoch: loader.augmented(rows, work.settings.augment, work.settings.seed, epoch), batches,
+    )  # fmt: skip
+
+
+def _pick(work: Work, model: Any, groups: Any, batches: Callable[[int], Iterator[Batch]], iterations: int) -> float:
+    optimizer = make_optimizer(groups, work.settings.train)
+    sweeping = work.settings.lr_find if isinstance(model, Head) else work.settings.unfreeze_lr_find
+    with preserved(model, optimizer):
+        curve = range_test(
+            sweep(model, optimizer, batches, work.settings.train), lambda rate: set_rate(optimizer, rate),
+            sweeping.start, sweeping.end, iterations,
+        )  # fmt: skip
+    return pick_rate(suggest(curve["rate"].to_numpy(), curve["loss"].to_numpy()), sweeping.pick)
+
+
+def _predict(work: Work, model: Classifier, loader: Loader, split: str) -> Any:
+    rows = loader.packed.rows(split)
+    plain = predict(model, loader.plain(rows))
+    return plain, predict_tta(model, loader, rows, plain, work.settings.augment.flip, work.views)
+
+
+def _timed(what: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    what()
+    return time.perf_counter() - start

@@ -1,0 +1,115 @@
+"""fastai at the work, in its documented way: `vision_learner`, `lr_find`, `fine_tune`, `tta`."""
+
+import time
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.work import Work, backbone, files
+
+
+def make_learner(work: Work, seed: int = 0) -> Any:
+    """A learner with our backbone's weights in its body, on the same images and split."""
+    from fastai.vision import all as fastai
+
+    fastai.set_seed(seed)
+    network = backbone(work)
+    table = files(work)
+    table = table[table["split"].isin(["train", "valid"])].assign(is_valid=table["split"] == "valid")
+    loaders = fastai.ImageDataLoaders.from_df(
+        table, path="/", fn_col="file", label_col="label", valid_col="is_valid",
+        item_tfms=fastai.Resize(work.image_size),
+        batch_tfms=[*_augmentations(work), fastai.Normalize.from_stats(network.mean, network.std)],
+        bs=work.settings.train.batch_size, num_workers=work.workers,
+    )  # fmt: skip
+    library, short = work.settings.backbone.name.split(":")
+    arch = short if library == "timm" else getattr(fastai, short)
+    learner = fastai.vision_learner(loaders, arch, pretrained=False, normalize=False, metrics=fastai.accuracy)
+    body = learner.model[0]
+    theirs, ours = body.state_dict(), network.body.state_dict()
+    assert [v.shape for v in theirs.values()] == [v.shape for v in ours.values()]
+    body.load_state_dict(dict(zip(theirs, ours.values(), strict=True)))
+    learner.freeze()
+    return learner
+
+
+def _augmentations(work: Work) -> list[Any]:
+    """Its defaults, with upside-down mirrors where we use them too."""
+    from fastai.vision.augment import aug_transforms
+
+    return aug_transforms(flip_vert=work.settings.augment.flip in ("both", "dihedral"))
+
+
+@cache
+def _learner(work: Work) -> Any:
+    return make_learner(work)
+
+
+def lr_find(work: Work) -> float:
+    """Seconds for an LR range test of the unfrozen network."""
+    learner = _learner(work)
+    learner.unfreeze()
+    with _quiet(learner):
+        return _timed(lambda: learner.lr_find(num_it=work.sweep, show_plot=False))
+
+
+def frozen_epoch(work: Work) -> float:
+    """Seconds for an augmented epoch of the head through the frozen network, and its validation."""
+    learner = _learner(work)
+    learner.freeze()
+    with _quiet(learner):
+        return _timed(lambda: learner.fit_one_cycle(1, 1e-4))
+
+
+def full_epoch(work: Work) -> float:
+    """Seconds for an epoch of the whole network, and its validation."""
+    learner = _learner(work)
+    learner.unfreeze()
+    with _quiet(learner):
+        return _timed(lambda: learner.fit_one_cycle(1, 1e-5))
+
+
+def tta(work: Work) -> float:
+    """Seconds for TTA of the validation images."""
+    learner = _learner(work)
+    with _quiet(learner):
+        return _timed(lambda: learner.tta(n=work.views))
+
+
+def recipe(work: Work, seed: int) -> dict[str, float]:
+    """From images to evaluated model: seconds, and accuracies on valid and test, plain and with TTA."""
+    start = time.perf_counter()
+    learner = make_learner(work, seed)
+    with _quiet(learner):
+        rate = learner.lr_find(show_plot=False).valley
+        learner.fine_tune(work.full_epochs, rate, freeze_epochs=work.frozen_epochs)
+        scores = {}
+        table = files(work)
+        for split in ("valid", "test"):
+            rows = table[table["split"] == split]
+            loader = learner.dls.test_dl(rows, with_labels=True)
+            for prefix, (probabilities, labels) in (
+                ("", learner.get_preds(dl=loader)),
+                ("tta_", learner.tta(dl=loader, n=work.views)),
+            ):
+                right = probabilities.argmax(1) == torch.as_tensor(np.asarray(labels)).long()
+                scores[f"{split}_{prefix}accuracy"] = float(right.float().mean())
+    return {"seconds": time.perf_counter() - start, "rate": float(rate), **scores}
+
+
+def _timed(what: Any) -> float:
+    start = time.perf_counter()
+    what()
+    return time.perf_counter() - start
+
+
+def _quiet(learner: Any) -> Any:
+    """Without its printed table and progress bars, which cost it time."""
+    import contextlib
+
+    stack = contextlib.ExitStack()
+    stack.enter_context(learner.no_bar())
+    stack.enter_context(learner.no_logging())
+    return stack

@@ -1,0 +1,82 @@
+"""The work that both sides are given: the same images, split, backbone, weights, image size, batches and epochs."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from unfreeze.backbones import Backbone, create_backbone
+from unfreeze.batches import Loader, Normalisation
+from unfreeze.device import best_device, to_device
+from unfreeze.models import Classifier, Head
+from unfreeze.packed import open_packed
+from unfreeze.packing import pack
+from unfreeze.settings import Settings, load_settings
+from unfreeze.sources import read_source
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is measured on.
+
+    Attributes:
+        source: as `data.source` in the settings.
+        folder: where the packed images lie.
+        settings: all of them.
+        views: of an image, that TTA averages with the plain one.
+        sweep: batches of an LR range test.
+        frozen_epochs, full_epochs: of the recipe from images to evaluated model.
+        workers: processes that load images for fastai.
+    """
+
+    source: str
+    folder: Path
+    settings: Settings
+    views: int = 4
+    sweep: int = 40
+    frozen_epochs: int = 2
+    full_epochs: int = 4
+    workers: int = 2
+
+    @property
+    def image_size(self) -> int:
+        """Side of the squares in pixels."""
+        return self.settings.data.image_size
+
+
+def make_work(
+    source: str, folder: Path, settings_file: Path, backbone: str, weights: str, image_size: int, workers: int
+) -> Work:
+    """Settings for a source, and its images packed and split once, for both sides to agree on."""
+    settings = load_settings(settings_file)
+    settings = dataclasses.replace(
+        settings,
+        data=dataclasses.replace(settings.data, source=source, image_size=image_size),
+        backbone=dataclasses.replace(settings.backbone, name=backbone, weights=weights),
+    )
+    pack(read_source(source), folder, settings.data, settings.seed)
+    return Work(source, folder, settings, workers=workers)
+
+
+def files(work: Work) -> pd.DataFrame:
+    """The images with where they lie, their labels and splits, as packing found them."""
+    table = open_packed(work.folder).table[["path", "label", "split"]]
+    return table.merge(read_source(work.source)[["path", "file"]], on="path")
+
+
+def backbone(work: Work) -> Backbone:
+    """The network that both sides fine-tune, with the same weights on every call."""
+    torch.manual_seed(0)
+    return create_backbone(work.settings.backbone.name, work.settings.backbone.weights, work.image_size)
+
+
+def classifier(work: Work, seed: int) -> tuple[Classifier, Loader]:
+    """Our network with a new head, on the device, and a loader for it."""
+    network, device = backbone(work), best_device()
+    packed = open_packed(work.folder)
+    torch.manual_seed(seed)
+    head = Head(network.num_features, len(packed.classes), work.settings.head.dropout)
+    loader = Loader(packed, Normalisation(network.mean, network.std), device, work.settings.train.batch_size)
+    return to_device(Classifier(network, head), device), loader
