@@ -65,11 +65,13 @@ class Listener:
 
 
 def make_optimizer(groups: list[dict[str, Any]], train: Train) -> torch.optim.Optimizer:
-    """The optimizer of the settings over parameter groups, each with its ``lr_scale`` (`models.parameter_groups`)."""
-    fused = all(p.is_cuda for group in groups for p in group["params"])
+    """The optimizer of the settings over parameter groups, each with its ``lr_scale`` (`models.parameter_groups`).
+
+    Fused: one pass over all parameters instead of one per operation.
+    """
     if train.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=train.weight_decay, fused=fused)
-    return torch.optim.AdamW(groups, lr=0.0, weight_decay=train.weight_decay, fused=fused)
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=train.weight_decay, fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=train.weight_decay, fused=True)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
