@@ -15,7 +15,7 @@ NOISE = (
     "Use `dvc push`",
     "Updating lock file",
     "Generating lock file",
-    "> python -m tasks.",
+    "> python -m tasks ",
     "Running stage",
 )
 """What DVC says to a person at a prompt, and to nobody in a log."""

@@ -1,5 +1,6 @@
 """The recipe as a Prefect flow: easy steps to a world-class image classifier."""
 
+from contextlib import nullcontext
 from typing import Any
 
 from prefect import flow
@@ -7,6 +8,7 @@ from prefect import flow
 from flows.finish import finish
 from flows.overrides import apply_overrides, as_overrides
 from flows.stage import Outcome, begin, run_stage, stage_task
+from tasks.warm import warm_process
 
 ingest = stage_task("ingest", "read every image once: validate, split, pack")
 explore = stage_task("explore", "look at the images: balance, samples, duplicates, leaks")
@@ -54,9 +56,10 @@ def recipe(settings: dict[str, Any] | None = None) -> dict[str, Outcome]:
         apply_overrides("params.yaml", as_overrides(settings))
     plan = begin()
     outcomes: dict[str, Outcome] = {}
-    try:
-        for step in STEPS:
-            outcomes[step.name] = run_stage(step, plan)
-    finally:
-        finish(outcomes, plan)
+    with warm_process() if plan.ask else nullcontext():
+        try:
+            for step in STEPS:
+                outcomes[step.name] = run_stage(step, plan)
+        finally:
+            finish(outcomes, plan)
     return outcomes

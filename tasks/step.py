@@ -1,7 +1,7 @@
 """What makes a function a step of the recipe.
 
 A step is a function in a file of its own, `tasks/<name>.py`. Its parameters name the sections of `params.yaml` that it
-reads, and `dvc.yaml` lists just these; it returns its metrics, name -> number. Run as ``python -m tasks.<name>`` by DVC,
+reads, and `dvc.yaml` lists just these; it returns its metrics, name -> number. Run as ``python -m tasks <name>`` by DVC,
 by hand or by a debugger, it checks the settings, seeds chance, tells MLflow, and writes
 ``artifacts/<name>/metrics.json``.
 """

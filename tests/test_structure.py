@@ -19,6 +19,7 @@ TELLING = {
     "tasks/environment.py",
     "tasks/step.py",
     "tasks/tracking.py",
+    "tasks/warm.py",
     "unfreeze/__init__.py",
     "unfreeze/errors.py",
     "unfreeze/progress.py",
@@ -64,7 +65,7 @@ def test_dvc_lists_the_settings_that_a_stage_reads(stage: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stages_run_their_own_file_and_read_what_earlier_ones_write(stage: str) -> None:
-    assert DVC[stage]["cmd"] == f"python -m tasks.{stage}"
+    assert DVC[stage]["cmd"] == f"python -m tasks {stage}"
     earlier: set[str] = set()
     for name in STAGES[: STAGES.index(stage)]:
         outputs = [o for kind in ("outs", "metrics", "plots") for o in DVC[name].get(kind, [])]

@@ -1,0 +1,160 @@
+"""A warm process: it has imported what all steps need, and forks one for each step of a pass.
+
+Importing torch, timm and MLflow takes longer than many a step's own work, and eleven steps would do it eleven times. A
+flow keeps one such process beside it; ``python -m tasks <step>``, which DVC starts, finds it by the environment variable
+``UNFREEZE_WARM`` and hands over its arguments, environment and output. The step is a process of its own all the same: its
+crash is its own, its memory is given back, it starts from no module of this project, and it dies with whoever waits for
+it. CUDA is not touched before the fork, and the threads that imports start (OpenBLAS's, Arrow's) are begun anew after it
+by their libraries.
+"""
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+ADDRESS = "UNFREEZE_WARM"
+IMPORTS = ("torch", "torch._dynamo", "timm", "pandas", "sklearn.linear_model", "matplotlib.figure", "mlflow")
+PR_SET_PDEATHSIG = 1
+
+
+@contextlib.contextmanager
+def warm_process() -> Iterator[None]:
+    """Keep a warm process while the block runs; where the system cannot fork like Linux, do without."""
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="unfreeze-") as folder:
+        address = str(Path(folder) / "warm")
+        # It ends when its standard input does: with the block, and with this process, however that ends.
+        process = subprocess.Popen([sys.executable, "-m", "tasks.warm", address], stdin=subprocess.PIPE)
+        os.environ[ADDRESS] = address
+        try:
+            yield
+        finally:
+            del os.environ[ADDRESS]
+            process.stdin.close()  # type: ignore[union-attr]
+            process.wait()
+
+
+def hand_over(step: str) -> int | None:
+    """Have the warm process run a step; returns its exit code, or None where there is no warm process."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        try:
+            connection.connect(os.environ[ADDRESS])
+            request = json.dumps({"step": step, "folder": os.getcwd(), "environment": dict(os.environ)})
+            socket.send_fds(connection, [len(request.encode()).to_bytes(4, "big")], [1, 2])
+            connection.sendall(request.encode())
+        except (KeyError, OSError):
+            return None
+        answer = connection.recv(4)
+    if not answer:
+        return 1  # it is gone, and the step with it
+    code = int.from_bytes(answer, "big", signed=True)
+    if code < 0:
+        with contextlib.suppress(OSError):  # SIGKILL is always at its default
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)  # end as the step ended
+    return code
+
+
+def serve(address: str) -> None:
+    """Fork a step for everyone who connects, until standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the steps end by themselves, and this process with the flow
+    with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as waiting:
+        listener.bind(address)
+        listener.listen()
+        for module in IMPORTS:
+            importlib.import_module(module)
+        waiting.register(sys.stdin, selectors.EVENT_READ, None)
+        waiting.register(listener, selectors.EVENT_READ, None)
+        while True:
+            for key, _ in waiting.select():
+                if key.fileobj is sys.stdin:
+                    return
+                if key.fileobj is listener:
+                    connection = listener.accept()[0]
+                    if (pid := _fork(connection)) is not None:
+                        ended = os.pidfd_open(pid)
+                        waiting.register(connection, selectors.EVENT_READ, (pid, ended, connection))
+                        waiting.register(ended, selectors.EVENT_READ, (pid, ended, connection))
+                elif key.fd == key.data[1]:
+                    _finish(waiting, *key.data)
+                else:  # whoever waited for the step is gone
+                    waiting.unregister(key.fileobj)
+                    os.kill(key.data[0], signal.SIGTERM)
+
+
+def _finish(waiting: selectors.BaseSelector, pid: int, ended: int, connection: socket.socket) -> None:
+    """Tell how a step ended."""
+    waiting.unregister(ended)
+    os.close(ended)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with contextlib.suppress(KeyError):
+        waiting.unregister(connection)
+    with contextlib.suppress(OSError), connection:
+        connection.sendall(code.to_bytes(4, "big", signed=True))
+
+
+def _fork(connection: socket.socket) -> int | None:
+    """Fork and run the step that the connection asks for; returns its process id, None where nothing sound was asked."""
+    try:
+        size, outputs, _, _ = socket.recv_fds(connection, 4, 2)
+        request = json.loads(_receive(connection, int.from_bytes(size, "big")))
+    except (OSError, ValueError):
+        connection.close()
+        return None
+    if pid := os.fork():
+        for output in outputs:
+            os.close(output)
+        return pid
+    _become(request, outputs)
+
+
+def _receive(connection: socket.socket, size: int) -> bytes:
+    content = b""
+    while len(content) < size and (more := connection.recv(size - len(content))):
+        content += more
+    return content
+
+
+def _become(request: dict[str, Any], outputs: list[int]) -> NoReturn:
+    """Be the step: its folder, environment and output; ends the process."""
+    code = 1
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, output in zip((1, 2), outputs, strict=True):
+            os.dup2(output, number)
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        os.chdir(request["folder"])
+        run(request["step"])
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def run(step: str) -> None:
+    """Run a step in this process."""
+    getattr(importlib.import_module(f"tasks.{step}"), step).main()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
