@@ -69,7 +69,9 @@ def _run(folder: Path, *words: str) -> tuple[float, str]:
 
 def _steps(log: str) -> dict[str, float]:
     """Seconds from the end of one step to that of the next, as the flow's log has them; the first from its begin."""
-    ends = re.findall(r"^(\d+):(\d+):([\d.]+) \| .*?(?:Beginning flow|Task run '(\w+)' - Finished)", log, re.MULTILINE)
+    ends = re.findall(
+        r"^(\d+):(\d+):([\d.]+) \| .*?(?:Beginning flow|Task run '(\w+)' - Finished in state)", log, re.MULTILINE
+    )
     at = [int(hours) * 3600 + int(minutes) * 60 + float(seconds) for hours, minutes, seconds, _ in ends]
     return {end[3]: (late - early) % 86400 for end, early, late in zip(ends[1:], at, at[1:], strict=False)}
 

@@ -1,0 +1,68 @@
+"""The benchmarks run: our side at a small piece of work, memory, and what the flow's log says of its steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import compare, memory, orchestration, ours
+from benchmarks.figure import draw
+from benchmarks.work import Work, files, make_work
+from tests.integration.conftest import paint
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
+    base = tmp_path_factory.mktemp("bench")
+    paint(base / "photos", 0)
+    return make_work(
+        str(base / "photos"), base / "packed", ROOT / "params.yaml", "timm:test_efficientnet", "none", 32, workers=0
+    )
+
+
+@pytest.mark.parametrize("case", compare.CASES)
+def test_our_side_does_every_case(work: Work, case: str) -> None:
+    assert getattr(ours, case)(work) > 0
+
+
+def test_our_recipe_is_judged_on_valid_and_test(work: Work) -> None:
+    result = ours.recipe(work, seed=1)
+    assert set(result) >= {"seconds", "valid_accuracy", "valid_tta_accuracy", "test_accuracy", "test_tta_accuracy"}
+    assert all(0 <= value <= 1 for name, value in result.items() if "accuracy" in name)
+
+
+def test_both_sides_see_the_same_images_in_the_same_split(work: Work) -> None:
+    table = files(work)
+    assert len(table) == 48 and set(table["split"]) == {"train", "valid", "test"}
+    assert all(Path(file).is_file() for file in table["file"])
+
+
+def test_rates_are_images_per_second(work: Work) -> None:
+    for rate in (ours.precompute_rate, ours.frozen_rate, ours.full_rate, ours.read_rate):
+        assert rate(work) > 1
+
+
+def test_memory_does_not_grow_with_the_images() -> None:
+    found = memory.measure(lambda text: None, counts=(200, 2_000))
+    assert found["growth_mb"] < 50 < 2_000 * memory.SIZE**2 * 3 / 1e6
+
+
+def test_seconds_of_steps_from_the_flows_log() -> None:
+    log = (
+        "23:59:58.500 | INFO    | Flow run 'a' - Beginning flow run 'a' for flow 'recipe'\n"
+        "23:59:59.100 | INFO    | Task run 'ingest' - Finished in the middle of a sentence\n"
+        "00:00:02.000 | INFO    | Task run 'ingest' - Finished in state Completed('ingest: done')\n"
+        "00:00:03.250 | INFO    | Task run 'explore' - Finished in state Completed('explore: done')\n"
+    )
+    assert orchestration._steps(log) == {"ingest": pytest.approx(3.5), "explore": pytest.approx(1.25)}
+
+
+def test_a_figure_of_what_was_found(tmp_path: Path) -> None:
+    shares = {name: {"share": 0.9} for name in ("precompute", "augmented frozen epoch", "epoch of the whole network")}
+    cases = {name: {"ratio": 3.0} for name in compare.CASES}
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"speed": {"cases": cases, "shares": shares}}))
+    draw(tmp_path, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
