@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks.work import Work, backbone, classifier
 from unfreeze.batches import Batch, Loader, Normalisation, activation_batches, read_canvas, shuffled
 from unfreeze.device import best_device, seed_everything, to_device
-from unfreeze.evaluating import Candidate, choose, head_probabilities
+from unfreeze.evaluating import Candidate, choose
 from unfreeze.lr_finder import lr_find as range_test
 from unfreeze.lr_finder import pick_rate, suggest
 from unfreeze.models import Classifier, Head, freeze_to, parameter_groups, set_train_mode
@@ -124,29 +123,28 @@ def recipe(work: Work, seed: int) -> dict[str, float]:
         fit_head(
             model.head, activations, packed.labels, train, valid, rate, settings.train_head, settings.train, seed, device
         )  # fmt: skip
-        candidates = [_candidate("train_head", model.head, activations, loader)]
-        states = {"train_head": copy.deepcopy(model.state_dict())}
+        here = dataclasses.replace(work, folder=Path(folder))
+        states, predicted = {}, {}
+
+        def keep(name: str) -> None:
+            states[name] = copy.deepcopy(model.state_dict())
+            predicted[name] = _predict(here, model, loader, "valid")
+
+        keep("train_head")
         _augmented(work, model, loader, work.frozen_epochs, rate)
-        candidates.append(_candidate("train_augmented", model.head, activations, loader))
-        states["train_augmented"] = copy.deepcopy(model.state_dict())
+        keep("train_augmented")
         full_rate = _find(work, model, loader, settings.unfreeze, settings.unfreeze_lr_find.iterations)
         _full(work, model, loader, settings.unfreeze, work.full_epochs, full_rate)
-        candidates.append(Candidate("train_full", predict(model, loader.plain(valid)), packed.labels[valid]))
-        chosen, _ = choose(candidates)
-        if chosen.name in states:
-            model.load_state_dict(states[chosen.name])
+        keep("train_full")
+        best, _ = choose([Candidate(name, tta, packed.labels[valid]) for name, (_, tta) in predicted.items()])
+        model.load_state_dict(states[best.name])
         scores: dict[str, float] = {}
         for split in ("valid", "test"):
-            plain, averaged = _predict(dataclasses.replace(work, folder=Path(folder)), model, loader, split)
+            plain, averaged = predicted[best.name] if split == "valid" else _predict(here, model, loader, split)
             labels = packed.labels[packed.rows(split)]
             scores[f"{split}_accuracy"] = score(plain, labels).accuracy
             scores[f"{split}_tta_accuracy"] = score(averaged, labels).accuracy
     return {"seconds": time.perf_counter() - start, "rate": full_rate, **scores}
-
-
-def _candidate(name: str, head: torch.nn.Module, activations: Any, loader: Loader) -> Candidate:
-    valid = loader.packed.rows("valid")
-    return Candidate(name, head_probabilities(head, activations[valid]), loader.packed.labels[valid])
 
 
 def _augmented(work: Work, model: Classifier, loader: Loader, epochs: int, rate: float, validate: bool = True) -> None:

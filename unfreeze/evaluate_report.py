@@ -116,9 +116,9 @@ def _headline(predictions: Mapping[str, Predictions], metrics: Mapping[str, floa
 
 def _which(candidates: Sequence[Candidate], chosen: str, reason: str, metrics: Mapping[str, float]) -> str:
     rows = [(NAMES[c.name], c.scores.accuracy, c.scores.loss) for c in candidates]
-    rows.append(("logistic regression", metrics["valid_baseline_accuracy"], metrics["valid_baseline_log_loss"]))
+    rows.append(("logistic regression, plain", metrics["valid_baseline_accuracy"], metrics["valid_baseline_log_loss"]))
     place = [c.name for c in candidates].index(chosen)
-    return paragraph(reason) + table(["model", "validation accuracy", "log loss"], rows, place)
+    return paragraph(reason) + table(["model, with TTA", "validation accuracy", "log loss"], rows, place)
 
 
 def _confusion(packed: PackedImages, judged: Predictions, split: str) -> str:

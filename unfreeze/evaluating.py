@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -60,13 +59,6 @@ def _worse(candidate: Candidate, top: Candidate) -> bool:
     mine, its = (c.probabilities.argmax(1) == c.labels for c in (candidate, top))
     lost, won = int((its & ~mine).sum()), int((mine & ~its).sum())
     return lost + won > 0 and float(binomtest(lost, lost + won, alternative="greater").pvalue) < SIGNIFICANT
-
-
-def head_probabilities(head: nn.Module, activations: NDArray[np.float32]) -> Probabilities:
-    """Probabilities (N, C) of a head for precomputed activations (N, F)."""
-    head.eval()
-    with torch.inference_mode():
-        return head(torch.from_numpy(np.array(activations))).softmax(1).numpy()
 
 
 @dataclass(frozen=True)
