@@ -4,12 +4,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
+PATIENCE = 2
+"""Cycles in a row that must be no better. One says little: a restart leaves a valley before it finds a wider one, the more
+so where the cycles before were short, and a few hundred validation images measure it only roughly."""
+
 
 def until_overfitting(train_losses: Sequence[float], valid_losses: Sequence[float]) -> tuple[bool, int]:
     """Whether training overfits, judged at the end of the newest cycle.
 
-    It does when the validation loss at the cycle's end is no better than the best so far, while the training loss is
-    still the lowest so far: the network learns the training images by heart.
+    It does when the validation loss at the end of the last two cycles was no better than the best before them, while the
+    training loss is still the lowest so far: the network learns the training images by heart.
 
     Args:
         train_losses: training loss of the last epoch of each cycle so far.
@@ -28,4 +32,4 @@ def until_overfitting(train_losses: Sequence[float], valid_losses: Sequence[floa
     valid = np.nan_to_num(np.asarray(valid_losses, float), nan=np.inf, posinf=np.inf)
     best, newest = int(valid.argmin()), len(valid) - 1
     falls = newest > 0 and train[-1] < train[:-1].min()
-    return bool(best < newest and falls), best
+    return bool(newest - best >= PATIENCE and falls), best
