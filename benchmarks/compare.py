@@ -1,6 +1,7 @@
 """unfreeze and fastai at the same work, in turn, each in a process of its own that keeps its network and its workers."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -100,9 +101,10 @@ def about(work: Work) -> dict[str, Any]:
     described = Path("/proc/cpuinfo")
     lines = described.read_text().splitlines() if described.exists() else []
     processor = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
+    settings = dataclasses.asdict(work.settings)
+    settings["data"]["source"] = Path(work.source).name  # where it lies is nobody's business
     return {
-        "source": work.source,
-        "settings": dataclasses.asdict(work.settings),
+        "settings": settings,
         "views": work.views,
         "fastai_workers": work.workers,
         "packages": packages,
@@ -111,4 +113,9 @@ def about(work: Work) -> dict[str, Any]:
 
 
 def _process() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, get_context("spawn"))
+    return ProcessPoolExecutor(1, get_context("spawn"), _quiet)
+
+
+def _quiet() -> None:
+    """What fastai's own use of torch is warned of is not for whoever reads the table."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
