@@ -1,7 +1,8 @@
 """How good the result is and where it goes wrong: predictions with and without TTA, confusion matrix, report.
 
 Head, augmented head and full network are compared on the validation split, each at its best, with TTA, and the best is
-handed on: beyond chance, what a user gets is never worse there than the frozen network. The test split is looked at last, with the model that was chosen.
+handed on: beyond chance, what a user gets is never worse there than the frozen network. The test split is looked at last,
+with the model that was chosen.
 """
 
 import numpy as np

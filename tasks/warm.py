@@ -90,7 +90,7 @@ def serve(address: str) -> None:
                         waiting.register(ended, selectors.EVENT_READ, (pid, ended, connection))
                 elif key.fd == key.data[1]:
                     _finish(waiting, *key.data)
-                else:  # whoever waited for the step is gone
+                elif key.fd in waiting.get_map():  # whoever waited for the step is gone, and the step not yet
                     waiting.unregister(key.fileobj)
                     os.kill(key.data[0], signal.SIGTERM)
 

@@ -57,7 +57,7 @@ def keep_memory() -> None:
     """Keep the memory that one batch frees for the next one, instead of handing it back to the system.
 
     Activations of a batch are megabytes, which glibc asks the system for one by one and returns at once; clearing and
-    mapping their pages anew took a third of an epoch's time on a CPU. Elsewhere than on glibc this does nothing.
+    mapping their pages anew took a quarter of an epoch's time on a CPU. Elsewhere than on glibc this does nothing.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
