@@ -13,22 +13,26 @@ if sys.argv[1] == "keep":
     keep_memory()
 def batch():
     return [torch.ones(12_000_000) for _ in range(2)]
-for _ in range(4):
+def mapped():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+counts = []
+for _ in range(30):
+    before = mapped()
     batch()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
-    batch()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    counts.append(mapped() - before)
+print(min(counts))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
 def test_memory_that_a_batch_frees_is_there_for_the_next() -> None:
-    """Counted in pages that had to be mapped: 5 batches of 96 MB are 117,000 of them when all is handed back."""
+    """Counted in pages that had to be mapped: 23,400 for a batch of 96 MB where all is handed back.
 
-    def faults(what: str) -> int:
-        return int(
-            subprocess.run([sys.executable, "-c", CODE, what], capture_output=True, text=True, check=True).stdout
-        )
+    The heap grows by a tensor now and then before it has settled, so the batch that counts is the best of thirty.
+    """
 
-    assert faults("keep") < 25_000 < 100_000 < faults("default")
+    def fewest(what: str) -> int:
+        done = subprocess.run([sys.executable, "-c", CODE, what], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert fewest("keep") < 1_000 < 20_000 < fewest("default")
