@@ -108,7 +108,7 @@ def test_several_at_once_and_the_last_one_counts(params: Path) -> None:
         (["lr_find.rate="], "lr_find.rate is ''"),
         (["data.source=a: b"], "data.source is "),
         (["data.image_size=[64, 128]"], "data.image_size is [64, 128]"),
-        (["seed=[1"], "seed=[1: '[1' is not valid YAML"),
+        (["seed=[1"], "seed=[1: '[1', line 1 is not valid YAML"),
         (["seed=" + "[" * 1200], "is not valid YAML"),
         (["seed=!!python/object/apply:os.getpid []"], "is not valid YAML"),
         (["lr_find.rate=.inf"], "lr_find.rate is inf"),
