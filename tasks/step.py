@@ -6,6 +6,7 @@ by hand or by a debugger, it checks the settings, seeds chance, tells MLflow, an
 ``artifacts/<name>/metrics.json``.
 """
 
+import errno
 import inspect
 import json
 import logging
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tasks.environment import artifact, set_environment
 from tasks.tracking import Tracker
@@ -26,6 +27,9 @@ logger = logging.getLogger("unfreeze")
 
 USER_ERROR = 2
 """Exit code of a step that ended with a `UserError`: nothing that a retry would mend."""
+
+FULL, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EACCES, errno.EPERM, errno.EROFS)
+"""What the system says when there is no space for a file, and when it may not be written or read."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,17 @@ class Step:
         try:
             self._run()
         except UserError as error:
-            print(f"{self.name}: {error}", file=sys.stderr, flush=True)
-            sys.exit(USER_ERROR)
+            self._end(str(error))
+        except OSError as error:
+            if error.errno not in FULL + FORBIDDEN:
+                raise
+            where = Path(os.fsdecode(error.filename or artifact(self.name, ""))).absolute()
+            mend = "Make space" if error.errno in FULL else "See who may read and write there"
+            self._end(f"{where}: {error.strerror}. {mend}, and start again: what was finished is kept.")
+
+    def _end(self, sentence: str) -> NoReturn:
+        print(f"{self.name}: {sentence}", file=sys.stderr, flush=True)
+        sys.exit(USER_ERROR)
 
     def _run(self) -> None:
         settings = load_settings()
