@@ -119,6 +119,7 @@ def _set(content: Any, override: str, path: str) -> None:
 
 
 def _short(text: str) -> str:
+    text = text.encode(errors="backslashreplace").decode()
     return text if len(text) <= 100 else text[:99] + "…"
 
 

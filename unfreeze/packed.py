@@ -68,7 +68,7 @@ def open_packed(folder: Path) -> PackedImages:
         table = found[found["reason"] == ""].reset_index(drop=True).astype(dict.fromkeys(NUMBERS, np.int64))
         sizes = table[["packed_width", "packed_height"]].to_numpy(np.int64)
         numbers = {name: number for number, name in enumerate(about["classes"])}
-        labels = table["label"].map(numbers).to_numpy(np.int64)
+        labels = table["label"].map(numbers.__getitem__).to_numpy(np.int64)
         image_size = int(about["image_size"])
     except OSError as error:
         raise UserError(f"There are no packed images in {folder} ({error}): run the step ingest first.") from None
