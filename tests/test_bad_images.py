@@ -9,8 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -232,21 +230,6 @@ def test_what_is_no_file_does_not_hang_the_packing(photos: Path) -> None:
     assert metrics["images"] == 27
 
 
-@pytest.fixture
-def as_nobody() -> Iterator[Path]:
-    """A folder to which everyone has access; the test has the rights of nobody, where it would have those of root."""
-    with tempfile.TemporaryDirectory() as name:
-        os.chmod(name, 0o777)
-        root = os.geteuid() == 0
-        if root:
-            os.seteuid(65534)
-        try:
-            yield Path(name)
-        finally:
-            if root:
-                os.seteuid(0)
-
-
 def test_files_without_the_right_to_read_them_are_set_aside(as_nobody: Path) -> None:
     file = as_nobody / "a.png"
     file.write_bytes(GOOD["plain.png"])
@@ -305,3 +288,13 @@ def test_errors_of_the_system_are_told_in_its_words(tmp_path: Path, monkeypatch:
         monkeypatch.setattr(decoding, "_decode", fail)
         with pytest.raises(BrokenImage, match=f"cannot be read: {os.strerror(number)}"):
             decode(tmp_path / "a.png", MEGAPIXELS)
+
+
+def test_decoders_get_no_descriptor_to_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (file := tmp_path / "a.tif").write_bytes(GOOD["lzw.tiff"])
+    with decoding._open(file, file.stat().st_size) as stream, pytest.raises(io.UnsupportedOperation):
+        stream.fileno()
+    monkeypatch.setattr(decoding, "MAX_HELD", 10)  # a large one is not read as a whole
+    with decoding._open(file, file.stat().st_size) as stream:
+        assert stream.fileno() > 0
+    assert same(np.asarray(decode(file, MEGAPIXELS)[1]).astype(float), corpus.reference(GOOD["lzw.tiff"]))
