@@ -92,7 +92,7 @@ def test_as_weights_that_a_step_wrote(tmp_path: Path, mark: Path, load: type) ->
 @pytest.mark.parametrize(
     "meta",
     [
-        None, "text", "[]", "[1]", "null", "{}", '{"kind": []}', '{"kind": "classifier"}',
+        None, "text", "[]", "[1]", "null", "{}", '{"kind": []}', '{"kind": "classifier"}', '{"kind": "backbone"}', '{"kind": "head"}',
         '{"kind": "classifier", "backbone": 1}', '{"kind": "classifier", "backbone": {"name": 3, "image_size": 32}}',
         '{"kind": "classifier", "backbone": {"name": "os:system", "image_size": 32}}',
         '{"kind": "classifier", "backbone": {"name": "timm:test_efficientnet", "image_size": "x"}, "head": {}}',

@@ -49,6 +49,7 @@ def test_nothing_to_change_leaves_the_file_alone(params: Path) -> None:
         ("data.source=s3=a=b", "s3=a=b"),
         ("data.source='2024'", "2024"),
         ("data.source=no", "no"),
+        ("data.source=>-\n  photos", "photos"),
         ("data.source=Café", "Café"),
         ("data.source=" + "long/" * 60, "long/" * 60),
         ("lr_find.rate=1e-5", 1e-5),

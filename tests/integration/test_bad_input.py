@@ -123,10 +123,11 @@ def test_labels_from_a_csv_file(project: Project) -> None:
 def test_a_disk_that_fills_up(project: Project, tmp_path: Path, mounted: Callable[..., None]) -> None:
     """From a source that cannot be written to; nothing that was finished is lost, and it goes on after space is made."""
     for number in range(20):  # long ones, which take more space than is foreseen
-        file = tmp_path / "long" / "ab"[number % 2] / f"{number}.png"
+        file = tmp_path / "long" / ("007", "08")[number % 2] / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(number).integers(0, 256, (32, 600, 3), np.uint8)
         Image.fromarray(pixels).save(file)
+    (tmp_path / "long/007/broken.png").write_bytes(b"<html>")
     mounted(tmp_path / "long", "--bind", "-o", "ro", str(tmp_path / "long"))
     apply_overrides(project.folder / "params.yaml", [f"data.source={tmp_path}/long"])
     artifacts = project.folder / "artifacts"
@@ -149,3 +150,6 @@ def test_a_disk_that_fills_up(project: Project, tmp_path: Path, mounted: Callabl
     project.run("tasks", "ingest")
     after = fingerprints(artifacts / "ingest")
     assert after.keys() == before.keys() and after["images.csv"] != before["images.csv"]
+    project.run("tasks", "explore")
+    reader = check((artifacts / "explore/report.html").read_text(encoding="utf-8"))
+    assert "007/broken.png007not an image" in reader.text
