@@ -18,10 +18,13 @@ import torch
 from hypothesis import given, settings
 from PIL import Image
 
+from flows.cli import main
 from tests import corpus
 from unfreeze import decoding
 from unfreeze.decoding import MAX_ASPECT, BrokenImage, decode
+from unfreeze.duplicates import find_duplicates
 from unfreeze.errors import UserError
+from unfreeze.packed import open_packed
 from unfreeze.packing import pack
 from unfreeze.settings import Data
 from unfreeze.sources import read_source, walk
@@ -259,6 +262,39 @@ def test_every_name_that_a_file_may_have_comes_back(photos: Path) -> None:
     assert {f"cat/deep/er/{name}" for name in corpus.NAMES if "\t" not in name} <= set(found)
     assert {"cat/deep/er/tab\\t.png", "cat/deep/er/caf\\udce9.png", "cat/deep/er/\\udcff\\udcfe.png"} <= set(found)
     assert len(list(walk(str(photos / "cat")))) == 9 + len(names)
+
+
+def test_an_image_under_two_labels_is_a_conflict_that_is_shown(photos: Path) -> None:
+    (photos / "dog/copy.png").write_bytes((photos / "cat/3.png").read_bytes())
+    (photos / "dog/link.png").symlink_to(photos / "cat/4.png")
+    metrics, _ = packed(photos)
+    images = open_packed(photos.parent / "out")
+    pairs = find_duplicates(images).query("conflict")
+    paths = [
+        {images.table["path"][a], images.table["path"][b]} for a, b in zip(pairs["row_a"], pairs["row_b"], strict=True)
+    ]
+    assert {"cat/3.png", "dog/copy.png"} in paths and {"cat/4.png", "dog/link.png"} in paths
+    assert metrics["images"] == 20
+
+
+def test_names_that_are_no_utf_8_are_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Guess:
+        def __init__(self, weights: Path) -> None: ...
+
+        def predict(self, images: list[Path], views: int) -> pd.DataFrame:
+            return pd.DataFrame({"predicted": "cat", "p_cat": 1.0, "reason": ["", "not an image"]})
+
+    monkeypatch.setattr("unfreeze.inference.Predictor", Guess)
+    corpus.write(tmp_path, {os.fsdecode(b"caf\xe9.png"): GOOD["plain.png"], "tab\t\x1b[31m.png": b"x"})
+    assert main(["predict", str(tmp_path)]) == 1
+    assert (
+        capsys.readouterr().out
+        == f"{tmp_path}/caf\\udce9.png: cat 100.0%\n{tmp_path}/tab\\t\\x1b[31m.png: not read: not an image\n"
+    )
+    assert main(["predict", str(tmp_path), "--csv"]) == 1
+    assert "caf\\udce9.png,cat,1.0," in capsys.readouterr().out
 
 
 def test_the_good_of_the_corpus_are_packed_and_the_bad_are_listed(photos: Path) -> None:
