@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from unfreeze.errors import UserError
+
 NOISE = (
     "To track the changes with git",
     "git add",
@@ -40,11 +42,12 @@ def stale_stages() -> set[str]:
     """Names of the stages that `dvc status` finds changed.
 
     Raises:
-        RuntimeError: DVC cannot tell, with what it says.
+        UserError: DVC cannot tell, with what it says.
     """
     done = subprocess.run(dvc("status", "--json"), capture_output=True, text=True, env=environment())
     if done.returncode:
-        raise RuntimeError(done.stderr.strip() or done.stdout.strip())
+        said = (done.stderr.strip() or done.stdout.strip()).partition("\n\n")[0]
+        raise UserError(f"DVC cannot tell what has changed: {said}")
     return set(json.loads(done.stdout or "{}"))
 
 

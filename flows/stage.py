@@ -17,6 +17,7 @@ from prefect.states import Completed
 
 from flows import dvc
 from flows.links import publish_links
+from flows.watched import check_watchable
 from tasks import STAGES
 from tasks.step import USER_ERROR
 from unfreeze.settings import load_settings
@@ -55,9 +56,9 @@ def begin() -> Plan:
     """Start a pass: check the settings, ask DVC what is stale, give the pass its key and a terminal to draw on.
 
     Raises:
-        UserError: a setting is wrong.
+        UserError: a setting is wrong, or DVC cannot watch the images.
     """
-    load_settings()
+    check_watchable(load_settings().data.source)
     stale = dvc.stale_stages()
     first = min((STAGES.index(stage) for stage in stale), default=len(STAGES))
     context = FlowRunContext.get()
