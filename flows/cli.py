@@ -1,6 +1,7 @@
 """The command line: `unfreeze run`, `unfreeze check`, `unfreeze predict`, `unfreeze report`."""
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -56,6 +57,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(chosen: argparse.Namespace) -> int:
+    from tasks.workspace import alone
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started is ended in order
+    with alone("run"):
+        return _run_alone(chosen)
+
+
+def _run_alone(chosen: argparse.Namespace) -> int:
     from flows.overrides import apply_overrides, read_overrides
     from unfreeze.settings import load_settings
     from unfreeze.sources import read_source
@@ -74,6 +83,9 @@ def _run(chosen: argparse.Namespace) -> int:
     except StageFailed as error:
         print(f"unfreeze: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("unfreeze: stopped. `unfreeze run` goes on where it was.", file=sys.stderr)
+        return 130
     return 0
 
 

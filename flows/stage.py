@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 from prefect import Task, get_run_logger, task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext
@@ -19,6 +20,7 @@ from flows import dvc
 from flows.links import publish_links
 from tasks import STAGES
 from tasks.step import USER_ERROR
+from tasks.stopping import PARENT, die_with, identity
 from unfreeze.settings import load_settings
 
 
@@ -63,7 +65,11 @@ def begin() -> Plan:
     context = FlowRunContext.get()
     run = context.flow_run if context else None
     os.environ["UNFREEZE_PASS"] = f"flow-{run.id if run else uuid.uuid4()}"
-    os.environ["UNFREEZE_DOOR"] = "deployment" if run and run.deployment_id else "flow"
+    deployed = bool(run and run.deployment_id)
+    os.environ["UNFREEZE_DOOR"] = "deployment" if deployed else "flow"
+    if deployed and (worker := psutil.Process().parent()):
+        die_with([identity(worker)])
+    os.environ[PARENT] = identity(psutil.Process())
     if sys.stderr.isatty():
         os.environ["UNFREEZE_TTY"] = os.ttyname(sys.stderr.fileno())
     return Plan(frozenset(STAGES[first:]), bool(stale) and dvc.has_remote())

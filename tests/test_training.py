@@ -220,8 +220,8 @@ def test_rates_follow_the_schedule_and_the_best_cycle_is_handed_on() -> None:
         states.append(model.weight.detach().clone())
         return Scores(next(losses), 0.5)
 
-    def epochs(epoch: int):  # type: ignore[no-untyped-def]
-        for i in range(3):
+    def epochs(epoch: int, first: int):  # type: ignore[no-untyped-def]
+        for i in range(first, 3):
             seen.append((epoch, i))
             yield torch.ones(4, 2) * (3 - epoch), torch.tensor([0, 1, 0, 0])
 
@@ -240,7 +240,7 @@ def test_a_loss_that_is_no_number_stops_with_rate_and_iteration() -> None:
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0)
 
-    def epochs(epoch: int):  # type: ignore[no-untyped-def]
+    def epochs(epoch: int, first: int):  # type: ignore[no-untyped-def]
         yield torch.full((2, 2), float("nan")), torch.tensor([0, 1])
 
     with pytest.raises(UserError, match="iteration 0.*rate"):
