@@ -10,7 +10,7 @@ from PIL import Image
 
 from flows.overrides import apply_overrides
 from tasks import STAGES
-from tests.integration.conftest import Project
+from tests.integration.project import Project
 
 AFTER_FULL = ["train_full", "evaluate", "retrain", "register"]
 
