@@ -38,7 +38,7 @@ SETTINGS = SMALL | {
 }
 DOORS = (("flows.cli", "run"), ("dvc", "repro"))
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-GONE_WITHIN = 40.0
+GONE_WITHIN = 120.0
 """Seconds after which nothing may be left of a run that was killed."""
 
 
@@ -69,9 +69,8 @@ def soak(base: Path, kills: int, chance: random.Random) -> None:
             code = process.wait(moment)
         except subprocess.TimeoutExpired:
             done += 1
-            how = strike(wild, process, chance)
+            print(f"{done}: {' '.join(door)} after {moment:.1f} s, {strike(wild, process, chance)}", flush=True)
             code = process.wait(GONE_WITHIN)
-            print(f"{done}: {' '.join(door)} after {moment:.1f} s, {how}: code {code}", flush=True)
             nothing_left(wild)
             if done < kills and code:
                 continue
