@@ -57,9 +57,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(chosen: argparse.Namespace) -> int:
+    from tasks.stopping import interrupt_in_time
     from tasks.workspace import alone
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started is ended in order
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, interrupt_in_time)
     with alone("run"):
         return _run_alone(chosen)
 

@@ -1,5 +1,6 @@
 """How a step ends before its time: when it is asked to, and when nobody is left that it works for."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -32,6 +33,23 @@ def stop_when_asked(interruption: Interruption) -> None:
 
     signal.signal(signal.SIGTERM, handler)
     signal.signal(signal.SIGINT, handler)
+
+
+def interrupt_in_time(number: int, frame: FrameType | None) -> None:
+    """A signal handler for a flow: Ctrl-C, and an end with everything it started where that takes too long.
+
+    Prefect tells its server of every end, again and again where that is away.
+    """
+
+    def end() -> None:
+        time.sleep(2 * GRACE)
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        os._exit(128 + number)
+
+    threading.Thread(target=end, daemon=True).start()
+    raise KeyboardInterrupt
 
 
 def identity(process: psutil.Process) -> str:
