@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 NOISE = (
@@ -19,6 +20,8 @@ NOISE = (
     "Running stage",
 )
 """What DVC says to a person at a prompt, and to nobody in a log."""
+
+TO_PUSH = Path(".unfreeze/to-push")
 
 CACHED = ("didn't change, skipping", "is cached - skipping run")
 
@@ -79,10 +82,27 @@ def reproduce(stage: str, pull: bool) -> Iterator[str]:
         raise subprocess.CalledProcessError(process.returncode, command)
 
 
-def push() -> str | None:
-    """Push artifacts and the run cache to the default remote; returns what went wrong, if anything."""
-    done = subprocess.run(dvc("push", "--run-cache"), capture_output=True, text=True, env=environment())
-    return None if done.returncode == 0 else done.stderr.strip()
+def push(pauses: Sequence[float] = (2, 8)) -> str | None:
+    """Push artifacts and the run cache to the default remote; returns what went wrong at last, if anything.
+
+    Args:
+        pauses: seconds to wait before each further attempt.
+    """
+    TO_PUSH.parent.mkdir(parents=True, exist_ok=True)
+    TO_PUSH.touch()
+    for pause in (*pauses, None):
+        done = subprocess.run(dvc("push", "--run-cache"), capture_output=True, text=True, env=environment())
+        if done.returncode == 0:
+            TO_PUSH.unlink()
+            return None
+        if pause is not None:
+            time.sleep(pause)
+    return done.stderr.strip()
+
+
+def to_push() -> bool:
+    """Whether a push has failed, or was interrupted, since one that did not."""
+    return TO_PUSH.exists()
 
 
 def is_noise(line: str) -> bool:

@@ -18,6 +18,7 @@ from prefect.states import Completed
 from flows import dvc
 from flows.links import publish_links
 from tasks import STAGES
+from tasks.masking import mask
 from tasks.step import USER_ERROR
 from unfreeze.settings import load_settings
 
@@ -128,6 +129,7 @@ def _run(stage: str, pull: bool) -> bool:
         for line in dvc.reproduce(stage, pull):
             ran = ran and not dvc.is_cached(line)
             if not dvc.is_noise(line):
+                line = mask(line)
                 tail.append(line)
                 _clear_line()
                 log.info(line)

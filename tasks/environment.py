@@ -12,6 +12,9 @@ DEFAULTS = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    # What MLflow's server does not take waits on disk: no need for MLflow's own minutes of attempts.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     # The temporary server is stopped in the middle of its housekeeping, and would print tracebacks about it.
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",

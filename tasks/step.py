@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from tasks.environment import artifact, set_environment
+from tasks.masking import mask
+from tasks.publishing import Unreachable
 from tasks.tracking import Tracker
 from unfreeze.errors import UserError
 from unfreeze.settings import flatten, load_settings
@@ -60,12 +62,16 @@ class Step:
         """Run the step in this process, which ends with code 2 and a sentence when the user has to mend something."""
         set_environment()
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+        logging.getLogger().handlers[0].addFilter(_masked)
         logger.setLevel(logging.INFO)
         try:
             self._run()
         except UserError as error:
-            print(f"{self.name}: {error}", file=sys.stderr, flush=True)
+            print(f"{self.name}: {mask(str(error))}", file=sys.stderr, flush=True)
             sys.exit(USER_ERROR)
+        except Unreachable as error:
+            print(f"{self.name}: {error}", file=sys.stderr, flush=True)
+            sys.exit(1)  # worth a retry
 
     def _run(self) -> None:
         settings = load_settings()
@@ -84,6 +90,11 @@ def step(function: Callable[..., Mapping[str, float]]) -> Step:
     """Make a function a step: ``function(run, <sections of params.yaml>...) -> metrics``."""
     run, *sections = inspect.signature(function).parameters
     return Step(function.__name__, function, tuple(sections))
+
+
+def _masked(record: logging.LogRecord) -> bool:
+    record.msg, record.args = mask(record.getMessage()), ()
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:
