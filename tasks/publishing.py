@@ -116,7 +116,7 @@ def send(
             if not mine and ((elsewhere and not anyway) or is_being_written(folder)):
                 continue
             try:
-                yield from _send(client, folder)
+                yield from _send(client, folder, mine)
             except _FileTrouble as error:  # the files' place may be away while the server is well
                 trouble = trouble or error.trouble
         forget_old_passes()
@@ -130,8 +130,8 @@ class _FileTrouble(Exception):
         self.trouble = trouble
 
 
-def _send(client: Any, folder: Path) -> Iterator[float]:
-    """Send what is new of a journal."""
+def _send(client: Any, folder: Path, is_written: bool) -> Iterator[float]:
+    """Send what is new of a journal, which is still written or has been before this began."""
     head, sent = read_json(folder / "head.json"), read_json(folder / "sent.json")
     if "runs" not in sent:
         sent = {"offset": 0, "runs": (yield from _open(client, head))}
@@ -157,7 +157,7 @@ def _send(client: Any, folder: Path) -> Iterator[float]:
         ended = "closed" in record
         write_json(folder / "sent.json", sent | {"offset": end})
         sent["offset"] = end
-    if not ended and not is_being_written(folder):
+    if not ended and not is_written:
         yield from _kill(client, folder, sent["runs"])
         ended = True
     if ended:
