@@ -12,8 +12,6 @@ DEFAULTS = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    # What MLflow's server does not take waits on disk: no need for MLflow's own minutes of attempts.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     # The temporary server is stopped in the middle of its housekeeping, and would print tracebacks about it.
@@ -25,9 +23,12 @@ DEFAULTS = {
 
 
 def set_environment() -> None:
-    """Set what the user has not set. Call before Prefect, DVC or MLflow are imported."""
+    """Set what the user has not set, and that MLflow asks once. Call before Prefect, DVC or MLflow are imported."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    # MLflow's client would ask again by itself when an answer is lost, for minutes, and what it asks to be created would
+    # be there twice. We ask again, after looking whether it is there.
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
 
 
 def artifact(stage: str, name: str) -> Path:
