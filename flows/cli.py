@@ -75,6 +75,7 @@ def _run(chosen: argparse.Namespace) -> int:
         apply_overrides("params.yaml", overrides)
     read_source(load_settings().data.source)
 
+    from flows.away import go_on_without, is_away
     from flows.publish import what_waits
     from flows.recipe import recipe
     from flows.stage import StageFailed
@@ -85,6 +86,10 @@ def _run(chosen: argparse.Namespace) -> int:
     except StageFailed as error:
         print(f"unfreeze: {error}", file=sys.stderr)
         return 1
+    except Exception as error:
+        if not is_away(error):
+            raise
+        go_on_without()
     finally:
         if left := what_waits():
             print(f"{left} `unfreeze publish` sends it, and so does the next run.", file=sys.stderr)

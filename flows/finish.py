@@ -33,7 +33,7 @@ def finish(outcomes: Mapping[str, Outcome], plan: Plan) -> None:
         Delivery(journal, log.warning).close()
     if ran and (address := run_address()):
         log.info("MLflow run: %s", address)
-    if ((ran and plan.pull) or dvc.to_push()) and (trouble := dvc.push()):
+    if ((ran and plan.push) or dvc.to_push()) and (trouble := dvc.push()):
         log.warning(
             "DVC's remote did not take everything; the next pass sends the rest, or `unfreeze publish`: %s",
             mask(trouble),
