@@ -62,7 +62,7 @@ class Step:
         """Run the step in this process, which ends with code 2 and a sentence when the user has to mend something."""
         set_environment()
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-        logging.getLogger().handlers[0].addFilter(_masked)
+        logging.getLogger().handlers[0].addFilter(masked)
         logger.setLevel(logging.INFO)
         try:
             self._run()
@@ -92,7 +92,8 @@ def step(function: Callable[..., Mapping[str, float]]) -> Step:
     return Step(function.__name__, function, tuple(sections))
 
 
-def _masked(record: logging.LogRecord) -> bool:
+def masked(record: logging.LogRecord) -> bool:
+    """Mask a log record; keep it."""
     record.msg, record.args = mask(record.getMessage()), ()
     return True
 

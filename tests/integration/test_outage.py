@@ -5,7 +5,6 @@ import http.client
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,8 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+
+from tests.integration.test_deployment import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 STEP = """
@@ -53,12 +54,6 @@ for attempt in range(100):
     except Exception as error: print(attempt, reason(error))
     if not waiting(): break
 """
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 @dataclass
