@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import resuming
 from tasks.environment import artifact, set_environment
+from tasks.masking import mask
+from tasks.publishing import Unreachable
 from tasks.stopping import die_with, step_works_for, stop_when_asked
 from tasks.tracking import Tracker
 from tasks.workspace import alone
@@ -96,6 +98,7 @@ class Step:
         """Run the step in this process, which ends with code 2 and a sentence when the user has to mend something."""
         set_environment()
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+        logging.getLogger().handlers[0].addFilter(masked)
         logger.setLevel(logging.INFO)
         interruption = Interruption()
         stop_when_asked(interruption)
@@ -104,8 +107,11 @@ class Step:
             with alone("step"):
                 self._run(interruption)
         except UserError as error:
-            print(f"{self.name}: {error}", file=sys.stderr, flush=True)
+            print(f"{self.name}: {mask(str(error))}", file=sys.stderr, flush=True)
             sys.exit(USER_ERROR)
+        except Unreachable as error:
+            print(f"{self.name}: {error}", file=sys.stderr, flush=True)
+            sys.exit(1)  # worth a retry
         except Interrupted:
             print(
                 f"{self.name}: stopped. Started again, it goes on from its last checkpoint.",
@@ -133,6 +139,12 @@ def step(function: Callable[..., Mapping[str, float]]) -> Step:
     """Make a function a step: ``function(run, <sections of params.yaml>...) -> metrics``."""
     run, *sections = inspect.signature(function).parameters
     return Step(function.__name__, function, tuple(sections))
+
+
+def masked(record: logging.LogRecord) -> bool:
+    """Mask a log record; keep it."""
+    record.msg, record.args = mask(record.getMessage()), ()
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:

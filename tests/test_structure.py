@@ -17,6 +17,9 @@ DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 TELLING = {
     "tasks/__init__.py",
     "tasks/environment.py",
+    "tasks/journal.py",
+    "tasks/masking.py",
+    "tasks/publishing.py",
     "tasks/resuming.py",
     "tasks/step.py",
     "tasks/stopping.py",
