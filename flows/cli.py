@@ -127,9 +127,10 @@ def _check(chosen: argparse.Namespace) -> int:
 def _predict(chosen: argparse.Namespace) -> int:
     files = _image_files(chosen.images)
     from unfreeze.inference import Predictor
+    from unfreeze.sources import shown
 
     table = Predictor(chosen.model).predict(files, TTA_VIEWS if chosen.tta else 0)
-    table.insert(0, "path", [str(file) for file in files])
+    table.insert(0, "path", [shown(str(file)) for file in files])
     if chosen.csv:
         print(table.to_csv(index=False), end="")
     else:

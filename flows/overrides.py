@@ -3,19 +3,26 @@
 import difflib
 import io
 import json
+import math
 import os
+import re
+import reprlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.representer import RoundTripRepresenter
+from ruamel.yaml.scalarstring import FoldedScalarString, LiteralScalarString
 
 from unfreeze.errors import UserError
 from unfreeze.settings import flatten, parse_text, read_text
 from unfreeze.yaml12 import read_yaml
+
+UNSEEN = re.compile(r"[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""What JSON writes as it is, and YAML takes for a line break, or for no character at all."""
 
 
 def apply_overrides(path: str | Path, overrides: list[str]) -> None:
@@ -29,14 +36,13 @@ def apply_overrides(path: str | Path, overrides: list[str]) -> None:
         UserError: there is no such key, or the settings would be wrong with these values; nothing is written then.
     """
     text = read_text(path)
+    if not isinstance(read_yaml(text, str(path)), Mapping):
+        parse_text(text, str(path))  # says why not
     yaml = _yaml()
     try:
         content = yaml.load(text)
     except (YAMLError, ValueError, RecursionError) as error:
-        parse_text(text, str(path))  # says the same with the line
         raise UserError(f"{path} is not valid YAML: {_problem(error)}.") from None
-    if not isinstance(content, Mapping):
-        parse_text(text, str(path))
     for override in overrides:
         _set(content, override, str(path))
     buffer = io.StringIO()
@@ -59,35 +65,62 @@ def read_overrides(path: str | Path) -> list[str]:
 
 
 def as_overrides(values: Mapping[str, Any]) -> list[str]:
-    """``section.key -> value`` as `apply_overrides` takes them; text is quoted only where it has to be."""
+    """``section.key -> value`` as `apply_overrides` takes them; text is quoted only where it has to be.
 
-    def written(value: Any) -> str:
-        plain = isinstance(value, str) and value.strip() and read_yaml(f"- {value}", "") == [value]
-        return value if plain else json.dumps(value)
+    Raises:
+        UserError: a value is a list or anything else that no setting can be.
+    """
+    return [f"{key}={_written(key, value)}" for key, value in values.items()]
 
-    return [f"{key}={written(value)}" for key, value in values.items()]
+
+def _written(key: str, value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int):
+        return str(value) if abs(value) < 2**63 else hex(value)  # Python refuses to write thousands of digits
+    if isinstance(value, float):
+        return repr(value) if math.isfinite(value) else {"inf": ".inf", "-inf": "-.inf"}.get(str(value), ".nan")
+    if not isinstance(value, str):
+        raise UserError(
+            f"{key} is {reprlib.repr(value)}, but every setting is a single number, text, true, false or null."
+        )
+    try:
+        plain = bool(value.strip()) and read_yaml(f"- {value}", "") == [value]
+    except UserError:
+        plain = False
+    return (
+        value if plain else UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
+    )
 
 
 def _set(content: Any, override: str, path: str) -> None:
     key, equals, text = override.partition("=")
-    key = key.strip()
+    key, shown = key.strip(), _short(override)
     if not equals:
-        raise UserError(f"{override}: write it as key=value, for example train_full.cycles=2.")
-    known = flatten(content)
-    if key not in known:
-        near = difflib.get_close_matches(key, known, 1, 0.5)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise UserError(f"{override}: {path} has no key {key!r}.{hint}")
+        raise UserError(f"{shown}: write it as key=value, for example train_full.cycles=2.")
     *sections, last = key.split(".")
+    target: Any = content
     for section in sections:
-        content = content[section]
+        target = target.get(section) if isinstance(target, Mapping) else None
+    if not isinstance(target, MutableMapping) or last not in target or isinstance(target[last], Mapping):
+        near = difflib.get_close_matches(key[:80], flatten(content), 1, 0.5)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UserError(f"{shown}: {path} has no key {_short(key)!r}.{hint}")
+    read_yaml(text, f"{shown}: {_short(text)!r}")  # refuses what is no value
     try:
         # A key without a value would be null, which turns some settings off: that has to be said.
         value = _yaml().load(text) if text.strip() else ""
-        # DVC does not know ~, and a shell leaves it as it is after the equals sign.
-        content[last] = os.path.expanduser(value) if key == "data.source" and isinstance(value, str) else value
     except (YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{override}: {text!r} is not valid YAML: {_problem(error)}.") from None
+        raise UserError(f"{shown}: {_short(text)!r} is not valid YAML: {_problem(error)}.") from None
+    if isinstance(value, LiteralScalarString | FoldedScalarString):
+        value = str(value)  # in a line of its own, as all others are
+    # DVC does not know ~, and a shell leaves it as it is after the equals sign.
+    target[last] = os.path.expanduser(value) if key == "data.source" and isinstance(value, str) else value
+
+
+def _short(text: str) -> str:
+    text = text.encode(errors="backslashreplace").decode()
+    return text if len(text) <= 100 else text[:99] + "…"
 
 
 def _replace(path: Path, text: str) -> None:

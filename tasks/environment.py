@@ -18,8 +18,6 @@ DEFAULTS = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
     # The temporary server is stopped in the middle of its housekeeping, and would print tracebacks about it.
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
-    # On a busy machine it takes longer to start than the 20 seconds that Prefect waits.
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
     "GIT_PYTHON_REFRESH": "quiet",
     "MLFLOW_TRACKING_URI": DEFAULT_TRACKING_URI,
     "MLFLOW_EXPERIMENT_NAME": "unfreeze",

@@ -13,7 +13,7 @@ from unfreeze.settings import Data
 @step
 def explore(run: Run, data: Data) -> dict[str, float]:
     packed = open_packed(artifact("ingest", ""))
-    found = pd.read_csv(artifact("ingest", "images.csv"), keep_default_na=False)
+    found = pd.read_csv(artifact("ingest", "images.csv"), keep_default_na=False, dtype=str)
     duplicates = find_duplicates(packed)
     metrics = explore_metrics(packed, found, duplicates)
     run.path("report.html").write_text(explore_report(packed, found, duplicates, data.source), encoding="utf-8")

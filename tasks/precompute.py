@@ -5,6 +5,9 @@ these, whatever becomes of the hub or file they came from. scikit-learn's logist
 honest baseline that stands beside every accuracy of the recipe.
 """
 
+import os
+from pathlib import Path
+
 import numpy as np
 
 from tasks.environment import artifact
@@ -27,8 +30,7 @@ def precompute(run: Run, seed: int, backbone: Backbone, train: Train) -> dict[st
     network = create_backbone(backbone.name, backbone.weights, packed.image_size)
     loader = Loader(packed, Normalisation(network.mean, network.std), device, train.batch_size)
     # Written as they come: for a hundred thousand images they are half a gigabyte.
-    shape = (len(packed), network.num_features)
-    kept = np.lib.format.open_memmap(run.path("activations.npy"), "w+", np.float32, shape)
+    kept = _array(run.path("activations.npy"), (len(packed), network.num_features))
     activations = backbone_activations(to_device(network, device), loader, kept)
     kept.flush()
     run.log("%d images through %s: %d activations each", len(packed), backbone.name, activations.shape[1])
@@ -39,9 +41,19 @@ def precompute(run: Run, seed: int, backbone: Backbone, train: Train) -> dict[st
     accuracy = score(baseline[packed.rows("valid")], packed.labels[packed.rows("valid")]).accuracy
     run.log("logistic regression on the activations: %.3f of the validation images right", accuracy)
 
-    np.save(run.path("baseline.npy"), baseline)
+    _array(run.path("baseline.npy"), baseline.shape)[:] = baseline
     save_backbone(network.cpu(), run.path("backbone.safetensors"))
     return {"images": len(packed), "features": activations.shape[1], "valid_baseline_accuracy": accuracy}
+
+
+def _array(path: Path, shape: tuple[int, int]) -> np.memmap:
+    """A float32 array in a file, to be written. Its space is taken at once: a disk that is full only when memory is
+    written back to it ends the process without a word (SIGBUS)."""
+    array = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 if __name__ == "__main__":

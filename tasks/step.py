@@ -6,6 +6,7 @@ by hand or by a debugger, it checks the settings, seeds chance, tells MLflow, an
 ``artifacts/<name>/metrics.json``.
 """
 
+import errno
 import inspect
 import json
 import logging
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tasks import resuming
 from tasks.environment import artifact, set_environment
@@ -37,8 +38,14 @@ logger = logging.getLogger("unfreeze")
 USER_ERROR = 2
 """Exit code of a step that ended with a `UserError`: nothing that a retry would mend."""
 
+WORTH_A_RETRY = 1
+"""Exit code of a step that ended with what may go away by itself."""
+
 STOPPED = 143
 """Exit code of a step that was asked to stop."""
+
+FULL, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EACCES, errno.EPERM, errno.EROFS)
+"""What the system says when there is no space for a file, and when it may not be written or read."""
 
 
 @dataclass(frozen=True)
@@ -107,18 +114,21 @@ class Step:
             with alone("step"):
                 self._run(interruption)
         except UserError as error:
-            print(f"{self.name}: {mask(str(error))}", file=sys.stderr, flush=True)
-            sys.exit(USER_ERROR)
+            self._end(str(error), USER_ERROR)
         except Unreachable as error:
-            print(f"{self.name}: {error}", file=sys.stderr, flush=True)
-            sys.exit(1)  # worth a retry
+            self._end(str(error), WORTH_A_RETRY)
+        except OSError as error:
+            if error.errno not in FULL + FORBIDDEN:
+                raise
+            where = Path(os.fsdecode(error.filename or artifact(self.name, ""))).absolute()
+            mend = "Make space" if error.errno in FULL else "See who may read and write there"
+            self._end(f"{where}: {error.strerror}. {mend}, and start again: what was finished is kept.", USER_ERROR)
         except Interrupted:
-            print(
-                f"{self.name}: stopped. Started again, it goes on from its last checkpoint.",
-                file=sys.stderr,
-                flush=True,
-            )
-            sys.exit(STOPPED)
+            self._end("stopped. Started again, it goes on from its last checkpoint.", STOPPED)
+
+    def _end(self, sentence: str, code: int) -> NoReturn:
+        print(f"{self.name}: {mask(sentence)}", file=sys.stderr, flush=True)
+        sys.exit(code)
 
     def _run(self, interruption: Interruption) -> None:
         settings = load_settings()

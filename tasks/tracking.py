@@ -22,13 +22,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from tasks import STAGES
 from tasks.environment import artifact
 from tasks.journal import ROOT, Busy, Journal, Record, pass_folder, read_json, waiting, write_json
 from tasks.masking import mask
 from tasks.publishing import address, client, metrics, reaching, reason, send
+from tasks.stopping import dvc_above
 
 logger = logging.getLogger("unfreeze")
 
@@ -46,12 +45,8 @@ def current_pass() -> tuple[str, str]:
     """
     if key := os.environ.get("UNFREEZE_PASS"):
         return key, os.environ.get("UNFREEZE_DOOR", "flow")
-    process: psutil.Process | None = psutil.Process()
-    while process is not None:
-        words = process.cmdline()[:3]
-        if any(Path(word).name == "dvc" for word in words):
-            return f"dvc-{process.pid}-{process.create_time():.0f}", "dvc repro"
-        process = process.parent()
+    if above := dvc_above():
+        return f"dvc-{above.pid}-{above.create_time():.0f}", "dvc repro"
     return f"step-{os.getpid()}-{time.time():.0f}", "step"
 
 

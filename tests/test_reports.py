@@ -24,7 +24,7 @@ def packed_images(count: int, classes: list[str], splits: tuple[str, ...] = ("tr
     labels = np.arange(count) % len(classes)
     frame = pd.DataFrame(
         {
-            "path": [f"<i>{i}</i>/image {i}.jpg" for i in range(count)],
+            "path": [f'<i>{i}</i>/"><img src=x onerror=alert({i})>.jpg' for i in range(count)],
             "label": [classes[i] for i in labels],
             "split": [splits[(i // len(classes)) % len(splits)] for i in range(count)],
             "width": SIDE,

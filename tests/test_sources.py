@@ -256,7 +256,7 @@ def write_csv(folder: Path, text: str | bytes, name: str = "labels.csv") -> Path
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("separator", [",", ";", "\t", ", "])
-@pytest.mark.parametrize("line", ["\n", "\r\n"])
+@pytest.mark.parametrize("line", ["\n", "\r\n", "\r"])
 def test_csv_of_every_dialect(tmp_path: Path, touch: Touch, encoding: str, separator: str, line: str) -> None:
     touch("a.jpg", "in/b, c;d.jpg", 'q"q.jpg', "ü.jpg")
     lines = [
@@ -294,6 +294,13 @@ def test_csv_may_name_its_files_in_full(tmp_path: Path, touch: Touch) -> None:
     ]
 
 
+def test_the_header_tells_the_separator_whatever_the_lines_below_hold(tmp_path: Path, touch: Touch) -> None:
+    touch("a.jpg", "b.jpg")
+    for line in ("\n", "\r\n", "\r"):
+        file = write_csv(tmp_path, line.join(("path;label", "a.jpg;x, y, z, and more", "b.jpg;y,,,,,")))
+        assert [label for _, label, _ in rows(file)] == ["x, y, z, and more", "y,,,,,"]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -311,6 +318,10 @@ def test_csv_may_name_its_files_in_full(tmp_path: Path, touch: Touch) -> None:
         ("path,label\na.jpg,x\n../out.jpg,y\n", ["lead out of the folder", "'../out.jpg'"]),
         ("path,label\na.jpg,x\nfolder/../../out.jpg,y\n", ["lead out of the folder", "'../out.jpg'"]),
         ("path,label\na.jpg,x\n/etc/passwd,y\n", ["lead out of the folder"]),
+        ("path,label\na.jpg,x\n../in2/a.jpg,y\n", ["lead out of the folder"]),
+        ("path,label\na.jpg,x\nfolder\\..\\..\\out.jpg,y\n", ["does not exist"]),
+        ("path|label\na.jpg|x\n", ["no column path", "path|label"]),
+        ("path,label\na.jpg,x\nb.jpg," + "y" * 200_000 + "\n", ["line 3", "not CSV", "field larger"]),
         ("path,label\na.jpg,x\nb.jpg,y\n./a.jpg,y\n", ["twice", "a.jpg"]),
         ("path,label,split\na.jpg,x,train\na.jpg,x,test\nb.jpg,y,test\n", ["twice", "a.jpg"]),
         ("path,label,split\na.jpg,x,train\nb.jpg,y,holdout\n", ["b.jpg", "train, valid or test"]),

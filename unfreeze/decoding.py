@@ -9,6 +9,7 @@ import os
 import stat
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ from PIL import Image, UnidentifiedImageError
 
 MAX_ASPECT = 20
 """Longer side over shorter side; beyond it, no square says anything about the image."""
+MAX_HELD = 2**28
+"""Bytes of a file that a decoder may read as a whole; of a larger one (pages and pages of a TIFF) it maps what it needs."""
 PROGRAMS = ("EPS", "WMF")
 """Formats that are programs, which a decoder would have to run."""
 UPRIGHT = {
@@ -53,10 +56,14 @@ def decode(file: str | Path | io.BytesIO, max_megapixels: float, size: int = 0) 
     # Pillow's own guard, which also looks at images within a container whose header says something else.
     Image.MAX_IMAGE_PIXELS = int(max_megapixels * 1e6)
     try:
-        if not isinstance(file, io.BytesIO):
-            _check_file(file)
-        with Image.open(file) as image:
-            return _read(image, max_megapixels, size)
+        if isinstance(file, io.BytesIO):
+            return _decode(file, max_megapixels, size)
+        before = _check_file(file)
+        with _open(file, before.st_size) as stream:
+            read = _decode(stream, max_megapixels, size)
+        if _state(os.stat(file)) != _state(before):
+            raise BrokenImage("changed while it was read")
+        return read
     except BrokenImage:
         raise
     except UnidentifiedImageError:
@@ -70,12 +77,37 @@ def decode(file: str | Path | io.BytesIO, max_megapixels: float, size: int = 0) 
         raise BrokenImage(f"damaged: {what.splitlines()[0][:200]}") from None
 
 
-def _check_file(file: str | Path) -> None:
+def _check_file(file: str | Path) -> os.stat_result:
     status = os.stat(file)
     if not stat.S_ISREG(status.st_mode):  # a pipe would keep us waiting
         raise BrokenImage("not a file but a folder, pipe or device")
     if status.st_size == 0:
         raise BrokenImage("empty file")
+    return status
+
+
+def _state(status: os.stat_result) -> tuple[int, int]:
+    """What is another when a file was written meanwhile."""
+    return status.st_size, status.st_mtime_ns
+
+
+class _Stream(io.FileIO):
+    """A file that decoders have to read: Pillow and libtiff would map one into memory that has a name or a descriptor,
+    and whoever then makes it shorter ends this process without a word (SIGBUS)."""
+
+    def fileno(self) -> int:
+        raise io.UnsupportedOperation("fileno")
+
+
+def _open(file: str | Path, size: int) -> BinaryIO:
+    # Should a pipe have taken the file's place since, opening it does not wait for whoever writes into it.
+    kind = _Stream if size <= MAX_HELD else io.FileIO
+    return io.BufferedReader(kind(file, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)))
+
+
+def _decode(stream: BinaryIO, max_megapixels: float, size: int) -> tuple[tuple[int, int], Image.Image]:
+    with Image.open(stream) as image:
+        return _read(image, max_megapixels, size)
 
 
 def _read(image: Image.Image, max_megapixels: float, size: int) -> tuple[tuple[int, int], Image.Image]:

@@ -65,19 +65,16 @@ def open_packed(folder: Path) -> PackedImages:
         about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
         found = pd.read_csv(folder / "images.csv", keep_default_na=False, dtype=str)
         pixels = np.memmap(folder / "pixels.bin", np.uint8, "r")
+        table = found[found["reason"] == ""].reset_index(drop=True).astype(dict.fromkeys(NUMBERS, np.int64))
+        sizes = table[["packed_width", "packed_height"]].to_numpy(np.int64)
+        numbers = {name: number for number, name in enumerate(about["classes"])}
+        labels = table["label"].map(numbers.__getitem__).to_numpy(np.int64)
+        image_size = int(about["image_size"])
     except OSError as error:
         raise UserError(f"There are no packed images in {folder} ({error}): run the step ingest first.") from None
-    table = found[found["reason"] == ""].reset_index(drop=True).astype(dict.fromkeys(NUMBERS, np.int64))
-    sizes = table[["packed_width", "packed_height"]].to_numpy(np.int64)
+    except (ValueError, KeyError, TypeError) as error:
+        what = str(error).partition("\n")[0]
+        raise UserError(f"The packed images in {folder} are damaged ({what}): run the step ingest again.") from None
     if len(pixels) != sizes.prod(1).sum() * 3:
         raise UserError(f"{folder / 'pixels.bin'} does not belong to images.csv beside it: run the step ingest again.")
-    numbers = {name: number for number, name in enumerate(about["classes"])}
-    return PackedImages(
-        pixels,
-        table,
-        about["classes"],
-        table["label"].map(numbers).to_numpy(np.int64),
-        sizes,
-        table["offset"].to_numpy(np.int64),
-        about["image_size"],
-    )
+    return PackedImages(pixels, table, about["classes"], labels, sizes, table["offset"].to_numpy(np.int64), image_size)

@@ -11,6 +11,7 @@ import re
 import reprlib
 import types
 import typing
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from unfreeze.yaml12 import read_yaml
 S = TypeVar("S")
 
 KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+UNSEEN = ("Cc", "Cs", "Zl", "Zp")
+"""Unicode categories of what is no character of a text: controls, line breaks, halves of a character."""
 
 
 @dataclass(frozen=True)
@@ -328,6 +331,8 @@ def _value(hint: Any, value: object, key: str, problems: list[str]) -> Any:
         problem += f" Did you mean {near[0]}?"
     elif kind is str and value is not None and not isinstance(value, str | Mapping | list):
         problem += " Put it in quotes."
+    elif isinstance(value, str) and _unseen(value):
+        problem += " There are control characters or line breaks in it."
     problems.append(problem)
     return None
 
@@ -346,9 +351,13 @@ def _typed(kind: type, value: object) -> Any:
             return float(value) if isinstance(value, int | float) else None
         except OverflowError:
             return None
-    if not isinstance(value, kind) or (isinstance(value, str) and not value.strip()):
+    if not isinstance(value, kind) or (isinstance(value, str) and (not value.strip() or _unseen(value))):
         return None
     return kind(value)
+
+
+def _unseen(text: str) -> bool:
+    return any(unicodedata.category(character) in UNSEEN for character in text)
 
 
 _short = reprlib.Repr()

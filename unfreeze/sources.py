@@ -8,6 +8,7 @@ empty).
 import csv
 import io
 import os
+import re
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -222,7 +223,7 @@ def _cells(file: Path) -> pd.DataFrame:
         text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"data.source: {file} is not UTF-8 text; save it as CSV in UTF-8.") from None
-    header = text.lstrip().split("\n", 1)[0]
+    header = re.split("[\r\n]", text.lstrip(), maxsplit=1)[0]
     separator = max(",;\t", key=header.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
     rows: list[list[str]] = []

@@ -1,8 +1,9 @@
 """Weights on disk: safetensors with what it takes to build the network again. Nothing that is read here can run code."""
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ def save_backbone(backbone: Backbone, path: Path) -> None:
 def load_backbone(path: Path) -> Backbone:
     """Read a backbone. Raises UserError where the file is damaged or something else."""
     tensors, meta = _load(path, "backbone")
-    return _filled(create_backbone(meta["name"], "none", meta["image_size"]), tensors, path)
+    with _described(path):
+        backbone = create_backbone(meta["name"], "none", meta["image_size"])
+    return _filled(backbone, tensors, path)
 
 
 def save_head(head: Head, path: Path) -> None:
@@ -35,7 +38,9 @@ def save_head(head: Head, path: Path) -> None:
 def load_head(path: Path) -> Head:
     """Read a head. Raises UserError where the file is damaged or something else."""
     tensors, meta = _load(path, "head")
-    return _filled(Head(meta["features"], meta["classes"], meta["dropout"]), tensors, path)
+    with _described(path):
+        head = Head(meta["features"], meta["classes"], meta["dropout"])
+    return _filled(head, tensors, path)
 
 
 def save_classifier(model: Classifier, path: Path, classes: list[str], image_size: int, flip: str) -> None:
@@ -69,9 +74,12 @@ def load_classifier(path: Path) -> tuple[Classifier, Meta]:
         UserError: the file is missing, damaged or something else.
     """
     tensors, meta = _load(path, "classifier")
-    backbone = create_backbone(meta["backbone"]["name"], "none", meta["backbone"]["image_size"])
-    head = meta["head"]
-    model = Classifier(backbone, Head(head["features"], head["classes"], head["dropout"]))
+    with _described(path):
+        backbone = create_backbone(meta["backbone"]["name"], "none", meta["backbone"]["image_size"])
+        head = meta["head"]
+        model = Classifier(backbone, Head(head["features"], head["classes"], head["dropout"]))
+        if missing := {"classes", "image_size", "flip"} - meta.keys():
+            raise KeyError(*sorted(missing))
     return _filled(model, tensors, path), meta
 
 
@@ -84,12 +92,16 @@ def _head_meta(head: Head) -> Meta:
 
 
 def _save(module: nn.Module, path: Path, meta: Mapping[str, Any]) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, {"unfreeze": json.dumps(meta)})
-    os.replace(partial, path)
+    try:
+        # Not by safetensors' own hand, whose errors do not say which file it was, nor that the disk is full.
+        partial.write_bytes(save(tensors, {"unfreeze": json.dumps(meta)}))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _load(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], Meta]:
@@ -103,9 +115,20 @@ def _load(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], Meta]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise UserError(f"{path} is damaged, or no weights that unfreeze wrote: {error}") from None
-    if meta.get("kind") != kind:
-        raise UserError(f"{path} holds a {meta.get('kind')}, not a {kind}.")
+    if not isinstance(meta, dict) or "kind" not in meta:
+        raise UserError(f"{path} is damaged, or no weights that unfreeze wrote: it does not say what it holds.")
+    if meta["kind"] != kind:
+        raise UserError(f"{path} holds a {meta['kind']}, not a {kind}.")
     return tensors, meta
+
+
+@contextlib.contextmanager
+def _described(path: Path) -> Iterator[None]:
+    """Says of which file it is that a description of a network lacks something, or makes no sense."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} does not describe a network: {type(error).__name__}: {error}") from None
 
 
 def _filled(module: Any, tensors: dict[str, torch.Tensor], path: Path) -> Any:
