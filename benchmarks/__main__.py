@@ -12,12 +12,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compare, memory, orchestration
+from benchmarks import checkpoints, compare, memory, orchestration
 from benchmarks.figure import draw
 from benchmarks.work import make_work
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("speed", "accuracy", "orchestration", "memory")
+PARTS = ("speed", "accuracy", "checkpoints", "orchestration", "memory")
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
     today = datetime.date.today().isoformat()
-    if {"speed", "accuracy"} & set(chosen.parts):
+    if {"speed", "accuracy", "checkpoints"} & set(chosen.parts):
         with tempfile.TemporaryDirectory() as folder:
             settings = chosen.settings or ROOT / "params.yaml"
             work = make_work(
@@ -44,6 +44,8 @@ def main() -> None:
                 result["speed"] = compare.speed(work, chosen.repeats, _say)
             if "accuracy" in chosen.parts:
                 result["accuracy"] = compare.accuracy(work, chosen.seeds, _say)
+            if "checkpoints" in chosen.parts:
+                result["checkpoints"] = checkpoints.measure(work, _say)
             _write(file, result)
     for name, part in (("orchestration", orchestration), ("memory", memory)):
         if name in chosen.parts:

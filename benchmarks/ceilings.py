@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from benchmarks.ours import WHOLE
 from benchmarks.work import Work, classifier
 from unfreeze.device import best_device, native_bf16, to_device
+from unfreeze.frozen import frozen_copy
 from unfreeze.models import freeze_to, parameter_groups, set_train_mode
 from unfreeze.settings import Unfreeze
 from unfreeze.training import make_optimizer, set_rate
@@ -31,7 +32,7 @@ def forward(work: Work) -> Ways:
         model.eval()
 
         def run(model: Any = model, batch: Any = batch, context: Any = context) -> None:
-            with torch.inference_mode(), context():
+            with torch.no_grad(), context():  # constants are not folded in inference mode
                 model(batch)
 
         ways[name] = len(batch) / _seconds(run, FORWARD_REPEATS, device)
@@ -91,12 +92,30 @@ def _variants(work: Work, train: bool, unfreeze: Unfreeze = WHOLE) -> Any:
         model = prepared(plain().to(memory_format=torch.channels_last))
         torch._dynamo.reset()
         yield f"{precision}, channels last, compiled", torch.compile(model), last, context
-    yield (
-        "unfreeze",
-        prepared(to_device(plain(), device)),
-        _laid(batch, torch.channels_last),
-        list(precisions.values())[-1],
-    )
+    context = list(precisions.values())[-1]
+    yield "unfreeze", prepared(to_device(plain(), device)), last, context
+    if not train:
+        yield "unfreeze, folded", frozen_copy(prepared(to_device(plain(), device)).eval(), last[:2]), last, context
+        torch._dynamo.reset()
+        frozen = _constant(prepared(plain().to(memory_format=torch.channels_last)).eval(), last, context)
+        if frozen is not None:
+            yield "compiled with its weights as constants", frozen, last, context
+
+
+def _constant(model: Any, batch: torch.Tensor, context: Any) -> Any:
+    """The network compiled for inference with constants folded, or None where that is not to be had here."""
+    import torch._inductor.config
+
+    torch._inductor.config.freezing = True
+    try:
+        compiled = torch.compile(model)
+        with torch.no_grad(), context():
+            compiled(batch)
+        return compiled
+    except Exception:
+        return None
+    finally:
+        torch._inductor.config.freezing = False
 
 
 def _laid(batch: torch.Tensor, layout: torch.memory_format) -> torch.Tensor:

@@ -1,9 +1,11 @@
-"""The command line: `unfreeze run`, `unfreeze check`, `unfreeze predict`, `unfreeze report`."""
+"""The command line: `unfreeze run`, `unfreeze check`, `unfreeze predict`, `unfreeze report`, `unfreeze publish`."""
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
+from tasks.masking import mask
 from unfreeze.errors import UserError
 
 TTA_VIEWS = 8
@@ -18,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return int(chosen.command(chosen))
     except UserError as error:
-        print(f"unfreeze: {error}", file=sys.stderr)
+        print(f"unfreeze: {mask(str(error))}", file=sys.stderr)
         return 2
 
 
@@ -52,10 +54,29 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="print the accuracies and where the reports are")
     report.set_defaults(command=_report)
+
+    publish = commands.add_parser(
+        "publish", help="send what MLflow, or DVC's remote, was not there to take; the next run does so too"
+    )
+    publish.add_argument(
+        "--anyway", action="store_true",
+        help="send also what was meant for another tracking server than MLFLOW_TRACKING_URI now names",
+    )  # fmt: skip
+    publish.set_defaults(command=_publish)
     return parser
 
 
 def _run(chosen: argparse.Namespace) -> int:
+    from tasks.stopping import interrupt_in_time
+    from tasks.workspace import alone
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, interrupt_in_time)
+    with alone("run"):
+        return _run_alone(chosen)
+
+
+def _run_alone(chosen: argparse.Namespace) -> int:
     from flows.overrides import apply_overrides, read_overrides
     from unfreeze.settings import load_settings
     from unfreeze.sources import read_source
@@ -65,6 +86,8 @@ def _run(chosen: argparse.Namespace) -> int:
         apply_overrides("params.yaml", overrides)
     read_source(load_settings().data.source)
 
+    from flows.away import go_on_without, is_away
+    from flows.publish import what_waits
     from flows.recipe import recipe
     from flows.stage import StageFailed
     from flows.summary import print_summary
@@ -74,6 +97,16 @@ def _run(chosen: argparse.Namespace) -> int:
     except StageFailed as error:
         print(f"unfreeze: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("unfreeze: stopped. `unfreeze run` goes on where it was.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not is_away(error):
+            raise
+        go_on_without()
+    finally:
+        if left := what_waits():
+            print(f"{left} `unfreeze publish` sends it, and so does the next run.", file=sys.stderr)
     return 0
 
 
@@ -137,6 +170,12 @@ def _report(chosen: argparse.Namespace) -> int:
         )
     print_summary({})
     return 0
+
+
+def _publish(chosen: argparse.Namespace) -> int:
+    from flows.publish import publish
+
+    return publish(chosen.anyway)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from unfreeze.errors import UserError
@@ -21,6 +22,22 @@ NOISE = (
     "Running stage",
 )
 """What DVC says to a person at a prompt, and to nobody in a log."""
+
+NO_REMOTE = 3
+FIND_REMOTE = f"""
+import sys
+from dvc.config import NoRemoteError
+from dvc.repo import Repo
+try:
+    remote = Repo().cloud.get_remote_odb()
+except NoRemoteError:
+    sys.exit({NO_REMOTE})
+remote.fs.exists(remote.path)
+"""
+PATIENCE = 30.0
+"""Seconds within which a remote that is well says whether it is there: DVC itself would wait for many minutes."""
+
+TO_PUSH = Path(".unfreeze/to-push")
 
 CACHED = ("didn't change, skipping", "is cached - skipping run")
 
@@ -51,10 +68,17 @@ def stale_stages() -> set[str]:
     return set(json.loads(done.stdout or "{}"))
 
 
-def has_remote() -> bool:
-    """Whether a default remote is configured, to pull from and push to."""
-    done = subprocess.run(dvc("remote", "default"), capture_output=True, text=True, env=environment())
-    return done.returncode == 0
+def find_remote() -> tuple[bool, str | None]:
+    """Whether a default remote is configured, to pull from and push to; and why it cannot be used now, if so."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", FIND_REMOTE], capture_output=True, text=True, env=environment(), timeout=PATIENCE
+        )
+    except subprocess.TimeoutExpired:
+        return True, f"no answer in {PATIENCE:.0f} seconds"
+    if done.returncode == NO_REMOTE:
+        return False, None
+    return True, None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["it cannot be opened"])[-1]
 
 
 def reproduce(stage: str, pull: bool) -> Iterator[str]:
@@ -82,10 +106,29 @@ def reproduce(stage: str, pull: bool) -> Iterator[str]:
         raise subprocess.CalledProcessError(process.returncode, command)
 
 
-def push() -> str | None:
-    """Push artifacts and the run cache to the default remote; returns what went wrong, if anything."""
-    done = subprocess.run(dvc("push", "--run-cache"), capture_output=True, text=True, env=environment())
-    return None if done.returncode == 0 else done.stderr.strip()
+def push(pauses: Sequence[float] = (2, 8)) -> str | None:
+    """Push artifacts and the run cache to the default remote; returns what went wrong at last, if anything.
+
+    Args:
+        pauses: seconds to wait before each further attempt.
+    """
+    TO_PUSH.parent.mkdir(parents=True, exist_ok=True)
+    TO_PUSH.touch()
+    for pause in (0, *pauses):
+        time.sleep(pause)
+        _, trouble = find_remote()
+        if trouble is None:
+            done = subprocess.run(dvc("push", "--run-cache"), capture_output=True, text=True, env=environment())
+            if done.returncode == 0:
+                TO_PUSH.unlink()
+                return None
+            trouble = done.stderr.strip()
+    return trouble
+
+
+def to_push() -> bool:
+    """Whether a push has failed, or was interrupted, since one that did not."""
+    return TO_PUSH.exists()
 
 
 def is_noise(line: str) -> bool:

@@ -8,32 +8,33 @@ from flows import dvc
 from flows.links import run_address
 from flows.stage import Outcome, Plan
 from tasks import STAGES
-from tasks.tracking import client, conclude, find_parent
+from tasks.journal import Journal, waiting
+from tasks.masking import mask
+from tasks.tracking import Delivery, begin_journal, conclude
+from unfreeze.settings import flatten, load_settings
 
 
 def finish(outcomes: Mapping[str, Outcome], plan: Plan) -> None:
-    """Conclude the pass.
+    """Conclude the pass, and send what earlier passes have left.
 
     Args:
         outcomes: of the steps that are up to date.
         plan: of the pass.
     """
     log = get_run_logger()
-    if not any(outcome.ran for outcome in outcomes.values()):
+    ran = any(outcome.ran for outcome in outcomes.values())
+    journal: Journal | None = None
+    if ran:
+        journal = begin_journal("", flatten(load_settings()), {})
+        conclude(journal, tuple(outcomes), "FINISHED" if len(outcomes) == len(STAGES) else "FAILED")
+    else:
         log.info("Nothing to run: all %d steps are up to date.", len(outcomes))
-        return
-    if plan.pull and (trouble := dvc.push()):
-        log.warning("DVC's remote did not take everything; `dvc push --run-cache` later sends the rest: %s", trouble)
-    try:
-        _conclude(outcomes)
-    except Exception as error:
-        log.warning("MLflow's parent run could not be concluded: %s", str(error).splitlines()[0])
-
-
-def _conclude(outcomes: Mapping[str, Outcome]) -> None:
-    mlflow = client()
-    if parent := find_parent(mlflow):
-        done = len(outcomes) == len(STAGES)
-        conclude(mlflow, parent, tuple(outcomes), "FINISHED" if done else "FAILED")
-        address = run_address(mlflow.get_run(parent).info.experiment_id, parent)
-        get_run_logger().info("MLflow run: %s", address)
+    if waiting():
+        Delivery(journal, log.warning).close()
+    if ran and (address := run_address()):
+        log.info("MLflow run: %s", address)
+    if ((ran and plan.push) or dvc.to_push()) and (trouble := dvc.push()):
+        log.warning(
+            "DVC's remote did not take everything; the next pass sends the rest, or `unfreeze publish`: %s",
+            mask(trouble),
+        )

@@ -6,7 +6,9 @@ from prefect import get_run_logger
 from prefect.artifacts import create_link_artifact
 
 from tasks.environment import artifact
-from tasks.tracking import client, find_parent
+from tasks.journal import pass_folder, read_json
+from tasks.masking import mask, without_credentials
+from tasks.tracking import current_pass
 
 LINKED = {
     "lr_find": ("lr_find.png", "LR plot of the head"),
@@ -18,13 +20,14 @@ LINKED = {
 
 def ui_address() -> str:
     """Where MLflow's pages are: the tracking server, or the address that `make ui` serves the local database at."""
-    uri = os.environ["MLFLOW_TRACKING_URI"]
+    uri = without_credentials(os.environ["MLFLOW_TRACKING_URI"])
     return uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
 
 
-def run_address(experiment: str, run: str) -> str:
-    """The page of an MLflow run."""
-    return f"{ui_address()}/#/experiments/{experiment}/runs/{run}"
+def run_address() -> str | None:
+    """The page of this pass's MLflow run, once MLflow has it."""
+    parent = read_json(pass_folder(current_pass()[0]) / "parent.json")
+    return f"{ui_address()}/#/experiments/{parent['experiment']}/runs/{parent['run']}" if parent else None
 
 
 def publish_links(stage: str) -> None:
@@ -34,15 +37,13 @@ def publish_links(stage: str) -> None:
     try:
         _publish(stage)
     except Exception as error:
-        get_run_logger().warning("No link to MLflow for %s: %s", stage, str(error).splitlines()[0])
+        get_run_logger().warning("No link to MLflow for %s: %s", stage, mask(str(error)).split("\n")[0])
 
 
 def _publish(stage: str) -> None:
-    mlflow = client()
-    parent = find_parent(mlflow)
-    if parent is None:
+    address = run_address()
+    if address is None:
         return
-    address = run_address(mlflow.get_run(parent).info.experiment_id, parent)
     if stage == "ingest":
         create_link_artifact(address, "MLflow run", key="mlflow-run")
     else:

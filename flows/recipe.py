@@ -9,6 +9,7 @@ from flows.finish import finish
 from flows.overrides import apply_overrides, as_overrides
 from flows.stage import Outcome, begin, run_stage, stage_task
 from tasks.warm import warm_process
+from tasks.workspace import alone
 
 ingest = stage_task("ingest", "read every image once: validate, split, pack")
 explore = stage_task("explore", "look at the images: balance, samples, duplicates, leaks")
@@ -49,17 +50,18 @@ def recipe(settings: dict[str, Any] | None = None) -> dict[str, Outcome]:
         What became of each step.
 
     Raises:
-        UserError: a setting is wrong.
+        UserError: a setting is wrong, or another run is at work in this workspace.
         StageFailed: a step failed, with the last lines of what it printed.
     """
-    if settings:
-        apply_overrides("params.yaml", as_overrides(settings))
-    plan = begin()
-    outcomes: dict[str, Outcome] = {}
-    with warm_process() if plan.ask else nullcontext():
-        try:
-            for step in STEPS:
-                outcomes[step.name] = run_stage(step, plan)
-        finally:
-            finish(outcomes, plan)
+    with alone("run"):
+        if settings:
+            apply_overrides("params.yaml", as_overrides(settings))
+        plan = begin()
+        outcomes: dict[str, Outcome] = {}
+        with warm_process() if plan.ask else nullcontext():
+            try:
+                for step in STEPS:
+                    outcomes[step.name] = run_stage(step, plan)
+            finally:
+                finish(outcomes, plan)
     return outcomes

@@ -10,16 +10,20 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 from prefect import Task, get_run_logger, task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext
 from prefect.states import Completed
 
 from flows import dvc
+from flows.away import SAME_PASS
 from flows.links import publish_links
 from flows.watched import check_watchable
 from tasks import STAGES
+from tasks.masking import mask
 from tasks.step import USER_ERROR
+from tasks.stopping import PARENT, die_with, identity
 from unfreeze.settings import load_settings
 
 
@@ -38,10 +42,12 @@ class Plan:
     Attributes:
         ask: the stages to ask DVC for: the first stale one and all that come after it, whose inputs may change.
         pull: whether to look in DVC's remote for what the cache lacks.
+        push: whether there is a remote, to push to at the end.
     """
 
     ask: frozenset[str]
     pull: bool
+    push: bool
 
 
 class StageFailed(Exception):
@@ -63,11 +69,18 @@ def begin() -> Plan:
     first = min((STAGES.index(stage) for stage in stale), default=len(STAGES))
     context = FlowRunContext.get()
     run = context.flow_run if context else None
-    os.environ["UNFREEZE_PASS"] = f"flow-{run.id if run else uuid.uuid4()}"
-    os.environ["UNFREEZE_DOOR"] = "deployment" if run and run.deployment_id else "flow"
+    os.environ["UNFREEZE_PASS"] = os.environ.pop(SAME_PASS, "") or f"flow-{run.id if run else uuid.uuid4()}"
+    deployed = bool(run and run.deployment_id)
+    os.environ["UNFREEZE_DOOR"] = "deployment" if deployed else "flow"
+    if deployed and (worker := psutil.Process().parent()):
+        die_with([identity(worker)])
+    os.environ[PARENT] = identity(psutil.Process())
     if sys.stderr.isatty():
         os.environ["UNFREEZE_TTY"] = os.ttyname(sys.stderr.fileno())
-    return Plan(frozenset(STAGES[first:]), bool(stale) and dvc.has_remote())
+    has_remote, trouble = dvc.find_remote() if stale else (False, None)
+    if trouble:
+        _warn_of_remote(trouble)
+    return Plan(frozenset(STAGES[first:]), has_remote and trouble is None, has_remote)
 
 
 def worth_a_retry(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
@@ -129,14 +142,25 @@ def _run(stage: str, pull: bool) -> bool:
         for line in dvc.reproduce(stage, pull):
             ran = ran and not dvc.is_cached(line)
             if not dvc.is_noise(line):
+                line = mask(line)
                 tail.append(line)
                 _clear_line()
                 log.info(line)
     except subprocess.CalledProcessError:
+        if pull and not any(re.search(r"exited with -?\d+", line) for line in tail):
+            _warn_of_remote(tail[-1] if tail else "it does not say why")
+            return _run(stage, pull=False)
         retry = not any(re.search(rf"exited with {USER_ERROR}\b", line) for line in tail)
         raise StageFailed(stage, list(tail), retry) from None
     publish_links(stage)
     return ran
+
+
+def _warn_of_remote(trouble: str) -> None:
+    get_run_logger().warning(
+        "DVC's remote cannot be used (%s): what the cache lacks is computed, and what is new is pushed later.",
+        mask(trouble),
+    )
 
 
 def _clear_line() -> None:

@@ -12,7 +12,10 @@ DEFAULTS = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    # On a busy machine the temporary server takes longer to start than Prefect would wait.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
     # The temporary server is stopped in the middle of its housekeeping, and would print tracebacks about it.
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     "GIT_PYTHON_REFRESH": "quiet",
@@ -22,9 +25,12 @@ DEFAULTS = {
 
 
 def set_environment() -> None:
-    """Set what the user has not set. Call before Prefect, DVC or MLflow are imported."""
+    """Set what the user has not set, and that MLflow asks once. Call before Prefect, DVC or MLflow are imported."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    # MLflow's client would ask again by itself when an answer is lost, for minutes, and what it asks to be created would
+    # be there twice. We ask again, after looking whether it is there.
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
 
 
 def artifact(stage: str, name: str) -> Path:

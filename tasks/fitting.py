@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from tasks.step import Run
+from unfreeze.checkpoints import Progress
 from unfreeze.training import History, Listener
 
 
 def listener(run: Run, epochs: int, phase: str = "", cycle: Callable[[int], None] = lambda number: None) -> Listener:
-    """Tells people of every epoch, and MLflow of every batch and epoch.
+    """Tells people of every epoch, and MLflow of every batch and epoch, also of those before an interruption.
 
     Args:
         run: the step's execution.
@@ -29,10 +30,20 @@ def listener(run: Run, epochs: int, phase: str = "", cycle: Callable[[int], None
         if "valid_loss" in row:
             text += f", valid loss {row['valid_loss']:.4f}, accuracy {row['valid_accuracy']:.4f}"
         run.log("%s, rate %.2e", text, row["rate"])
+        curves_of(row)
+
+    def curves_of(row: Mapping[str, float]) -> None:
         curves = {k: row[k] for k in ("train_loss", "valid_loss", "valid_accuracy") if k in row}
         run.tracker.curve({prefix + k: v for k, v in curves.items()}, int(row["epoch"]))
 
-    return Listener(batches, epoch, cycle)
+    def resumed(progress: Progress) -> None:
+        where = "after its end" if progress.done else f"in epoch {progress.epoch + 1}, batch {progress.batch + 1}"
+        run.log("%sgoes on %s, from a checkpoint", f"{phase} " if phase else "", where)
+        batches(progress.batches)
+        for row in progress.epochs:
+            curves_of(row)
+
+    return Listener(batches, epoch, cycle, resumed)
 
 
 def keep(run: Run, history: History) -> dict[str, float]:

@@ -2,6 +2,9 @@
 
 The version belongs to the pass's parent run, which carries the metrics, the reports, `params.yaml` and `dvc.lock` that
 it takes to build the same model again.
+
+A version's number is the server's to give, so this is the one step that needs it. While it is away the step fails with a
+sentence and nothing is lost: tried again, it takes up what the first attempt has left there.
 """
 
 import contextlib
@@ -11,10 +14,12 @@ import logging
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from tasks.environment import artifact
+from tasks.publishing import reaching
 from tasks.step import Run, step, write_json
 from unfreeze.plotting import confusion_plot, save_png
 from unfreeze.settings import Register
@@ -28,7 +33,8 @@ def register(run: Run, register: Register) -> dict[str, float]:
     matrix = pd.read_csv(artifact("retrain", "confusion_matrix.csv"), index_col=0)
     save_png(confusion_plot(matrix.to_numpy(), list(matrix.columns)), run.path("confusion_matrix.png"))
     parent = run.tracker.parent()
-    version = _register(weights, register.model_name, parent)
+    with reaching():
+        version = _register(weights, register.model_name, parent)
     run.log("%s version %d registered in MLflow, run %s", register.model_name, version, parent)
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     write_json(
@@ -39,7 +45,7 @@ def register(run: Run, register: Register) -> dict[str, float]:
 
 
 def _register(weights: Path, name: str, parent: str) -> int:
-    """Log the model to the parent run as an MLflow pyfunc and register it; returns the version."""
+    """Log the model to the parent run as an MLflow pyfunc and register it, if that is not done; returns the version."""
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     import importlib.metadata
@@ -47,19 +53,35 @@ def _register(weights: Path, name: str, parent: str) -> int:
     import mlflow
 
     mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
+    client = mlflow.MlflowClient()
+    if versions := [v for v in client.search_model_versions(f"run_id = '{parent}'") if v.name == name]:
+        return int(versions[0].version)
     root = Path(__file__).parent.parent
     # MLflow says on stderr what it did; what goes wrong it raises.
     with mlflow.start_run(run_id=parent), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        model = mlflow.pyfunc.log_model(
-            name="model",
-            python_model=str(root / "tasks" / "serving.py"),
-            artifacts={"weights": str(weights)},
-            code_paths=[str(root / "unfreeze")],
-            pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in REQUIREMENTS],
-            registered_model_name=name,
-        )
-    return int(model.registered_model_version)
+        model = _logged(client, parent)
+        if model is None:
+            model = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(root / "tasks" / "serving.py"),
+                artifacts={"weights": str(weights)},
+                code_paths=[str(root / "unfreeze")],
+                pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in REQUIREMENTS],
+            ).model_id
+        return int(mlflow.register_model(f"models:/{model}", name).version)
+
+
+def _logged(client: Any, parent: str) -> str | None:
+    """The id of the model that an earlier attempt has logged whole; what it has logged in part is removed."""
+    experiment = client.get_run(parent).info.experiment_id
+    whole = None
+    for model in client.search_logged_models([experiment], filter_string=f"source_run_id = '{parent}'"):
+        if model.status == "READY":
+            whole = str(model.model_id)
+        else:
+            client.delete_logged_model(model.model_id)
+    return whole
 
 
 if __name__ == "__main__":

@@ -46,19 +46,19 @@ def retrain(
 
     history = fit_head(
         model.head, activations, packed.labels, rows, nothing, rate, train_head, train, seed, loader.device,
-        listener(run, train_head.epochs, "head"),
+        listener(run, train_head.epochs, "head"), run.checkpoint("head"),
     )  # fmt: skip
     if chosen != "train_head":
         history = fit_augmented(
             model, loader, rows, nothing, rate, train_augmented, augment, train, seed,
-            listener(run, train_augmented.epochs, "augmented"),
+            listener(run, train_augmented.epochs, "augmented"), run.checkpoint("augmented"),
         )  # fmt: skip
     if chosen == "train_full":
         cycles = int(run.read_metrics("train_full")["best_cycle"])
         found = dataclasses.replace(train_full, cycles=cycles, until_overfitting=False)
         history = fit_full(
             model, loader, rows, nothing, run.read_metrics("unfreeze_lr_find")["rate"], found, unfreeze, augment,
-            train, seed, listener(run, found.epochs, "full"),
+            train, seed, listener(run, found.epochs, "full"), run.checkpoint("full"),
         )  # fmt: skip
     save_classifier(model, run.path("model.safetensors"), packed.classes, packed.image_size, augment.flip)
     metrics = keep(run, history)

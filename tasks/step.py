@@ -15,18 +15,34 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from tasks import resuming
 from tasks.environment import artifact, set_environment
+from tasks.masking import mask
+from tasks.publishing import Unreachable
+from tasks.stopping import die_with, step_works_for, stop_when_asked
 from tasks.tracking import Tracker
+from tasks.workspace import alone
 from unfreeze.errors import UserError
-from unfreeze.settings import flatten, load_settings
+from unfreeze.interruption import Interrupted, Interruption
+from unfreeze.settings import CheckpointSettings, flatten, load_settings
+
+if TYPE_CHECKING:
+    from unfreeze.checkpoints import Checkpoint
 
 logger = logging.getLogger("unfreeze")
 
 USER_ERROR = 2
 """Exit code of a step that ended with a `UserError`: nothing that a retry would mend."""
+
+WORTH_A_RETRY = 1
+"""Exit code of a step that ended with what may go away by itself."""
+
+STOPPED = 143
+"""Exit code of a step that was asked to stop."""
 
 FULL, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EACCES, errno.EPERM, errno.EROFS)
 """What the system says when there is no space for a file, and when it may not be written or read."""
@@ -34,10 +50,21 @@ FULL, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EACCES, errn
 
 @dataclass(frozen=True)
 class Run:
-    """One execution of a step, as the step's function sees it."""
+    """One execution of a step, as the step's function sees it.
+
+    Attributes:
+        stage: name of the step.
+        tracker: tells MLflow.
+        settings: the values that the step reads, ``section.key -> value``.
+        often: when to write checkpoints.
+        interruption: a wish to stop.
+    """
 
     stage: str
     tracker: Tracker
+    settings: Mapping[str, Any]
+    often: CheckpointSettings
+    interruption: Interruption
 
     def log(self, text: str, *values: object) -> None:
         """A line for people."""
@@ -46,6 +73,20 @@ class Run:
     def path(self, name: str) -> Path:
         """Where the step writes a file of this name."""
         return artifact(self.stage, name)
+
+    @cached_property
+    def scratch(self) -> Path:
+        """A folder that an interrupted execution leaves to the next one with the same settings, images and code."""
+        folder = resuming.folder(self.stage, self.settings)
+        resuming.clear_foreign(folder)
+        return folder
+
+    def checkpoint(self, name: str = "training") -> "Checkpoint":
+        """Where a training of this step notes how far it has come."""
+        from unfreeze.checkpoints import Checkpoint
+
+        path = self.scratch / f"{name}.safetensors"
+        return Checkpoint(path, self.scratch.name, self.often.seconds, self.often.batches, self.interruption)
 
     def read_metrics(self, stage: str) -> dict[str, float]:
         """The metrics of an earlier step."""
@@ -64,30 +105,41 @@ class Step:
         """Run the step in this process, which ends with code 2 and a sentence when the user has to mend something."""
         set_environment()
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+        logging.getLogger().handlers[0].addFilter(masked)
         logger.setLevel(logging.INFO)
+        interruption = Interruption()
+        stop_when_asked(interruption)
+        die_with(step_works_for())
         try:
-            self._run()
+            with alone("step"):
+                self._run(interruption)
         except UserError as error:
-            self._end(str(error))
+            self._end(str(error), USER_ERROR)
+        except Unreachable as error:
+            self._end(str(error), WORTH_A_RETRY)
         except OSError as error:
             if error.errno not in FULL + FORBIDDEN:
                 raise
             where = Path(os.fsdecode(error.filename or artifact(self.name, ""))).absolute()
             mend = "Make space" if error.errno in FULL else "See who may read and write there"
-            self._end(f"{where}: {error.strerror}. {mend}, and start again: what was finished is kept.")
+            self._end(f"{where}: {error.strerror}. {mend}, and start again: what was finished is kept.", USER_ERROR)
+        except Interrupted:
+            self._end("stopped. Started again, it goes on from its last checkpoint.", STOPPED)
 
-    def _end(self, sentence: str) -> NoReturn:
-        print(f"{self.name}: {sentence}", file=sys.stderr, flush=True)
-        sys.exit(USER_ERROR)
+    def _end(self, sentence: str, code: int) -> NoReturn:
+        print(f"{self.name}: {mask(sentence)}", file=sys.stderr, flush=True)
+        sys.exit(code)
 
-    def _run(self) -> None:
+    def _run(self, interruption: Interruption) -> None:
         settings = load_settings()
         chosen = {section: getattr(settings, section) for section in self.sections}
         artifact(self.name, "").mkdir(parents=True, exist_ok=True)
         tracker = Tracker(self.name, flatten(settings), flatten(chosen))
+        resuming.clear_earlier(self.name)
+        run = Run(self.name, tracker, flatten(chosen), settings.checkpoint, interruption)
         metrics, start = None, time.perf_counter()
         try:
-            metrics = {k: float(v) for k, v in self.function(Run(self.name, tracker), **chosen).items()}
+            metrics = {k: float(v) for k, v in self.function(run, **chosen).items()}
             write_json(artifact(self.name, "metrics.json"), metrics)
         finally:
             tracker.close(metrics, time.perf_counter() - start)
@@ -97,6 +149,12 @@ def step(function: Callable[..., Mapping[str, float]]) -> Step:
     """Make a function a step: ``function(run, <sections of params.yaml>...) -> metrics``."""
     run, *sections = inspect.signature(function).parameters
     return Step(function.__name__, function, tuple(sections))
+
+
+def masked(record: logging.LogRecord) -> bool:
+    """Mask a log record; keep it."""
+    record.msg, record.args = mask(record.getMessage()), ()
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:

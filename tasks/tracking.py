@@ -3,33 +3,38 @@
 A *pass* is one `unfreeze run`, one `dvc repro`, one run of a deployment. Its key is a tag on the parent run, so that the
 processes of its steps find their parent by themselves, whoever started them.
 
-Importing MLflow takes seconds, so a step talks to it from a thread that starts with the step and sends what has come in
-about once a second; training never waits for the tracking server, and never fails because of it.
+What is to be logged is written to a journal on disk first (`tasks/journal.py`), and sent from there by a thread about
+once a second (`tasks/publishing.py`): importing MLflow takes seconds, and training neither waits for the tracking server
+nor fails because of it. What the server has not taken when a step ends is sent by whichever process comes next.
 """
 
 import json
 import logging
+import math
 import os
-import queue
 import subprocess
 import threading
 import time
-import warnings
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from tasks import STAGES
 from tasks.environment import artifact
+from tasks.journal import ROOT, Busy, Journal, Record, pass_folder, read_json, waiting, write_json
+from tasks.masking import mask
+from tasks.publishing import address, client, metrics, reaching, reason, send
+from tasks.stopping import dvc_above
 
 logger = logging.getLogger("unfreeze")
 
-PASS_TAG = "unfreeze.pass"
 SHOWN = ("*.png", "*.html", "confusion_matrix.csv", "predictions.csv")
 """Files of a step that a person wants beside its numbers."""
+LONGEST_PAUSE = 30.0
+"""Seconds between two attempts to reach a server that stays away."""
 
 
 def current_pass() -> tuple[str, str]:
@@ -40,160 +45,176 @@ def current_pass() -> tuple[str, str]:
     """
     if key := os.environ.get("UNFREEZE_PASS"):
         return key, os.environ.get("UNFREEZE_DOOR", "flow")
-    process: psutil.Process | None = psutil.Process()
-    while process is not None:
-        words = process.cmdline()[:3]
-        if any(Path(word).name == "dvc" for word in words):
-            return f"dvc-{process.pid}-{process.create_time():.0f}", "dvc repro"
-        process = process.parent()
+    if above := dvc_above():
+        return f"dvc-{above.pid}-{above.create_time():.0f}", "dvc repro"
     return f"step-{os.getpid()}-{time.time():.0f}", "step"
 
 
+def begin_journal(stage: str, params: Mapping[str, Any], step_params: Mapping[str, Any]) -> Journal:
+    """A journal of this pass: of a step that is executed, or, without a stage, of the pass alone."""
+    key, door = current_pass()
+    return Journal(
+        {
+            "pass": key,
+            "door": door,
+            "stage": stage,
+            "execution": str(uuid.uuid4()),
+            "address": address(),
+            "experiment": os.environ["MLFLOW_EXPERIMENT_NAME"],
+            "name": _run_name(params),
+            "when": int(time.time() * 1000),
+            "params": {"parent": _shown_params(params), "child": _shown_params(step_params)},
+        }
+    )
+
+
+class Delivery:
+    """A thread that sends a journal while it is written, and before it what earlier steps have left, or only these (None)."""
+
+    def __init__(self, journal: Journal | None, warn: Callable[..., None] = logger.warning) -> None:
+        self._journal, self._warn = journal, warn
+        self._closing = threading.Event()
+        self._until = math.inf
+        self._said = False
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def close(self) -> bool:
+        """Send the rest, once the journal is closed, unless the server keeps us waiting; returns whether nothing waits."""
+        self._closing.set()
+        while self._thread.is_alive() and time.monotonic() < self._until:
+            self._thread.join(0.05)
+        if not (left := [self._journal.folder] if self._journal else waiting()) or not left[0].exists():
+            return True
+        if self._journal:
+            self._journal.sync()
+        self._say("no answer in time")
+        return False
+
+    def _work(self) -> None:
+        pause, closing = 0.0, False
+        while not closing:
+            closing = self._closing.wait(pause)
+            try:
+                if self._journal and "source" not in self._journal.head:
+                    self._journal.describe(source=_source_tags())
+                local = not os.environ["MLFLOW_TRACKING_URI"].startswith("http")
+                for seconds in send(client(), self._journal):
+                    self._until = math.inf if local else time.monotonic() + seconds
+                pause = 1.0
+            except Busy:
+                pause = 1.0
+            except Exception as error:
+                self._say(reason(error))
+                pause = min(max(1.0, 2 * pause), LONGEST_PAUSE)
+            self._until = math.inf
+
+    def _say(self, trouble: str) -> None:
+        if not self._said:
+            self._said = True
+            self._warn(
+                "MLflow at %s: %s. It goes on without; what is to be logged waits in %s and is sent when MLflow is back,"
+                " or with `unfreeze publish`.",
+                address(),
+                trouble,
+                ROOT,
+            )
+
+
 class Tracker:
-    """Sends one step's curves, metrics and files to MLflow, from a thread.
+    """Takes one step's curves, metrics and files, for MLflow.
 
     The tracking server is no part of the training: when it cannot be reached that is said once, and the step goes on.
     """
 
     def __init__(self, stage: str, params: Mapping[str, Any], step_params: Mapping[str, Any]) -> None:
         self.stage = stage
-        self._params, self._step_params = params, step_params
-        self._waiting: queue.SimpleQueue[tuple[int, float, Mapping[str, float]]] = queue.SimpleQueue()
-        self._closing = threading.Event()
-        self._failed: str | None = None
-        self._metrics: Mapping[str, float] = {}
-        self._client: Any = None
-        self._parent = self._child = ""
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
+        self._journal = begin_journal(stage, params, step_params)
+        self._delivery = Delivery(self._journal)
 
     def curve(self, values: Mapping[str, float], at: int) -> None:
         """A point of the step's curves: name -> value, at an iteration or epoch."""
-        self._waiting.put((at, time.time(), dict(values)))
+        self._journal.write(*metrics("child", values, at, time.time()))
 
     def parent(self) -> str:
         """The id of the pass's parent run, once MLflow has answered.
 
         Raises:
-            RuntimeError: MLflow cannot be reached.
+            Unreachable: MLflow does not answer.
         """
-        self._ready.wait()
-        if not self._parent:
-            raise RuntimeError(f"MLflow cannot be reached: {self._failed}")
-        return self._parent
+        folder = pass_folder(self._journal.head["pass"])
+        with reaching():
+            while "run" not in (known := read_json(folder / "parent.json")):
+                try:
+                    for _ in send(client(), self._journal):
+                        pass
+                except Busy:
+                    continue
+        return str(known["run"])
 
-    def close(self, metrics: Mapping[str, float] | None, seconds: float) -> None:
+    def close(self, final: Mapping[str, float] | None, seconds: float) -> None:
         """End the child run with the step's final metrics, or as failed where there are none (None), and how long it took."""
-        self._metrics, self._status = metrics or {}, "FAILED" if metrics is None else "FINISHED"
-        self._seconds = seconds
-        self._closing.set()
-        self._thread.join()
-
-    def _work(self) -> None:
-        try:
-            self._open()
-            self._ready.set()
-            while not self._closing.wait(1.0):
-                self._send()
-            self._send()
-            self._finish()
-        except Exception as error:
-            self._failed = f"{type(error).__name__}: {error}".splitlines()[0]
-            logger.warning("MLflow at %s: %s. The step goes on without.", _uri(), self._failed)
-        finally:
-            self._ready.set()
-
-    def _open(self) -> None:
-        self._client = client()
-        self._parent = find_or_create_parent(self._client, self._params)
-        experiment = self._client.get_run(self._parent).info.experiment_id
-        tags = {"mlflow.parentRunId": self._parent, "unfreeze.stage": self.stage, **_source_tags()}
-        self._child = self._client.create_run(experiment, tags=tags, run_name=self.stage).info.run_id
-        log_params(self._client, self._child, self._step_params)
-
-    def _send(self) -> None:
-        from mlflow.entities import Metric
-
-        points = []
-        while not self._waiting.empty():
-            at, when, values = self._waiting.get()
-            points += [Metric(k, float(v), int(when * 1000), at) for k, v in values.items() if v is not None]
-        for i in range(0, len(points), 1000):  # MLflow takes a thousand at once
-            self._client.log_batch(self._child, metrics=points[i : i + 1000])
-
-    def _finish(self) -> None:
-        log_metrics(self._client, self._child, {**self._metrics, "seconds": self._seconds})
-        for path in shown(self.stage):
-            self._client.log_artifact(self._child, str(path))
-        self._client.set_terminated(self._child, self._status)
-        stages = STAGES[: STAGES.index(self.stage) + 1] if self._status == "FINISHED" else ()
-        conclude(self._client, self._parent, stages, self._status)
+        status, now = "FAILED" if final is None else "FINISHED", time.time()
+        stages = () if final is None else STAGES[: STAGES.index(self.stage) + 1]
+        conclude(
+            self._journal,
+            stages,
+            status,
+            [
+                *metrics("child", {**(final or {}), "seconds": seconds}, 0, now),
+                {"run": "child", "status": status, "when": int(now * 1000)},
+            ],
+        )
+        self._delivery.close()
 
 
-def _uri() -> str:
-    return os.environ["MLFLOW_TRACKING_URI"]
-
-
-def client() -> Any:
-    """An MLflow client for the tracking server of the environment."""
-    # MLflow's own migrations announce each of their dozens of steps.
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    # urllib3 says on import that it could not speak SOCKS, which nobody asked it to.
-    warnings.filterwarnings("ignore", message="SOCKS support in urllib3")
-    from mlflow import MlflowClient
-
-    return MlflowClient(_uri())
-
-
-def find_parent(client: Any) -> str | None:
-    """The id of this pass's parent run, if a step has made one."""
-    experiment = client.get_experiment_by_name(os.environ["MLFLOW_EXPERIMENT_NAME"])
-    if experiment is None:
-        return None
-    key, _ = current_pass()
-    found = client.search_runs([experiment.experiment_id], f"tags.`{PASS_TAG}` = '{key}'", max_results=1)
-    return found[0].info.run_id if found else None
-
-
-def find_or_create_parent(client: Any, params: Mapping[str, Any]) -> str:
-    """The id of this pass's parent run, running."""
-    if parent := find_parent(client):
-        client.update_run(parent, status="RUNNING")
-        return parent
-    name = os.environ["MLFLOW_EXPERIMENT_NAME"]
-    experiment = client.get_experiment_by_name(name)
-    experiment_id = experiment.experiment_id if experiment else client.create_experiment(name)
-    key, door = current_pass()
-    tags = {PASS_TAG: key, "unfreeze.door": door, **_source_tags()}
-    parent = client.create_run(experiment_id, tags=tags, run_name=_run_name(params)).info.run_id
-    log_params(client, parent, params)
-    return str(parent)
-
-
-def conclude(client: Any, parent: str, stages: Sequence[str], status: str) -> None:
-    """Put everything that a person compares on the parent run, and end it until another step takes it up.
+def conclude(journal: Journal, stages: Sequence[str], status: str, before: Sequence[Record] = ()) -> None:
+    """Put everything that a person compares on the parent run, end it until another step takes it up; close the journal.
 
     Args:
-        client: an MLflow client.
-        parent: id of the parent run.
+        journal: of the step or the pass that has ended.
         stages: the steps whose results are up to date, also those that came from the cache.
         status: FINISHED or FAILED.
+        before: records to be written first.
     """
-    for stage in stages:
-        path = artifact(stage, "metrics.json")
-        if path.exists():
-            metrics = {f"{stage}/{name}": value for name, value in json.loads(path.read_text()).items()}
-            log_metrics(client, parent, metrics)
-        for file in shown(stage):
-            client.log_artifact(parent, str(file), stage)
-    for name in ("params.yaml", "dvc.lock"):
-        if Path(name).exists():
-            client.log_artifact(parent, name)
-    dataset = artifact("ingest", "dataset.json")
-    if dataset.exists():
-        client.set_tag(parent, "unfreeze.data", json.loads(dataset.read_text())["fingerprint"])
-    client.set_terminated(parent, status)
+    noted_file = pass_folder(journal.head["pass"]) / "noted.json"
+    noted = read_json(noted_file)
+    records, files = list(before), list[Record]()
+
+    def is_new(path: Path) -> bool:
+        """Whether the pass has not noted it as it is: each step would note what all before it have left."""
+        state = [path.stat().st_mtime_ns, path.stat().st_size]
+        is_new, noted[str(path)] = noted.get(str(path)) != state, state
+        return is_new
+
+    try:
+        for stage in stages:
+            path = artifact(stage, "metrics.json")
+            if path.exists() and is_new(path):
+                values = {f"{stage}/{name}": value for name, value in json.loads(path.read_text()).items()}
+                records += metrics("parent", values, 0, path.stat().st_mtime)
+            for file in shown(stage):
+                runs: list[tuple[str, str | None]] = [("parent", stage)] if is_new(file) else []
+                if stage == journal.head["stage"]:
+                    runs.append(("child", None))
+                if runs:
+                    copy = journal.keep(file)
+                    files += [{"run": run, "file": copy, "to": to} for run, to in runs]
+        for file in (Path("params.yaml"), Path("dvc.lock")):
+            if file.exists() and is_new(file):
+                files.append({"run": "parent", "file": journal.keep(file, text=True), "to": None})
+        dataset = artifact("ingest", "dataset.json")
+        if dataset.exists():
+            fingerprint = json.loads(dataset.read_text())["fingerprint"]
+            records.append({"run": "parent", "tag": ["unfreeze.data", fingerprint]})
+    except OSError as error:
+        logger.warning("Not everything can be kept for MLflow: %s", error)
+    records.append({"run": "parent", "status": status, "when": int(time.time() * 1000)})
+    # Files come last: their place may be away while the server is well.
+    journal.write(*records, *files, {"closed": True})
+    journal.close()
+    with suppress(OSError):
+        write_json(noted_file, noted)
 
 
 def shown(stage: str) -> list[Path]:
@@ -201,25 +222,12 @@ def shown(stage: str) -> list[Path]:
     return sorted(path for pattern in SHOWN for path in artifact(stage, "").glob(pattern))
 
 
-def log_params(client: Any, run: str, params: Mapping[str, Any]) -> None:
-    """Log parameters, which MLflow takes by the hundred."""
-    from mlflow.entities import Param
-
-    items = [Param(key, str(value)) for key, value in params.items()]
-    for i in range(0, len(items), 100):
-        client.log_batch(run, params=items[i : i + 100])
-
-
-def log_metrics(client: Any, run: str, metrics: Mapping[str, float]) -> None:
-    """Log final metrics."""
-    from mlflow.entities import Metric
-
-    now = int(time.time() * 1000)
-    client.log_batch(run, metrics=[Metric(key, float(value), now, 0) for key, value in metrics.items()])
+def _shown_params(params: Mapping[str, Any]) -> dict[str, str]:
+    return {key: mask(str(value)) for key, value in params.items()}
 
 
 def _run_name(params: Mapping[str, Any]) -> str:
-    source = Path(str(params["data.source"]).removeprefix("sample:")).stem
+    source = Path(mask(str(params["data.source"])).removeprefix("sample:")).stem
     backbone = str(params["backbone.name"]).split(":")[-1]
     return f"{source} · {backbone} · {params['data.image_size']} px · {datetime.now():%d %b %H:%M}"
 

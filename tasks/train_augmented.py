@@ -29,6 +29,7 @@ def train_augmented(
         train,
         seed,
         listener(run, train_augmented.epochs),
+        run.checkpoint(),
     )
     save_head(model.head, run.path("head.safetensors"))
     return keep(run, history)

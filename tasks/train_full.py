@@ -4,6 +4,9 @@ Warm restarts lead to wide valleys, which generalize. The weights at the end of 
 are what the step hands on.
 """
 
+import shutil
+from pathlib import Path
+
 from tasks.fitting import keep, listener
 from tasks.materials import frozen_classifier
 from tasks.step import Run, step
@@ -19,10 +22,11 @@ def train_full(
 ) -> dict[str, float]:
     seed_everything(seed)
     model, loader = frozen_classifier("train_augmented", train.batch_size)
-    run.path("cycles").mkdir(exist_ok=True)
+    cycles = run.scratch / "cycles"  # DVC removes what is in artifacts before an interrupted step goes on
+    cycles.mkdir(parents=True, exist_ok=True)
 
-    def save(name: str) -> None:
-        save_classifier(model, run.path(name), loader.packed.classes, loader.packed.image_size, augment.flip)
+    def save(path: Path) -> None:
+        save_classifier(model, path, loader.packed.classes, loader.packed.image_size, augment.flip)
 
     history = fit_full(
         model,
@@ -35,10 +39,12 @@ def train_full(
         augment,
         train,
         seed,
-        listener(run, train_full.epochs, cycle=lambda number: save(f"cycles/{number + 1}.safetensors")),
+        listener(run, train_full.epochs, cycle=lambda number: save(cycles / f"{number + 1}.safetensors")),
+        run.checkpoint(),
     )
     run.log("kept the weights of cycle %d", history.best_cycle + 1)
-    save("model.safetensors")
+    save(run.path("model.safetensors"))
+    shutil.copytree(cycles, run.path("cycles"), dirs_exist_ok=True)
     return keep(run, history)
 
 

@@ -34,6 +34,7 @@ def train_head(run: Run, seed: int, head: HeadSettings, train: Train, train_head
         seed,
         device,
         listener(run, train_head.epochs),
+        run.checkpoint(),
     )
     save_head(model, run.path("head.safetensors"))
     return keep(run, history)

@@ -13,15 +13,19 @@ import ctypes
 import importlib
 import json
 import os
+import select
 import selectors
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
+
+from tasks.stopping import GRACE
 
 ADDRESS = "UNFREEZE_WARM"
 IMPORTS = ("torch", "torch._dynamo", "timm", "pandas", "sklearn.linear_model", "matplotlib.figure", "mlflow")
@@ -50,6 +54,13 @@ def warm_process() -> Iterator[None]:
 def hand_over(step: str) -> int | None:
     """Have the warm process run a step; returns its exit code, or None where there is no warm process."""
     with socket.socket(socket.AF_UNIX) as connection:
+
+        def pass_on(number: int, frame: object) -> None:
+            connection.shutdown(socket.SHUT_WR)  # which the warm process takes for a wish to stop the step
+
+        # Ctrl-C reaches the step by itself, which ends after a checkpoint.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, pass_on)
         try:
             connection.connect(os.environ[ADDRESS])
             request = json.dumps({"step": step, "folder": os.getcwd(), "environment": dict(os.environ)})
@@ -81,7 +92,7 @@ def serve(address: str) -> None:
         while True:
             for key, _ in waiting.select():
                 if key.fileobj is sys.stdin:
-                    return
+                    return _stop_all(waiting)
                 if key.fileobj is listener:
                     connection = listener.accept()[0]
                     if (pid := _fork(connection)) is not None:
@@ -93,6 +104,16 @@ def serve(address: str) -> None:
                 elif key.fd in waiting.get_map():  # whoever waited for the step is gone, and the step not yet
                     waiting.unregister(key.fileobj)
                     os.kill(key.data[0], signal.SIGTERM)
+
+
+def _stop_all(waiting: selectors.BaseSelector) -> None:
+    """Ask the steps under way to stop, and give them time for a checkpoint; who needs longer is killed with this process."""
+    steps = {key.data[0]: key.data[1] for key in waiting.get_map().values() if key.data}
+    for pid in steps:
+        os.kill(pid, signal.SIGTERM)
+    end = time.monotonic() + GRACE
+    for ended in steps.values():
+        select.select([ended], [], [], max(0.0, end - time.monotonic()))
 
 
 def _finish(waiting: selectors.BaseSelector, pid: int, ended: int, connection: socket.socket) -> None:

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import compare, memory, orchestration, ours
 from benchmarks.figure import draw
 from benchmarks.work import Work, files, make_work
-from tests.integration.conftest import paint
+from tests.integration.project import paint
 
 ROOT = Path(__file__).parent.parent
 

@@ -15,7 +15,7 @@ from unfreeze.inference import packed_in_memory
 from unfreeze.models import Classifier, Head, freeze_to, layer_groups, parameter_groups, set_train_mode
 from unfreeze.packed import PackedImages
 from unfreeze.predicting import backbone_activations, predict, predict_tta
-from unfreeze.recipe import fit_full, fit_head
+from unfreeze.recipe import fit_full, fit_head, stream
 from unfreeze.schedules import make_schedule
 from unfreeze.settings import Settings, load_settings
 from unfreeze.training import Listener, fit, make_optimizer, set_rate, train_batch
@@ -220,8 +220,8 @@ def test_rates_follow_the_schedule_and_the_best_cycle_is_handed_on() -> None:
         states.append(model.weight.detach().clone())
         return Scores(next(losses), 0.5)
 
-    def epochs(epoch: int):  # type: ignore[no-untyped-def]
-        for i in range(3):
+    def epochs(epoch: int, first: int):  # type: ignore[no-untyped-def]
+        for i in range(first, 3):
             seen.append((epoch, i))
             yield torch.ones(4, 2) * (3 - epoch), torch.tensor([0, 1, 0, 0])
 
@@ -240,11 +240,33 @@ def test_a_loss_that_is_no_number_stops_with_rate_and_iteration() -> None:
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0)
 
-    def epochs(epoch: int):  # type: ignore[no-untyped-def]
+    def epochs(epoch: int, first: int):  # type: ignore[no-untyped-def]
         yield torch.full((2, 2), float("nan")), torch.tensor([0, 1])
 
     with pytest.raises(UserError, match="iteration 0.*rate"):
         fit(model, optimizer, make_schedule("constant", 1, 1, 1, 1), 0.1, epochs, train_mode=model.train)
+
+
+def test_a_loss_that_is_no_number_names_its_images(settings: Settings) -> None:
+    model = network()
+    with torch.no_grad():
+        model.head[2].weight.fill_(float("nan"))
+    loader, rows = Loader(images(16), NORM, CPU, 4), np.arange(16)
+    with pytest.raises(UserError, match="epoch 1, batch 1") as error:
+        fit_full(
+            model,
+            loader,
+            rows,
+            rows[:0],
+            0.01,
+            settings.train_full,
+            settings.unfreeze,
+            settings.augment,
+            settings.train,
+            5,
+        )
+    first = shuffled(rows, 4, stream(5, "train_full"), 0)[0]
+    assert str(error.value).endswith("\n  ".join(["", *loader.packed.table["path"].iloc[first]]))
 
 
 def test_same_seed_same_weights_other_seed_others(settings: Settings) -> None:

@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A project with a step that does as it is told, and a warm process for it."""
     folder = tmp_path_factory.mktemp("warm")
     (folder / "tasks").mkdir()
-    for name in ("__init__", "__main__", "warm"):
+    for name in ("__init__", "__main__", "stopping", "warm"):
         (folder / "tasks" / f"{name}.py").write_text((Path("tasks") / f"{name}.py").read_text())
     (folder / "tasks" / "ingest.py").write_text(STEP)
     here = Path.cwd()

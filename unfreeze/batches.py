@@ -188,8 +188,10 @@ class Loader:
         )
         return track(batches, "predicting", len(chunks))
 
-    def augmented(self, rows: NDArray[np.int64], augment: Augment, seed: int, epoch: int) -> Iterator[Batch]:
-        """One epoch of ``rows``, shuffled and augmented.
+    def augmented(
+        self, rows: NDArray[np.int64], augment: Augment, seed: int, epoch: int, first: int = 0
+    ) -> Iterator[Batch]:
+        """One epoch of ``rows``, shuffled and augmented, from the batch number ``first`` on.
 
         Chance is a function of seed, epoch and batch alone, so that any batch of any epoch can be made again.
         """
@@ -203,6 +205,7 @@ class Loader:
                 augment,
                 np.random.default_rng([seed, epoch, i + 1]),
             ),
+            first,
         )
 
     def views(self, batches: Iterable[Views]) -> Iterator[Batch]:
@@ -213,8 +216,10 @@ class Loader:
             inputs = render(canvas, views, sizes, self.packed.image_size, self.norm, self.device)
             yield inputs, _upload(torch.from_numpy(self.packed.labels[views.rows]), self.device)
 
-    def _batches(self, chunks: list[NDArray[np.int64]], make: Callable[[int], Views]) -> Iterator[Batch]:
-        return self.views(make(i) for i in range(len(chunks)))
+    def _batches(
+        self, chunks: list[NDArray[np.int64]], make: Callable[[int], Views], first: int = 0
+    ) -> Iterator[Batch]:
+        return self.views(make(i) for i in range(first, len(chunks)))
 
 
 def batches_per_epoch(images: int, batch_size: int) -> int:

@@ -21,6 +21,13 @@ DIVERGED = 4.0
 SMALL = 0.1
 """Between losses below this only chance makes a difference: a good network's single mistake is no divergence."""
 
+FLAT = 30.0
+"""How far below the rate that breaks a network its lowest loss is taken to lie where the curve is flat up to there.
+
+A network that is nearly trained has nothing to gain in a sweep: where on the flat the lowest value lies is chance, and
+moved the pick a hundredfold from seed to seed, while the rate that breaks it moved by a half. A tenth of the stand-in
+trained best (docs/choices.md)."""
+
 Floats = NDArray[np.float64]
 
 
@@ -29,7 +36,8 @@ class Picks:
     """Points of a loss curve, as learning rates.
 
     Attributes:
-        minimum: highest rate whose smoothed loss cannot be told from the lowest.
+        minimum: highest rate whose smoothed loss cannot be told from the lowest; on a curve that does not fall, a rate that
+            far below the one that breaks the network (`FLAT`).
         steepest: rate at which the smoothed loss falls fastest, on the way to its minimum.
         valley: rate two thirds into the longest sequence of ever lower smoothed losses.
     """
@@ -122,24 +130,31 @@ def suggest(rates: Floats, losses: Floats) -> Picks:
         )
     smoothed = smooth(losses)
     lowest = int(smoothed.argmin())
+    noise = _batch_noise(losses)
+    if smoothed[0] - smoothed[lowest] < 2 * noise and noise > 0.01 * smoothed[lowest]:
+        minimum = float(rates[np.flatnonzero(smoothed <= DIVERGED * max(smoothed[lowest], SMALL))[-1]] / FLAT)
+    else:
+        minimum = float(rates[_last_of_the_lowest(losses, smoothed)])
     # Only on the way down to the lowest loss: past it, the swings of a loss that diverges are steeper than any descent.
     steepest = int(np.gradient(smoothed, np.log(rates))[: lowest + 1].argmin())
-    minimum = _last_of_the_lowest(losses, smoothed)
-    return Picks(float(rates[minimum]), float(rates[steepest]), float(rates[_valley(smoothed)]))
+    return Picks(minimum, float(rates[steepest]), float(rates[_valley(smoothed)]))
 
 
 def _last_of_the_lowest(losses: Floats, smoothed: Floats) -> int:
     """Index of the highest rate whose smoothed loss cannot be told from the lowest.
 
-    A network that is nearly trained has a curve that is flat and noisy up to the rate that breaks it; where on the flat
-    the lowest value lies is chance, and the lowest of many chances would pick a rate that trains nothing. The noise is
-    that of the batches' losses around the smoothed ones up to the lowest, less for as many as are averaged.
+    The noise is that of a batch's loss, less for as many batches as are averaged.
     """
     lowest = int(smoothed.argmin())
     averaged = 2 * np.sqrt(np.pi) * _width(len(losses))
-    jumps = np.abs(np.diff(losses, 2)[: max(lowest + 1, len(losses) // 2)])
-    noise = 1.4826 * float(np.median(jumps)) / np.sqrt(6 * averaged)  # of a normal deviate, from its median
+    noise = _batch_noise(losses, lowest + 1) / np.sqrt(averaged)
     return int(np.flatnonzero(smoothed <= smoothed[lowest] + 2 * noise)[-1])
+
+
+def _batch_noise(losses: Floats, upto: int = 0) -> float:
+    """Standard deviation of a batch's loss around its neighbours', in the sweep's first half or up to an index after it."""
+    jumps = np.abs(np.diff(losses, 2)[: max(upto, len(losses) // 2)])
+    return 1.4826 * float(np.median(jumps)) / np.sqrt(6)  # of a normal deviate, from its median
 
 
 def _width(batches: int) -> float:

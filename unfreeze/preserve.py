@@ -2,13 +2,13 @@
 
 import copy
 import itertools
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import nn
+
+from unfreeze.chance import chance, set_chance
 
 
 @contextmanager
@@ -28,8 +28,7 @@ def preserved(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[No
     parameters = [(p, p.requires_grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     optimizer_state = copy.deepcopy(optimizer.state_dict())
-    chance = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    before = chance()
     try:
         yield
     finally:
@@ -42,11 +41,7 @@ def preserved(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[No
         for module, training in modes:
             module.training = training
         optimizer.load_state_dict(optimizer_state)
-        random.setstate(chance[0])
-        np.random.set_state(chance[1])
-        torch.set_rng_state(chance[2])
-        for i, device_state in enumerate(devices):
-            torch.cuda.set_rng_state(device_state, i)
+        set_chance(before)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -25,16 +25,19 @@ def terminal() -> TextIO | None:
     return None
 
 
-def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+def track(iterable: Iterable[T], description: str, total: int | None = None, done: int = 0) -> Iterator[T]:
     """Yield from ``iterable`` and draw a progress bar on the terminal, if there is one.
 
     Args:
         iterable: what is worked through.
         description: what is going on, in a word or two.
         total: number of items, where ``iterable`` has no length.
+        done: how many of them were done before.
     """
     file = terminal()
     if file is None:
         yield from iterable
         return
-    yield from tqdm(iterable, description, total, leave=False, file=file, dynamic_ncols=True, mininterval=0.2)
+    yield from tqdm(
+        iterable, description, total, leave=False, file=file, dynamic_ncols=True, mininterval=0.2, initial=done
+    )

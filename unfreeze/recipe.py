@@ -12,13 +12,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 from unfreeze.batches import Batch, Loader, activation_batches, batches_per_epoch, shuffled
+from unfreeze.checkpoints import Checkpoint
+from unfreeze.errors import UserError
 from unfreeze.frozen import frozen_copy
 from unfreeze.models import Classifier, freeze_to, parameter_groups, set_train_mode
 from unfreeze.predicting import Scores, predict, score
 from unfreeze.progress import track
 from unfreeze.schedules import make_schedule
 from unfreeze.settings import Augment, Train, TrainAugmented, TrainFull, TrainHead, Unfreeze
-from unfreeze.training import History, Listener, fit, make_optimizer, train_batch
+from unfreeze.training import Diverged, History, Listener, fit, make_optimizer, train_batch
 
 Rows = NDArray[np.int64]
 HEAD = 2
@@ -42,6 +44,7 @@ def fit_head(
     seed: int,
     device: Any,
     listener: Listener | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> History:
     """Train the head on precomputed activations.
 
@@ -56,12 +59,14 @@ def fit_head(
         seed: of the order of images.
         device: where to compute.
         listener: whom to tell.
+        checkpoint: where to note how far the training has come, and to go on from.
     """
     own = stream(seed, "train_head")
     schedule = make_schedule("sgdr", 1, settings.epochs, 1, batches_per_epoch(len(train_rows), train.batch_size))
 
-    def epochs(epoch: int) -> Iterator[Batch]:
-        return activation_batches(activations, labels, shuffled(train_rows, train.batch_size, own, epoch), device)
+    def epochs(epoch: int, first: int) -> Iterator[Batch]:
+        chunks = shuffled(train_rows, train.batch_size, own, epoch)
+        return activation_batches(activations, labels, chunks[first:], device)
 
     def validate() -> Scores:
         probabilities = predict(head, activation_batches(activations, labels, [valid_rows], device))
@@ -77,6 +82,7 @@ def fit_head(
         validate=validate if len(valid_rows) else None,
         label_smoothing=train.label_smoothing,
         listener=listener,
+        checkpoint=checkpoint,
     )
 
 
@@ -91,6 +97,7 @@ def fit_augmented(
     train: Train,
     seed: int,
     listener: Listener | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> History:
     """Train the head on augmented images through the frozen backbone. Arguments as for `fit_head`."""
     freeze_to(model, HEAD)
@@ -98,7 +105,7 @@ def fit_augmented(
     frozen = Classifier(frozen_copy(model.backbone, example), model.head)
     return _fit_images(
         frozen, loader, train_rows, valid_rows, rate, settings, head_groups(model.head), augment, train,
-        stream(seed, "train_augmented"), False, listener,
+        stream(seed, "train_augmented"), False, listener, checkpoint,
     )  # fmt: skip
 
 
@@ -114,12 +121,13 @@ def fit_full(
     train: Train,
     seed: int,
     listener: Listener | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> History:
     """Train the whole network with differential rates. Arguments as for `fit_head`; ``rate`` is the head's."""
     freeze_to(model, unfreeze.freeze_to, unfreeze.bn_freeze)
     return _fit_images(
         model, loader, train_rows, valid_rows, rate, settings, parameter_groups(model, unfreeze.lr_ratio), augment, train,
-        stream(seed, "train_full"), settings.until_overfitting, listener,
+        stream(seed, "train_full"), settings.until_overfitting, listener, checkpoint,
     )  # fmt: skip
 
 
@@ -136,30 +144,37 @@ def _fit_images(
     seed: int,
     stop_when_overfitting: bool,
     listener: Listener | None,
+    checkpoint: Checkpoint | None,
 ) -> History:
     count = batches_per_epoch(len(train_rows), loader.batch_size)
     schedule = make_schedule(settings.schedule, settings.cycles, settings.cycle_len, settings.cycle_mult, count)
     labels = loader.packed.labels[valid_rows]
 
-    def epochs(epoch: int) -> Iterator[Batch]:
-        batches = loader.augmented(train_rows, augment, seed, epoch)
-        return track(batches, f"epoch {epoch + 1}/{schedule.epochs}", count)
+    def epochs(epoch: int, first: int) -> Iterator[Batch]:
+        batches = loader.augmented(train_rows, augment, seed, epoch, first)
+        return track(batches, f"epoch {epoch + 1}/{schedule.epochs}", count, first)
 
     def validate() -> Scores:
         return score(predict(model, loader.plain(valid_rows)), labels)
 
-    return fit(
-        model,
-        make_optimizer(groups, train),
-        schedule,
-        rate,
-        epochs,
-        train_mode=lambda: set_train_mode(model),
-        validate=validate if len(valid_rows) else None,
-        stop_when_overfitting=stop_when_overfitting,
-        label_smoothing=train.label_smoothing,
-        listener=listener,
-    )
+    try:
+        return fit(
+            model,
+            make_optimizer(groups, train),
+            schedule,
+            rate,
+            epochs,
+            train_mode=lambda: set_train_mode(model),
+            validate=validate if len(valid_rows) else None,
+            stop_when_overfitting=stop_when_overfitting,
+            label_smoothing=train.label_smoothing,
+            listener=listener,
+            checkpoint=checkpoint,
+        )
+    except Diverged as error:
+        chunk = shuffled(train_rows, loader.batch_size, seed, error.epoch)[error.batch]
+        names = "\n  ".join(map(str, loader.packed.table["path"].iloc[chunk]))
+        raise UserError(f"{error} The batch's images, should it be them:\n  {names}") from None
 
 
 def head_groups(head: nn.Module) -> list[dict[str, Any]]:

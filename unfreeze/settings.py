@@ -198,6 +198,14 @@ class Register:
 
 
 @dataclass(frozen=True)
+class CheckpointSettings:
+    """How often a training notes how far it has come; not a part of the recipe, so it makes no step stale."""
+
+    seconds: Annotated[float, In(0, 86_400)]
+    batches: Annotated[int, In(1, 1_000_000)] | None
+
+
+@dataclass(frozen=True)
 class Settings:
     """Everything in `params.yaml`."""
 
@@ -215,6 +223,7 @@ class Settings:
     train_full: TrainFull
     evaluate: Evaluate
     register: Register
+    checkpoint: CheckpointSettings
 
 
 def load_settings(path: str | Path = "params.yaml") -> Settings:

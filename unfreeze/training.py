@@ -4,9 +4,9 @@ The loop knows batches, an optimizer, a schedule of rates and how to validate. W
 activations, a head through a frozen backbone or a whole network is decided by what it is handed.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from unfreeze.batches import Batch
+from unfreeze.checkpoints import Checkpoint, Progress, Tensors, moving, put
 from unfreeze.device import autocast
 from unfreeze.errors import UserError
 from unfreeze.overfitting import until_overfitting
@@ -62,6 +63,23 @@ class Listener:
     batches: Callable[[Sequence[dict[str, float]]], None] = lambda rows: None
     epoch: Callable[[dict[str, float]], None] = lambda row: None
     cycle: Callable[[int], None] = lambda number: None
+    resumed: Callable[[Progress], None] = lambda progress: None
+
+
+class Diverged(UserError):
+    """The training loss became infinite or not a number.
+
+    Attributes:
+        epoch, batch: the epoch (from 0) and its batch (from 0) at which it did.
+    """
+
+    def __init__(self, row: dict[str, float], epoch: int, batch: int) -> None:
+        super().__init__(
+            f"The training loss became {row['loss']} at iteration {row['iteration']} (epoch {epoch + 1}, batch "
+            f"{batch + 1}) with the rate {row['rate']:.3g}: the rate is too high. Look at the learning-rate plot and set "
+            "a lower rate (lr_find.rate or unfreeze_lr_find.rate in params.yaml)."
+        )
+        self.epoch, self.batch = epoch, batch
 
 
 def make_optimizer(groups: list[dict[str, Any]], train: Train) -> torch.optim.Optimizer:
@@ -99,13 +117,14 @@ def fit(
     optimizer: torch.optim.Optimizer,
     schedule: Schedule,
     rate: float,
-    epochs: Callable[[int], Iterable[Batch]],
+    epochs: Callable[[int, int], Iterable[Batch]],
     *,
     train_mode: Callable[[], None],
     validate: Callable[[], Scores] | None = None,
     stop_when_overfitting: bool = False,
     label_smoothing: float = 0.0,
     listener: Listener | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> History:
     """Train ``model`` along ``schedule`` and leave the weights of the best cycle in it.
 
@@ -114,75 +133,94 @@ def fit(
         optimizer: over the parameters that train; its groups may carry ``lr_scale``.
         schedule: factor on the rate for every iteration, and where cycles end.
         rate: the top rate, of the last layer group.
-        epochs: the batches of epoch n (from 0).
+        epochs: the batches of epoch n (from 0), from batch i (from 0) on.
         train_mode: puts the model's trained parts into training mode; called before every epoch.
         validate: scores the model as it stands; without it there is nothing to stop on.
         stop_when_overfitting: treat the number of cycles as a maximum, stop as `until_overfitting` says, and go back to
             the weights of the best cycle.
         label_smoothing: share of probability spread over all classes.
         listener: whom to tell.
+        checkpoint: where to note how far the training has come, and to go on from; an interrupted training that goes on
+            ends with the same weights, bit for bit, as one that was never interrupted.
 
     Raises:
-        UserError: the loss became infinite or not a number.
+        Diverged: the loss became infinite or not a number.
+        Interrupted: somebody wanted the training to stop, and the checkpoint has been written.
     """
-    history, listener = History(), listener or Listener()
-    best_weights: dict[str, torch.Tensor] | None = None
-    cycle_losses: list[tuple[float, float]] = []
-    iteration = 0
-    for epoch in range(schedule.epochs):
-        train_mode()
-        waiting: list[tuple[int, float, torch.Tensor]] = []
-        losses: list[float] = []
-        for batch in epochs(epoch):
-            now = rate * float(schedule.factors[iteration])
-            set_rate(optimizer, now)
-            waiting.append((iteration, now, train_batch(model, optimizer, batch, label_smoothing)))
-            iteration += 1
-            if len(waiting) == REPORT_EVERY:
-                losses += _report(waiting, history, listener)
-        losses += _report(waiting, history, listener)
-
-        cycle = sum(epoch >= end for end in schedule.cycle_ends)
-        row = {"epoch": epoch, "cycle": cycle, "train_loss": float(np.mean(losses))}
-        if validate is not None:
-            scores = validate()
-            row |= {"valid_loss": scores.loss, "valid_accuracy": scores.accuracy}
-        row["rate"] = now
-        history.epochs.append(row)
-        listener.epoch(row)
-
-        if epoch + 1 in schedule.cycle_ends:
-            listener.cycle(cycle)
-            history.best_cycle = cycle
-            if stop_when_overfitting and validate is not None:
-                cycle_losses.append((row["train_loss"], row["valid_loss"]))
-                stop, history.best_cycle = until_overfitting(*zip(*cycle_losses, strict=True))
-                if history.best_cycle == cycle:
-                    best_weights = copy.deepcopy(model.state_dict())
-                if stop:
-                    break
-    if best_weights is not None:
-        model.load_state_dict(best_weights)
-    return history
+    listener = listener or Listener()
+    train_mode()
+    weights = moving(model)
+    at = (checkpoint.load(weights, optimizer) if checkpoint else None) or Progress()
+    if at.iteration:
+        listener.resumed(at)
+    with checkpoint.deferring() if checkpoint else nullcontext():
+        while not at.done:
+            train_mode()
+            waiting: list[tuple[float, torch.Tensor]] = []
+            for batch in epochs(at.epoch, at.batch):
+                now = rate * float(schedule.factors[at.iteration])
+                set_rate(optimizer, now)
+                waiting.append((now, train_batch(model, optimizer, batch, label_smoothing)))
+                at.iteration, at.batch = at.iteration + 1, at.batch + 1
+                due = checkpoint is not None and checkpoint.due()
+                if due or len(waiting) == REPORT_EVERY:
+                    _report(waiting, at, listener)
+                if checkpoint and due:
+                    checkpoint.save(weights, optimizer, at)
+            _report(waiting, at, listener)
+            _judge(weights, schedule, validate, stop_when_overfitting, at, listener)
+            if checkpoint and at.done:
+                checkpoint.save(weights, optimizer, at)
+    if at.best:
+        put(weights, at.best)
+    return History(at.batches, at.epochs, at.best_cycle)
 
 
-def _report(waiting: list[tuple[int, float, torch.Tensor]], history: History, listener: Listener) -> list[float]:
+def _judge(
+    weights: Tensors,
+    schedule: Schedule,
+    validate: Callable[[], Scores] | None,
+    stop_when_overfitting: bool,
+    at: Progress,
+    listener: Listener,
+) -> None:
+    """At the end of an epoch: validate, and at the end of a cycle see whether it is the best, and the last."""
+    rows = at.batches[at.iteration - at.batch :]
+    cycle = sum(at.epoch >= end for end in schedule.cycle_ends)
+    row = {"epoch": at.epoch, "cycle": cycle, "train_loss": float(np.mean([row["loss"] for row in rows]))}
+    if validate is not None:
+        scores = validate()
+        row |= {"valid_loss": scores.loss, "valid_accuracy": scores.accuracy}
+    row["rate"] = rows[-1]["rate"]
+    at.epochs.append(row)
+    listener.epoch(row)
+    at.epoch, at.batch = at.epoch + 1, 0
+    at.done = at.epoch == schedule.epochs
+    if at.epoch not in schedule.cycle_ends:
+        return
+    listener.cycle(cycle)
+    at.best_cycle = cycle
+    if stop_when_overfitting and validate is not None:
+        ends = [at.epochs[end - 1] for end in schedule.cycle_ends if end <= at.epoch]
+        stop, at.best_cycle = until_overfitting([r["train_loss"] for r in ends], [r["valid_loss"] for r in ends])
+        if at.best_cycle == cycle:
+            at.best = {name: tensor.clone() for name, tensor in weights.items()}
+        at.done = at.done or stop
+
+
+def _report(waiting: list[tuple[float, torch.Tensor]], at: Progress, listener: Listener) -> None:
     """Fetch the losses that wait on the device, keep them, tell the listener; stop at the first that is no number."""
     if not waiting:
-        return []
-    losses = torch.stack([loss for _, _, loss in waiting]).tolist()
+        return
+    losses = torch.stack([loss for _, loss in waiting]).tolist()
+    first = at.iteration - len(waiting)
     rows = [
-        {"iteration": iteration, "rate": rate, "loss": loss}
-        for (iteration, rate, _), loss in zip(waiting, losses, strict=True)
+        {"iteration": first + i, "rate": rate, "loss": loss}
+        for i, ((rate, _), loss) in enumerate(zip(waiting, losses, strict=True))
     ]
     waiting.clear()
-    history.batches += rows
+    at.batches += rows
     listener.batches(rows)
     for row in rows:
         if not math.isfinite(row["loss"]):
-            raise UserError(
-                f"The training loss became {row['loss']} at iteration {row['iteration']} with the rate "
-                f"{row['rate']:.3g}: the rate is too high. Look at the learning-rate plot and set a lower rate "
-                "(lr_find.rate or unfreeze_lr_find.rate in params.yaml)."
-            )
-    return losses
+            raise Diverged(row, at.epoch, int(row["iteration"]) - at.iteration + at.batch)

@@ -1,118 +1,14 @@
-"""A project of its own for every test file: the real tools on a few small images and a tiny network."""
+"""A project of its own for every test file."""
 
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
-ROOT = Path(__file__).parent.parent.parent
-PARTS = (
-    "unfreeze",
-    "tasks",
-    "flows",
-    "params.yaml",
-    "dvc.yaml",
-    "prefect.yaml",
-    "sample:elpv",
-    ".dvc",
-    ".dvcignore",
-    ".gitignore",
-)
-SMALL = {
-    "data.source": "../photos",
-    "data.image_size": "32",
-    "data.valid": "0.2",
-    "backbone.name": "timm:test_efficientnet",
-    "backbone.weights": "none",
-    "train.batch_size": "8",
-    "lr_find.iterations": "20",
-    "unfreeze_lr_find.iterations": "12",
-    "train_head.epochs": "1",
-    "train_augmented.cycles": "1",
-    "train_full.cycles": "1",
-    "evaluate.tta_views": "2",
-}
-
-
-@dataclass
-class Project:
-    """A checkout in a folder of its own, how to run things in it, and what its first run printed."""
-
-    folder: Path
-    environment: dict[str, str]
-    first: str = ""
-
-    def run(self, *words: str, code: int | None = 0) -> str:
-        """Run a Python module's command line; returns what it prints."""
-        done = subprocess.run(
-            [sys.executable, "-m", *words],
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=500,
-        )
-        assert code is None or done.returncode == code, done.stdout
-        return done.stdout
-
-    def ran(self, output: str) -> list[str]:
-        """The stages whose commands DVC says it ran."""
-        return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
-
-
-def paint(folder: Path, seed: int, count: int = 24) -> None:
-    """Images of two classes that can be told apart: bright and dark ones, with noise."""
-    rng = np.random.default_rng(seed)
-    for label, level in (("bright", 170), ("dark", 80)):
-        (folder / label).mkdir(parents=True)
-        for i in range(count):
-            pixels = rng.normal(level, 25, (40, 48, 3)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / label / f"{i:02}.png")
+from tests.integration.project import Project
+from tests.integration.project import make_project as make_project_in
 
 
 @pytest.fixture(scope="module")
 def make_project(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Project]:
     """Makes projects, each with its images beside it."""
-
-    def make() -> Project:
-        base = tmp_path_factory.mktemp("work")
-        folder = base / "project"
-        folder.mkdir()
-        for name in PARTS:
-            source = ROOT / name
-            if source.is_dir():
-                ignore = shutil.ignore_patterns("__pycache__", "cache", "tmp", "config.local")
-                shutil.copytree(source, folder / name, ignore=ignore)
-            else:
-                shutil.copy(source, folder / name)
-        paint(base / "photos", 0)
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "UNFREEZE_"))}
-        environment |= {
-            "PREFECT_HOME": str(base / "prefect"),
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-            "OMP_NUM_THREADS": "1",
-            "DVC_NO_ANALYTICS": "1",
-            "DO_NOT_TRACK": "1",
-            "COLUMNS": "200",
-        }
-        project = Project(folder, environment)
-        from flows.overrides import apply_overrides
-
-        apply_overrides(folder / "params.yaml", [f"{key}={value}" for key, value in SMALL.items()])
-        for words in (
-            ("init", "-q", "-b", "main"),
-            ("add", "-A"),
-            ("-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "start"),
-        ):
-            subprocess.run(["git", *words], cwd=folder, check=True, env=environment)
-        return project
-
-    return make
+    return lambda: make_project_in(tmp_path_factory.mktemp("work"))

@@ -14,7 +14,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 
 from tasks import STAGES
-from tests.integration.conftest import Project
+from tests.integration.project import Project
 
 
 def free_port() -> int:

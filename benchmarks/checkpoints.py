@@ -1,0 +1,48 @@
+"""What checkpoints cost: the time to write one, as a share of the default interval."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.ours import WHOLE
+from benchmarks.work import Work, classifier
+from unfreeze.checkpoints import Checkpoint, Progress, moving
+from unfreeze.models import freeze_to, parameter_groups, set_train_mode
+from unfreeze.training import make_optimizer, set_rate, train_batch
+
+ITERATIONS = 20_000
+"""Rows of history in the checkpoint: a long training's."""
+
+
+def measure(work: Work, say: Callable[[str], None], repeats: int = 5) -> dict[str, Any]:
+    """Seconds to write a checkpoint of the whole network with its optimizer and its best weights, flushed to the disk."""
+    model, loader = classifier(work, seed=0)
+    freeze_to(model, WHOLE.freeze_to, WHOLE.bn_freeze)
+    set_train_mode(model)
+    optimizer = make_optimizer(parameter_groups(model, WHOLE.lr_ratio), work.settings.train)
+    set_rate(optimizer, 1e-5)
+    rows = loader.packed.rows("train")[: loader.batch_size]
+    train_batch(model, optimizer, next(loader.plain(rows)), 0.0)
+    weights = moving(model)
+    history = [{"iteration": i, "rate": 1e-3, "loss": 0.5} for i in range(ITERATIONS)]
+    best = {name: torch.clone(tensor) for name, tensor in weights.items()}
+    progress = Progress(iteration=ITERATIONS, batches=history, best=best)
+    seconds = []
+    with tempfile.TemporaryDirectory(dir=".") as folder:  # the disk that the project is on
+        checkpoint = Checkpoint(Path(folder) / "training.safetensors", "key", 60.0)
+        for _ in range(repeats):
+            start = time.perf_counter()
+            checkpoint.save(weights, optimizer, progress)
+            seconds.append(time.perf_counter() - start)
+        megabytes = checkpoint.path.stat().st_size / 1e6
+    interval = work.settings.checkpoint.seconds
+    share = median(seconds) / (interval + median(seconds))
+    say(
+        f"a checkpoint of {megabytes:.0f} MB: {median(seconds):.2f} s, {share:.2%} of the time at one every {interval:.0f} s"
+    )
+    return {"megabytes": megabytes, "seconds": seconds, "share": share}

@@ -1,0 +1,38 @@
+"""Passwords stay out of logs, out of MLflow and out of Prefect."""
+
+import os
+import re
+from urllib.parse import unquote
+
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s'\"]*@")
+_SECRET = r"password|passwd|token|secret|api_?key|access_?key|signature|credential"
+_QUERY = re.compile(rf"(?i)([?&][^=&\s]*(?:{_SECRET})[^=&\s]*=)[^&\s'\"]+")
+_NAME = re.compile(rf"(?i)(?:^|_)(?:{_SECRET})")
+_PASSWORD = re.compile(r"://[^/\s:]*:([^/\s]+)@")
+SHORTEST = 6
+"""Characters from which on a secret is looked for by itself: shorter ones would be found in words."""
+
+
+def mask(text: str) -> str:
+    """The text without the credentials of its addresses, and without what the environment keeps secret.
+
+    Masked are user and password in an address, values of its query that are named like a secret, and, wherever they
+    stand, values of environment variables that are named like one and passwords of the addresses among them.
+    """
+    text = _QUERY.sub(r"\1***", _CREDENTIALS.sub("***@", text))
+    for value in _secrets():
+        text = text.replace(value, "***")
+    return text
+
+
+def without_credentials(address: str) -> str:
+    """An address that can be opened and shown to everybody: without user and password."""
+    return _CREDENTIALS.sub("", address)
+
+
+def _secrets() -> list[str]:
+    found = {value for name, value in os.environ.items() if _NAME.search(name) and not os.path.exists(value)}
+    for value in os.environ.values():
+        if "://" in value:
+            found |= {form for password in _PASSWORD.findall(value) for form in (password, unquote(password))}
+    return sorted((value for value in found if len(value) >= SHORTEST), key=len, reverse=True)

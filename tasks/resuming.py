@@ -1,0 +1,50 @@
+"""Where a step keeps its checkpoints, and what they depend on.
+
+They lie outside of DVC's outputs, which DVC removes before it runs a step. A step that has finished leaves its last ones:
+only when a later step begins is it certain that DVC has taken what it wrote.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tasks import STAGES
+
+ROOT = Path(".unfreeze/checkpoints")
+
+
+def folder(stage: str, settings: Mapping[str, Any]) -> Path:
+    """The folder of a step's checkpoints, for these settings and for the images and code as they are now."""
+    return ROOT / stage / fingerprint(stage, settings)
+
+
+def fingerprint(stage: str, settings: Mapping[str, Any]) -> str:
+    """A word that changes with all that a step's result depends on: its settings, and the files that `dvc.yaml` lists."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name in yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]:
+        path = Path(name)
+        digest.update(name.encode())
+        if path.suffix == ".bin":  # the pixels, which may be gigabytes: dataset.json beside them has their fingerprint
+            digest.update(str(path.stat().st_size).encode())
+        elif path.is_file():
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def clear_earlier(stage: str) -> None:
+    """Remove the checkpoints of the steps before this one, which have finished."""
+    for earlier in STAGES[: STAGES.index(stage)]:
+        shutil.rmtree(ROOT / earlier, ignore_errors=True)
+
+
+def clear_foreign(kept: Path) -> None:
+    """Remove a step's checkpoints of other settings, images or code."""
+    for other in kept.parent.glob("*"):
+        if other != kept:
+            shutil.rmtree(other, ignore_errors=True)

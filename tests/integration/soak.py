@@ -1,0 +1,185 @@
+"""Kill the recipe at random moments, start it again, and see that nothing is lost.
+
+    python -m tests.integration.soak --kills 50
+
+It runs the recipe once undisturbed on a piece of the sample, and then again in a second project where every so often a
+process of it, or all, get SIGKILL, SIGTERM or Ctrl-C; each time nothing may be left running. When it has come to its end,
+weights, DVC's state and MLflow's curves must be those of the undisturbed run. Which door it is started through is chance
+too.
+"""
+
+import argparse
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+from mlflow import MlflowClient
+
+from tasks import STAGES
+from tests.integration.project import SMALL, Project, make_project
+from unfreeze.samples import elpv
+
+SETTINGS = SMALL | {
+    "data.image_size": "64",
+    "train_head.epochs": "3",
+    "train_augmented.cycles": "2",
+    "train_full.cycles": "3",
+    "checkpoint.seconds": "0",
+    "checkpoint.batches": "5",
+}
+DOORS = (("flows.cli", "run"), ("dvc", "repro"))
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+GONE_WITHIN = 120.0
+"""Seconds after which nothing may be left of a run that was killed."""
+
+
+def main() -> None:
+    """Run the soak test; exits with a sentence where something was lost."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="soak-") as name:
+        soak(Path(name), chosen.kills, random.Random(chosen.seed))
+
+
+def soak(base: Path, kills: int, chance: random.Random) -> None:
+    """Kill ``kills`` times in as many passes as that takes, and check each pass that came to its end."""
+    calm, wild = (project(base / name) for name in ("calm", "wild"))
+    start = time.monotonic()
+    calm.run("flows.cli", "run")
+    length = time.monotonic() - start
+    expected = weights(calm)
+    print(f"undisturbed: {length:.0f} s", flush=True)
+    done = passes = 0
+    while done < kills:
+        door = chance.choice(DOORS)
+        process = begin(wild, door)
+        moment = chance.uniform(0, length)
+        try:
+            code = process.wait(moment)
+        except subprocess.TimeoutExpired:
+            done += 1
+            print(f"{done}: {' '.join(door)} after {moment:.1f} s, {strike(wild, process, chance)}", flush=True)
+            code = process.wait(GONE_WITHIN)
+            nothing_left(wild)
+            if done < kills and code:
+                continue
+        if code:
+            for _ in range(2):  # through both doors: one finishes it, the other agrees
+                wild.run(*chance.choice(DOORS))
+        passes += 1
+        check(wild, expected)
+        print(f"pass {passes} came to its end after {done} kills: weights, DVC and MLflow agree", flush=True)
+        forget(wild)
+
+
+def project(base: Path) -> Project:
+    """A project on 160 photographs of the sample."""
+    by_label: dict[str, list[Path]] = {}
+    for file, _, label in elpv():
+        by_label.setdefault(label, []).append(file)
+    for label, files in by_label.items():
+        (base / "photos" / label).mkdir(parents=True)
+        for file in files[:80]:
+            shutil.copy(file, base / "photos" / label)
+    return make_project(base, SETTINGS)
+
+
+def begin(wild: Project, door: tuple[str, str]) -> subprocess.Popen[bytes]:
+    """Start the recipe in a session of its own, as a terminal would."""
+    log = (wild.folder.parent / "log.txt").open("ab")
+    return subprocess.Popen(
+        [sys.executable, "-m", *door], cwd=wild.folder, env=wild.environment, stdout=log, stderr=log,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def at_work(wild: Project) -> Iterator[psutil.Process]:
+    """All processes that work in the project."""
+    for process in psutil.process_iter():
+        try:
+            if Path(process.cwd()) == wild.folder and process.status() != psutil.STATUS_ZOMBIE:
+                yield process
+        except (psutil.Error, OSError):
+            continue
+
+
+def strike(wild: Project, process: subprocess.Popen[bytes], chance: random.Random) -> str:
+    """Send a signal to one of the run's processes, or to all as a terminal does; says what was done."""
+    number = chance.choice(SIGNALS)
+    everyone = list(at_work(wild))
+    one = chance.choice(everyone) if everyone and chance.random() < 0.7 else None
+    try:
+        name = "everything" if one is None else " ".join(one.cmdline()[1:5])
+        if one is None:
+            os.killpg(process.pid, number)
+        else:
+            one.send_signal(number)
+        if one is None or one.pid != process.pid:
+            time.sleep(chance.uniform(0, 2))
+            process.send_signal(signal.SIGTERM)  # a flow would start its step again
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        name = "what was gone already"
+    return f"{number.name} to {name}"
+
+
+def nothing_left(wild: Project) -> None:
+    """Raises SystemExit where a process of the run outlives it."""
+    end = time.monotonic() + GONE_WITHIN
+    while left := list(at_work(wild)):
+        if time.monotonic() > end:
+            sys.exit("left running: " + "; ".join(f"{p.pid} {' '.join(p.cmdline())}" for p in left))
+        time.sleep(0.2)
+
+
+def weights(of: Project) -> dict[str, str]:
+    """Digest of every file of weights, and of the predictions."""
+    found = sorted((of.folder / "artifacts").rglob("*.safetensors")) + sorted(of.folder.rglob("predictions.csv"))
+    return {
+        str(path.relative_to(of.folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in found
+        if "artifacts" in path.parts
+    }
+
+
+def check(wild: Project, expected: dict[str, str]) -> None:
+    """Raises AssertionError where weights, DVC or MLflow are not as an undisturbed run leaves them."""
+    assert weights(wild) == expected
+    status = wild.run("dvc", "status")
+    assert "up to date" in status, status
+    mlflow = MlflowClient(f"sqlite:///{wild.folder}/mlflow.db")
+    experiment = mlflow.get_experiment_by_name("unfreeze")
+    assert experiment is not None
+    runs = mlflow.search_runs([experiment.experiment_id], max_results=1000)
+    for stage in STAGES:
+        finished = [r for r in runs if r.info.run_name == stage and r.info.status == "FINISHED"]
+        assert finished, f"no finished run of {stage}"
+        curve = wild.folder / "artifacts" / stage / "batches.csv"
+        if not curve.exists() or stage == "retrain":
+            continue
+        rows = len(curve.read_text().splitlines()) - 1
+        points = [sorted(p.step for p in mlflow.get_metric_history(r.info.run_id, "loss")) for r in finished]
+        assert list(range(rows)) in points, (stage, rows, points)
+    assert not [r.info.run_name for r in runs if r.info.status == "RUNNING"], "a run that nobody works at is RUNNING"
+    assert not list((wild.folder / ".unfreeze/checkpoints").rglob("*.partial"))
+
+
+def forget(wild: Project) -> None:
+    """Leave nothing of the pass but MLflow's record, so that the next one begins at the beginning."""
+    for name in ("artifacts", ".dvc/cache", ".dvc/tmp", ".unfreeze"):
+        shutil.rmtree(wild.folder / name, ignore_errors=True)
+    (wild.folder / "dvc.lock").unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

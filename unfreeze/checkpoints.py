@@ -1,0 +1,257 @@
+"""Checkpoints of a training: all that it takes to go on in the middle of an epoch as if nothing had happened.
+
+A checkpoint is one safetensors file: what trains, the optimizer's state, the best cycle's weights, every source of chance,
+and how far the training has come. It is written beside the last one, flushed to the disk and put in its place, and the
+one before is kept: whatever moment the power fails at, one of the two is whole. A checksum tells which. The key says what
+the training depends on, so that other settings, images or code never go on from it.
+"""
+
+import json
+import logging
+import os
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from unfreeze.chance import chance, set_chance
+from unfreeze.interruption import Interrupted, Interruption
+
+logger = logging.getLogger("unfreeze")
+
+SHARE = 0.02
+"""Checkpoints take at most this share of the time, however slow the disk: the interval grows with what they cost."""
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class Progress:
+    """How far a training has come, beside what model and optimizer know.
+
+    Attributes:
+        epoch: number of the epoch, from 0.
+        batch: the epoch's next batch, from 0.
+        iteration: the next batch of all, from 0.
+        batches: rate and loss of every iteration so far.
+        epochs: a row for every epoch so far.
+        best_cycle: the cycle whose weights are the best so far.
+        best: these weights, where they are not simply the newest.
+        done: there is nothing left to train.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    iteration: int = 0
+    batches: list[dict[str, float]] = field(default_factory=list)
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    best_cycle: int = 0
+    best: Tensors = field(default_factory=dict)
+    done: bool = False
+
+
+@dataclass
+class Checkpoint:
+    """Where one training keeps its checkpoints, and when.
+
+    Attributes:
+        path: the file; the one before it is kept as ``<path>.before``.
+        key: what the training depends on, in a word; files with another key are not read.
+        seconds: time between two checkpoints, more where they would take over 2 % of it.
+        batches: number of batches between two, or None for the time alone.
+        interruption: a wish to stop, which is granted after the next checkpoint.
+    """
+
+    path: Path
+    key: str
+    seconds: float
+    batches: int | None = None
+    interruption: Interruption = field(default_factory=Interruption)
+    _last: float = field(default_factory=time.monotonic)
+    _cost: float = 0.0
+    _since: int = 0
+
+    def due(self) -> bool:
+        """Whether to write a checkpoint after the batch that was just trained on."""
+        self._since += 1
+        if self.interruption.asked or (self.batches and self._since >= self.batches):
+            return True
+        return time.monotonic() - self._last >= max(self.seconds, self._cost / SHARE)
+
+    def save(self, weights: Tensors, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+        """Write a checkpoint, whole or not at all.
+
+        Args:
+            weights: what training changes in the model, as `moving` gives it.
+            optimizer: over it.
+            progress: how far the training has come.
+
+        Raises:
+            Interrupted: a wish to stop was waiting for this.
+        """
+        start = time.monotonic()
+        try:
+            self._write(_tensors(weights, optimizer, progress), _numbers(progress))
+        except OSError as error:
+            logger.warning("No checkpoint: %s: %s. The training goes on.", self.path, error.strerror)
+        self._last, self._since = time.monotonic(), 0
+        self._cost = self._last - start
+        if self.interruption.asked:
+            raise Interrupted
+
+    def load(self, weights: Tensors, optimizer: torch.optim.Optimizer) -> Progress | None:
+        """Put weights, optimizer and chance into the state of the newest sound checkpoint.
+
+        Returns:
+            How far the training had come; None where there is no checkpoint to go on from.
+        """
+        for path in (self.path, _before(self.path)):
+            if not path.exists():
+                continue
+            try:
+                tensors, numbers = _read(path, self.key)
+                return _restore(weights, optimizer, tensors, numbers)
+            except _Refused as refused:
+                logger.warning("%s is not used: %s.", path, refused)
+        return None
+
+    @contextmanager
+    def deferring(self) -> Iterator[None]:
+        """A wish to stop waits for the next checkpoint while the block runs."""
+        self.interruption.deferred = True
+        try:
+            yield
+        finally:
+            self.interruption.deferred = False
+
+    def _write(self, tensors: Tensors, numbers: Mapping[str, Any]) -> None:
+        from safetensors.torch import save
+
+        text = json.dumps(numbers)
+        content = save(tensors, {"key": self.key, "numbers": text, "checksum": _checksum(tensors, text)})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(self.path.name + ".partial")
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if self.path.exists():
+            os.replace(self.path, _before(self.path))
+        os.replace(partial, self.path)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+class _Refused(Exception):
+    """A checkpoint that is not to be gone on from, and why."""
+
+
+def moving(model: nn.Module) -> Tensors:
+    """What training changes in a model: parameters that train, and buffers of modules in training mode.
+
+    The tensors are the model's own, which training changes in place. Call it while the model is in training mode.
+    """
+    tensors: Tensors = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    for prefix, module in model.named_modules():
+        if module.training:
+            tensors |= {
+                f"{prefix}.{name}" if prefix else name: buffer for name, buffer in module.named_buffers(recurse=False)
+            }
+    return tensors
+
+
+def _tensors(weights: Tensors, optimizer: torch.optim.Optimizer, progress: Progress) -> Tensors:
+    tensors = {f"weights/{name}": tensor for name, tensor in weights.items()}
+    tensors |= {f"best/{name}": tensor for name, tensor in progress.best.items()}
+    tensors |= {f"chance/{name}": tensor for name, tensor in chance().items()}
+    for number, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{number}/{name}": tensor for name, tensor in state.items() if tensor is not None}
+    for name in ("rate", "loss"):
+        column = [row[name] for row in progress.batches]
+        tensors[f"batches/{name}"] = torch.tensor(column, dtype=torch.float64)
+    # A copy of each: safetensors refuses tensors that share memory, as a buffer and its best may.
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _numbers(progress: Progress) -> dict[str, Any]:
+    names = ("epoch", "batch", "iteration", "epochs", "best_cycle", "done")
+    return {name: getattr(progress, name) for name in names}
+
+
+def _restore(
+    weights: Tensors, optimizer: torch.optim.Optimizer, tensors: Tensors, numbers: Mapping[str, Any]
+) -> Progress:
+    parts: dict[str, Tensors] = {"weights": {}, "best": {}, "chance": {}, "optimizer": {}, "batches": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition("/")
+        parts[part][rest] = tensor
+    if _shapes(parts["weights"]) != _shapes(weights):
+        raise _Refused("it is of another network")
+    put(weights, parts["weights"])
+    _restore_optimizer(optimizer, parts["optimizer"])
+    set_chance(parts["chance"])
+    columns = zip(parts["batches"]["rate"].tolist(), parts["batches"]["loss"].tolist(), strict=True)
+    rows = [{"iteration": i, "rate": rate, "loss": loss} for i, (rate, loss) in enumerate(columns)]
+    best = {name: torch.empty_like(weights[name]).copy_(tensor) for name, tensor in parts["best"].items()}
+    return Progress(batches=rows, best=best, **numbers)
+
+
+def _shapes(tensors: Tensors) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def put(weights: Tensors, new: Tensors) -> None:
+    """Copy tensors into the weights of the same name, which keep their layout in memory."""
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            tensor.copy_(new[name])
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+    state: dict[int, Tensors] = {}
+    for name, tensor in tensors.items():
+        number, _, rest = name.partition("/")
+        state.setdefault(int(number), {})[rest] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    # In the layout of their parameters: fused optimizers walk through the memory of all of them side by side.
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _read(path: Path, key: str) -> tuple[Tensors, dict[str, Any]]:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            meta = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise _Refused(f"it is damaged ({str(error).splitlines()[0]})") from None
+    if meta.get("checksum") != _checksum(tensors, meta.get("numbers", "")):
+        raise _Refused("it is damaged (its checksum is wrong)")
+    if meta.get("key") != key:
+        raise _Refused("it was made with other settings, images or code")
+    return tensors, json.loads(meta["numbers"])
+
+
+def _checksum(tensors: Tensors, text: str) -> str:
+    checksum = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        checksum = zlib.crc32(name.encode(), checksum)
+        checksum = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy().data, checksum)
+    return f"{checksum:08x}"
+
+
+def _before(path: Path) -> Path:
+    return path.with_name(path.name + ".before")
