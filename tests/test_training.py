@@ -251,7 +251,9 @@ def test_a_loss_that_is_no_number_names_its_images(settings: Settings) -> None:
     model = network()
     with torch.no_grad():
         model.head[2].weight.fill_(float("nan"))
-    loader, rows = Loader(images(16), NORM, CPU, 4), np.arange(16)
+    packed = images(16)
+    packed = dataclasses.replace(packed, table=packed.table.assign(path=[f"{i}.png" for i in range(16)]))
+    loader, rows = Loader(packed, NORM, CPU, 4), np.arange(16)
     with pytest.raises(UserError, match="epoch 1, batch 1") as error:
         fit_full(
             model,

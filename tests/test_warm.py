@@ -64,7 +64,7 @@ def start(folder: Path, do: str) -> subprocess.Popen[str]:
 )
 def test_a_step_runs_warm_and_ends_as_it_would_alone(folder: Path, do: str, code: int, said: str) -> None:
     process = start(folder, do)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=180)
     assert process.returncode == code and said in output
     word, number, warm = output.split("\n")[0].removeprefix("here ").rsplit(" ", 2)
     assert word == "and now" and warm == "True" and int(number) != process.pid
@@ -77,7 +77,7 @@ def test_a_step_dies_with_whoever_waits_for_it(folder: Path) -> None:
     process.kill()
     process.wait()
     gone(number)
-    assert start(folder, "pass").wait(60) == 0  # and the next one runs
+    assert start(folder, "pass").wait(180) == 0  # and the next one runs
 
 
 def test_the_warm_process_and_its_step_die_with_the_flow(folder: Path) -> None:
@@ -103,7 +103,7 @@ def test_without_a_warm_process_a_step_runs_in_its_own(folder: Path) -> None:
         [sys.executable, "-m", "tasks", "ingest"], cwd=folder, stdout=subprocess.PIPE, text=True,
         env={k: v for k, v in os.environ.items() if k != ADDRESS} | {"WORD": "alone", "DO": "pass"},
     )  # fmt: skip
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=180)
     assert output.split()[:3] == ["here", "alone", str(process.pid)] and process.returncode == 0
 
 
