@@ -86,6 +86,8 @@ def serve(address: str) -> None:
         listener.bind(address)
         listener.listen()
         for module in IMPORTS:
+            if select.select([sys.stdin], [], [], 0)[0]:
+                return
             importlib.import_module(module)
         waiting.register(sys.stdin, selectors.EVENT_READ, None)
         waiting.register(listener, selectors.EVENT_READ, None)
