@@ -122,7 +122,8 @@ def push(pauses: Sequence[float] = (2, 8)) -> str | None:
             if done.returncode == 0:
                 TO_PUSH.unlink()
                 return None
-            trouble = done.stderr.strip()
+            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            trouble = errors[-1] if errors else done.stderr.strip()  # one of them for each file
     return trouble
 
 

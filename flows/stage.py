@@ -50,6 +50,10 @@ class Plan:
     push: bool
 
 
+_without_remote: set[str] = set()
+"""Passes on whose way the remote went away: that is said once, and not tried again."""
+
+
 class StageFailed(Exception):
     """A stage's command failed; the message ends with the last lines of what it printed."""
 
@@ -136,6 +140,7 @@ def run_stage(task: Task[[Plan], Any], plan: Plan) -> Outcome:
 def _run(stage: str, pull: bool) -> bool:
     """Have DVC reproduce the stage; returns whether its command ran."""
     log = get_run_logger()
+    pull = pull and os.environ["UNFREEZE_PASS"] not in _without_remote
     tail: deque[str] = deque(maxlen=15)
     ran = True
     try:
@@ -149,6 +154,7 @@ def _run(stage: str, pull: bool) -> bool:
     except subprocess.CalledProcessError:
         if pull and not any(re.search(r"exited with -?\d+", line) for line in tail):
             _warn_of_remote(tail[-1] if tail else "it does not say why")
+            _without_remote.add(os.environ["UNFREEZE_PASS"])
             return _run(stage, pull=False)
         retry = not any(re.search(rf"exited with {USER_ERROR}\b", line) for line in tail)
         raise StageFailed(stage, list(tail), retry) from None
