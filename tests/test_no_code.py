@@ -111,18 +111,14 @@ def test_weights_with_a_strange_description_are_refused(tmp_path: Path, meta: st
         assert "\n" not in str(caught.value)
 
 
-def test_as_weights_that_torchvision_has_fetched(tmp_path: Path, mark: Path) -> None:
+def test_as_weights_that_torchvision_has_fetched(tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision.models import ResNet18_Weights
 
-    (cache := tmp_path / "checkpoints").mkdir()
+    (cache := tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     torch.save(Payload(mark), cache / ResNet18_Weights.DEFAULT.url.rsplit("/", 1)[-1])
-    before = torch.hub.get_dir()
-    torch.hub.set_dir(str(tmp_path))
-    try:
-        with pytest.raises(UserError, match="pretrained weights of torchvision:resnet18 cannot be had: Weights only"):
-            create_backbone("torchvision:resnet18", "pretrained", 32)
-    finally:
-        torch.hub.set_dir(before)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(UserError, match="pretrained weights of torchvision:resnet18 cannot be had: Weights only"):
+        create_backbone("torchvision:resnet18", "pretrained", 32)
 
 
 @pytest.mark.parametrize(

@@ -144,12 +144,8 @@ def nothing_left(wild: Project) -> None:
 
 def weights(of: Project) -> dict[str, str]:
     """Digest of every file of weights, and of the predictions."""
-    found = sorted((of.folder / "artifacts").rglob("*.safetensors")) + sorted(of.folder.rglob("predictions.csv"))
-    return {
-        str(path.relative_to(of.folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in found
-        if "artifacts" in path.parts
-    }
+    found = [p for name in ("*.safetensors", "predictions.csv") for p in (of.folder / "artifacts").rglob(name)]
+    return {str(path.relative_to(of.folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
 def check(wild: Project, expected: dict[str, str]) -> None:
