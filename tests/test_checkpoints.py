@@ -246,6 +246,17 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_training(
     assert same(weights, again)
 
 
+def test_half_a_checkpoint_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("unfreeze.checkpoints.os.fsync", full)
+    model = network().train()
+    optimizer = make_optimizer([{"params": list(model.parameters())}], Train(8, "adamw", 0.01, 0.0))
+    at(tmp_path).save(moving(model), optimizer, Progress())
+    assert not list(tmp_path.iterdir())
+
+
 def test_chance_comes_back() -> None:
     def draw() -> list[float]:
         return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), float(torch.rand(1))]

@@ -12,7 +12,7 @@ import os
 import time
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,8 @@ class Checkpoint:
         try:
             self._write(_tensors(weights, optimizer, progress), _numbers(progress))
         except OSError as error:
+            with suppress(OSError):  # half a checkpoint takes space that is missing already
+                _partial(self.path).unlink(missing_ok=True)
             logger.warning("No checkpoint: %s: %s. The training goes on.", self.path, error.strerror)
         self._last, self._since = time.monotonic(), 0
         self._cost = self._last - start
@@ -136,7 +138,7 @@ class Checkpoint:
         text = json.dumps(numbers)
         content = save(tensors, {"key": self.key, "numbers": text, "checksum": _checksum(tensors, text)})
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(self.path.name + ".partial")
+        partial = _partial(self.path)
         with partial.open("wb") as file:
             file.write(content)
             file.flush()
@@ -251,6 +253,10 @@ def _checksum(tensors: Tensors, text: str) -> str:
         checksum = zlib.crc32(name.encode(), checksum)
         checksum = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy().data, checksum)
     return f"{checksum:08x}"
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
 
 
 def _before(path: Path) -> Path:
