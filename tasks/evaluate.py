@@ -8,10 +8,11 @@ with the model that was chosen.
 import numpy as np
 
 from tasks.environment import artifact
+from tasks.files import write_json
 from tasks.judging import keep_confusion, write_predictions
 from tasks.materials import frozen_classifier
 from tasks.reporting import write_report
-from tasks.step import Run, step, write_json
+from tasks.step import Run, step
 from unfreeze.device import seed_everything, to_device
 from unfreeze.evaluating import Candidate, Predictions, choose, evaluate_split
 from unfreeze.models import Classifier

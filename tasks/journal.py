@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from tasks.files import write_json
 from tasks.masking import mask
 from unfreeze.errors import UserError
 
@@ -139,13 +140,6 @@ def read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError):
         return {}
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value))
-    os.replace(partial, path)
 
 
 @contextmanager

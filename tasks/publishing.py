@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tasks.files import write_json
 from tasks.journal import (
     Journal,
     Record,
@@ -25,7 +26,6 @@ from tasks.journal import (
     read_json,
     sending,
     waiting,
-    write_json,
 )
 from tasks.masking import mask
 

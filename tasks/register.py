@@ -19,8 +19,9 @@ from typing import Any
 import pandas as pd
 
 from tasks.environment import artifact
+from tasks.files import write_json
 from tasks.publishing import reaching
-from tasks.step import Run, step, write_json
+from tasks.step import Run, step
 from unfreeze.plotting import confusion_plot, save_png
 from unfreeze.settings import Register
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from tasks import resuming
 from tasks.environment import artifact, set_environment
+from tasks.files import write_json
 from tasks.masking import mask
 from tasks.publishing import Unreachable
 from tasks.stopping import die_with, step_works_for, stop_when_asked
@@ -155,10 +156,3 @@ def masked(record: logging.LogRecord) -> bool:
     """Mask a log record; keep it."""
     record.msg, record.args = mask(record.getMessage()), ()
     return True
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    os.replace(partial, path)

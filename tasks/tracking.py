@@ -24,7 +24,8 @@ from typing import Any
 
 from tasks import STAGES
 from tasks.environment import artifact
-from tasks.journal import ROOT, Busy, Journal, Record, pass_folder, read_json, waiting, write_json
+from tasks.files import write_json
+from tasks.journal import ROOT, Busy, Journal, Record, pass_folder, read_json, waiting
 from tasks.masking import mask
 from tasks.publishing import address, client, metrics, reaching, reason, send
 from tasks.stopping import dvc_above

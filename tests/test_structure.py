@@ -17,6 +17,7 @@ DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 TELLING = {
     "tasks/__init__.py",
     "tasks/environment.py",
+    "tasks/files.py",
     "tasks/journal.py",
     "tasks/masking.py",
     "tasks/publishing.py",
