@@ -12,6 +12,7 @@ import torch
 from benchmarks.ours import WHOLE
 from benchmarks.work import Work, classifier
 from unfreeze.checkpoints import Checkpoint, Progress, moving
+from unfreeze.history import History
 from unfreeze.models import freeze_to, parameter_groups, set_train_mode
 from unfreeze.training import make_optimizer, set_rate, train_batch
 
@@ -31,16 +32,15 @@ def measure(work: Work, say: Callable[[str], None], repeats: int = 5) -> dict[st
     weights = moving(model)
     history = [{"iteration": i, "rate": 1e-3, "loss": 0.5} for i in range(ITERATIONS)]
     best = {name: torch.clone(tensor) for name, tensor in weights.items()}
-    progress = Progress(iteration=ITERATIONS, batches=history, best=best)
-    seconds = []
+    progress = Progress(iteration=ITERATIONS, history=History(batches=history), best=best)
+    seconds, interval = [], work.settings.checkpoint.seconds
     with tempfile.TemporaryDirectory(dir=".") as folder:  # the disk that the project is on
-        checkpoint = Checkpoint(Path(folder) / "training.safetensors", "key", 60.0)
+        checkpoint = Checkpoint(Path(folder) / "training.safetensors", "key", interval)
         for _ in range(repeats):
             start = time.perf_counter()
             checkpoint.save(weights, optimizer, progress)
             seconds.append(time.perf_counter() - start)
         megabytes = checkpoint.path.stat().st_size / 1e6
-    interval = work.settings.checkpoint.seconds
     share = median(seconds) / (interval + median(seconds))
     say(
         f"a checkpoint of {megabytes:.0f} MB: {median(seconds):.2f} s, {share:.2%} of the time at one every {interval:.0f} s"

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from tasks.step import Run
 from unfreeze.checkpoints import Progress
-from unfreeze.training import History, Listener
+from unfreeze.history import History
+from unfreeze.training import Listener
 
 
 def listener(run: Run, epochs: int, phase: str = "", cycle: Callable[[int], None] = lambda number: None) -> Listener:
@@ -39,8 +40,8 @@ def listener(run: Run, epochs: int, phase: str = "", cycle: Callable[[int], None
     def resumed(progress: Progress) -> None:
         where = "after its end" if progress.done else f"in epoch {progress.epoch + 1}, batch {progress.batch + 1}"
         run.log("%sgoes on %s, from a checkpoint", f"{phase} " if phase else "", where)
-        batches(progress.batches)
-        for row in progress.epochs:
+        batches(progress.history.batches)
+        for row in progress.history.epochs:
             curves_of(row)
 
     return Listener(batches, epoch, cycle, resumed)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compare, memory, orchestration, ours
+from benchmarks import checkpoints, compare, memory, orchestration, ours
 from benchmarks.figure import draw
 from benchmarks.work import Work, files, make_work
 from tests.integration.project import paint
@@ -42,6 +42,11 @@ def test_both_sides_see_the_same_images_in_the_same_split(work: Work) -> None:
 def test_rates_are_images_per_second(work: Work) -> None:
     for rate in (ours.precompute_rate, ours.frozen_rate, ours.full_rate, ours.read_rate):
         assert rate(work) > 1
+
+
+def test_a_checkpoint_is_a_small_share_of_the_interval(work: Work) -> None:
+    found = checkpoints.measure(work, lambda text: None, repeats=2)
+    assert found["megabytes"] > 0.1 and 0 < found["share"] < 0.5
 
 
 def test_memory_does_not_grow_with_the_images() -> None:

@@ -14,11 +14,12 @@ from torch import nn
 from unfreeze.batches import Batch
 from unfreeze.chance import chance, set_chance
 from unfreeze.checkpoints import Checkpoint, Progress, moving
+from unfreeze.history import History
 from unfreeze.interruption import Interrupted, Interruption
 from unfreeze.predicting import Scores
 from unfreeze.schedules import make_schedule
 from unfreeze.settings import Train
-from unfreeze.training import History, Listener, fit, make_optimizer
+from unfreeze.training import Listener, fit, make_optimizer
 
 BATCHES, CYCLES = 3, 4
 VALID_LOSSES = (1.0, 0.4, 0.6, 0.7)
@@ -52,7 +53,7 @@ def training(
     """One process's share of a training; iterations and epochs that the listener was told of, replayed ones too."""
     model = network()
     told: list[int] = []
-    validated = 0
+    done: list[dict[str, float]] = []
 
     def batches(rows: list[dict[str, float]]) -> None:
         told.extend(int(row["iteration"]) for row in rows)
@@ -60,23 +61,17 @@ def training(
             raise Killed
 
     def epoch(row: dict[str, float]) -> None:
-        nonlocal validated
         if on == "epoch" and row["epoch"] == kill_at:
             raise Killed
+        done.append(row)
 
     def resumed(progress: Progress) -> None:
-        told.extend(int(row["iteration"]) for row in progress.batches)
-        done.extend(progress.epochs)
-
-    done: list[dict[str, float]] = []
+        told.extend(int(row["iteration"]) for row in progress.history.batches)
+        done.extend(progress.history.epochs)
 
     def validate() -> Scores:
         model.eval()
         return Scores(VALID_LOSSES[len(done)], 0.5)
-
-    def epoch_and_count(row: dict[str, float]) -> None:
-        epoch(row)
-        done.append(row)
 
     history = fit(
         model,
@@ -87,7 +82,7 @@ def training(
         train_mode=model.train,
         validate=validate,
         stop_when_overfitting=stop,
-        listener=Listener(batches, epoch_and_count, resumed=resumed),  # type: ignore[arg-type]
+        listener=Listener(batches, epoch, resumed=resumed),  # type: ignore[arg-type]
         checkpoint=checkpoint,
     )
     return model.state_dict(), history, told

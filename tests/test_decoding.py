@@ -7,7 +7,6 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests import corpus
 from unfreeze.decoding import ORIENTATION, BrokenImage, decode, resize_shorter
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")  # pytest undoes what the module itself does about them
@@ -31,9 +31,7 @@ def pixels(file: str | Path | io.BytesIO, size: int = 0) -> np.ndarray:
 
 
 def encoded(image: Image.Image, kind: str, **how: object) -> io.BytesIO:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **how)
-    return io.BytesIO(buffer.getvalue())
+    return io.BytesIO(corpus.encoded(image, kind, **how))
 
 
 def png(width: int, height: int, depth: int, colour: int, rows: bytes, *chunks: tuple[bytes, bytes]) -> io.BytesIO:
@@ -97,29 +95,16 @@ def test_cmyk_one_bit_and_float() -> None:
     assert np.abs(found[1:] - real[1:] * 255).max() <= 0.51
 
 
-# The eight orientations of the EXIF standard: where row 0 and column 0 of what is stored are seen.
-SEEN: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    1: lambda a: a,
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.transpose(1, 0, 2),
-    6: lambda a: np.rot90(a, -1),
-    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
-    8: lambda a: np.rot90(a, 1),
-}
-
-
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "JPEG"])
-@pytest.mark.parametrize("orientation", SEEN)
+@pytest.mark.parametrize("orientation", corpus.SEEN)
 def test_exif_orientation_is_honoured(kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     how = {"lossless": True} if kind == "WEBP" else {}
     stored = NOISE if kind != "JPEG" else np.asarray(Image.open(encoded(Image.fromarray(NOISE), "JPEG")))
     size, image = decode(encoded(Image.fromarray(NOISE), kind, exif=exif, **how), 100)
-    np.testing.assert_array_equal(np.asarray(image), SEEN[orientation](stored))
-    assert size == image.size == SEEN[orientation](NOISE).shape[1::-1]
+    np.testing.assert_array_equal(np.asarray(image), corpus.SEEN[orientation](stored))
+    assert size == image.size == corpus.SEEN[orientation](NOISE).shape[1::-1]
 
 
 DAMAGED_EXIF = {
@@ -303,6 +288,7 @@ def test_slivers_are_refused(size: tuple[int, int], fine: bool) -> None:
 
 WARNED = """
 import sys, threading, warnings
+from tests import corpus
 from unfreeze.decoding import BrokenImage, decode
 def work():
     for _ in range(20):

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from unfreeze.chance import chance, set_chance
+from unfreeze.history import History
 from unfreeze.interruption import Interrupted, Interruption
 
 logger = logging.getLogger("unfreeze")
@@ -39,19 +40,15 @@ class Progress:
         epoch: number of the epoch, from 0.
         batch: the epoch's next batch, from 0.
         iteration: the next batch of all, from 0.
-        batches: rate and loss of every iteration so far.
-        epochs: a row for every epoch so far.
-        best_cycle: the cycle whose weights are the best so far.
-        best: these weights, where they are not simply the newest.
+        history: what happened so far.
+        best: weights of the history's best cycle, where they are not simply the newest.
         done: there is nothing left to train.
     """
 
     epoch: int = 0
     batch: int = 0
     iteration: int = 0
-    batches: list[dict[str, float]] = field(default_factory=list)
-    epochs: list[dict[str, float]] = field(default_factory=list)
-    best_cycle: int = 0
+    history: History = field(default_factory=History)
     best: Tensors = field(default_factory=dict)
     done: bool = False
 
@@ -178,15 +175,15 @@ def _tensors(weights: Tensors, optimizer: torch.optim.Optimizer, progress: Progr
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{number}/{name}": tensor for name, tensor in state.items() if tensor is not None}
     for name in ("rate", "loss"):
-        column = [row[name] for row in progress.batches]
+        column = [row[name] for row in progress.history.batches]
         tensors[f"batches/{name}"] = torch.tensor(column, dtype=torch.float64)
     # A copy of each: safetensors refuses tensors that share memory, as a buffer and its best may.
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
 def _numbers(progress: Progress) -> dict[str, Any]:
-    names = ("epoch", "batch", "iteration", "epochs", "best_cycle", "done")
-    return {name: getattr(progress, name) for name in names}
+    position = {name: getattr(progress, name) for name in ("epoch", "batch", "iteration", "done")}
+    return {"position": position, "epochs": progress.history.epochs, "best_cycle": progress.history.best_cycle}
 
 
 def _restore(
@@ -204,7 +201,7 @@ def _restore(
     columns = zip(parts["batches"]["rate"].tolist(), parts["batches"]["loss"].tolist(), strict=True)
     rows = [{"iteration": i, "rate": rate, "loss": loss} for i, (rate, loss) in enumerate(columns)]
     best = {name: torch.empty_like(weights[name]).copy_(tensor) for name, tensor in parts["best"].items()}
-    return Progress(batches=rows, best=best, **numbers)
+    return Progress(history=History(rows, numbers["epochs"], numbers["best_cycle"]), best=best, **numbers["position"])
 
 
 def _shapes(tensors: Tensors) -> dict[str, torch.Size]:

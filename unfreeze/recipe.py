@@ -15,12 +15,13 @@ from unfreeze.batches import Batch, Loader, activation_batches, batches_per_epoc
 from unfreeze.checkpoints import Checkpoint
 from unfreeze.errors import UserError
 from unfreeze.frozen import frozen_copy
+from unfreeze.history import History
 from unfreeze.models import Classifier, freeze_to, parameter_groups, set_train_mode
 from unfreeze.predicting import Scores, predict, score
 from unfreeze.progress import track
 from unfreeze.schedules import make_schedule
 from unfreeze.settings import Augment, Train, TrainAugmented, TrainFull, TrainHead, Unfreeze
-from unfreeze.training import Diverged, History, Listener, fit, make_optimizer, train_batch
+from unfreeze.training import Diverged, Listener, fit, make_optimizer, train_batch
 
 Rows = NDArray[np.int64]
 HEAD = 2

@@ -7,11 +7,10 @@ activations, a head through a frozen backbone or a whole network is decided by w
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,6 +19,7 @@ from unfreeze.batches import Batch
 from unfreeze.checkpoints import Checkpoint, Progress, Tensors, moving, put
 from unfreeze.device import autocast
 from unfreeze.errors import UserError
+from unfreeze.history import History
 from unfreeze.overfitting import until_overfitting
 from unfreeze.predicting import Scores
 from unfreeze.schedules import Schedule
@@ -27,33 +27,6 @@ from unfreeze.settings import Train
 
 REPORT_EVERY = 10
 """Batches between two looks at the losses: each look makes the processor wait for the device."""
-
-
-@dataclass
-class History:
-    """What happened, row by row.
-
-    Attributes:
-        batches: iteration (from 0), rate (of the last layer group), loss.
-        epochs: epoch (from 0), cycle (from 0), train_loss, valid_loss, valid_accuracy, rate (the epoch's last).
-        best_cycle: the cycle whose weights were kept.
-    """
-
-    batches: list[dict[str, float]] = field(default_factory=list)
-    epochs: list[dict[str, float]] = field(default_factory=list)
-    best_cycle: int = 0
-
-    def batches_frame(self) -> pd.DataFrame:
-        """The rows of batches as a table."""
-
-        return pd.DataFrame(self.batches)
-
-    def epochs_frame(self) -> pd.DataFrame:
-        """The rows of epochs as a table; what was not validated is not a number."""
-
-        return pd.DataFrame(self.epochs).reindex(
-            columns=["epoch", "cycle", "train_loss", "valid_loss", "valid_accuracy", "rate"]
-        )
 
 
 @dataclass(frozen=True)
@@ -173,7 +146,7 @@ def fit(
                 checkpoint.save(weights, optimizer, at)
     if at.best:
         put(weights, at.best)
-    return History(at.batches, at.epochs, at.best_cycle)
+    return at.history
 
 
 def _judge(
@@ -185,25 +158,27 @@ def _judge(
     listener: Listener,
 ) -> None:
     """At the end of an epoch: validate, and at the end of a cycle see whether it is the best, and the last."""
-    rows = at.batches[at.iteration - at.batch :]
+    rows = at.history.batches[at.iteration - at.batch :]
     cycle = sum(at.epoch >= end for end in schedule.cycle_ends)
     row = {"epoch": at.epoch, "cycle": cycle, "train_loss": float(np.mean([row["loss"] for row in rows]))}
     if validate is not None:
         scores = validate()
         row |= {"valid_loss": scores.loss, "valid_accuracy": scores.accuracy}
     row["rate"] = rows[-1]["rate"]
-    at.epochs.append(row)
+    at.history.epochs.append(row)
     listener.epoch(row)
     at.epoch, at.batch = at.epoch + 1, 0
     at.done = at.epoch == schedule.epochs
     if at.epoch not in schedule.cycle_ends:
         return
     listener.cycle(cycle)
-    at.best_cycle = cycle
+    at.history.best_cycle = cycle
     if stop_when_overfitting and validate is not None:
-        ends = [at.epochs[end - 1] for end in schedule.cycle_ends if end <= at.epoch]
-        stop, at.best_cycle = until_overfitting([r["train_loss"] for r in ends], [r["valid_loss"] for r in ends])
-        if at.best_cycle == cycle:
+        ends = [at.history.epochs[end - 1] for end in schedule.cycle_ends if end <= at.epoch]
+        stop, at.history.best_cycle = until_overfitting(
+            [r["train_loss"] for r in ends], [r["valid_loss"] for r in ends]
+        )
+        if at.history.best_cycle == cycle:
             at.best = {name: tensor.clone() for name, tensor in weights.items()}
         at.done = at.done or stop
 
@@ -219,7 +194,7 @@ def _report(waiting: list[tuple[float, torch.Tensor]], at: Progress, listener: L
         for i, ((rate, _), loss) in enumerate(zip(waiting, losses, strict=True))
     ]
     waiting.clear()
-    at.batches += rows
+    at.history.batches += rows
     listener.batches(rows)
     for row in rows:
         if not math.isfinite(row["loss"]):

@@ -1,0 +1,30 @@
+"""What happened in a training, row by row."""
+
+from dataclasses import dataclass, field
+
+import pandas as pd
+
+
+@dataclass
+class History:
+    """What happened, row by row.
+
+    Attributes:
+        batches: iteration (from 0), rate (of the last layer group), loss.
+        epochs: epoch (from 0), cycle (from 0), train_loss, valid_loss, valid_accuracy, rate (the epoch's last).
+        best_cycle: the cycle whose weights were kept.
+    """
+
+    batches: list[dict[str, float]] = field(default_factory=list)
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    best_cycle: int = 0
+
+    def batches_frame(self) -> pd.DataFrame:
+        """The rows of batches as a table."""
+        return pd.DataFrame(self.batches)
+
+    def epochs_frame(self) -> pd.DataFrame:
+        """The rows of epochs as a table; what was not validated is not a number."""
+        return pd.DataFrame(self.epochs).reindex(
+            columns=["epoch", "cycle", "train_loss", "valid_loss", "valid_accuracy", "rate"]
+        )
