@@ -25,8 +25,8 @@ FLAT = 30.0
 """How far below the rate that breaks a network its lowest loss is taken to lie where the curve is flat up to there.
 
 A network that is nearly trained has nothing to gain in a sweep: where on the flat the lowest value lies is chance, and
-moved the pick a hundredfold from seed to seed, while the rate that breaks it moved by a half. A tenth of the stand-in
-trained best (docs/choices.md)."""
+moved the pick a hundredfold from seed to seed, while over 100 batches the rate that breaks it moved by a half. Of three
+rates the one near a tenth of the stand-in trained best (docs/choices.md)."""
 
 Floats = NDArray[np.float64]
 
