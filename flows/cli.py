@@ -78,6 +78,7 @@ def _run(chosen: argparse.Namespace) -> int:
 
 def _run_alone(chosen: argparse.Namespace) -> int:
     from flows.overrides import apply_overrides, read_overrides
+    from tasks.stopping import INTERRUPTED
     from unfreeze.settings import load_settings
     from unfreeze.sources import read_source
 
@@ -99,7 +100,7 @@ def _run_alone(chosen: argparse.Namespace) -> int:
         return 1
     except KeyboardInterrupt:
         print("unfreeze: stopped. `unfreeze run` goes on where it was.", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except Exception as error:
         if not is_away(error):
             raise

@@ -8,6 +8,7 @@ from prefect import flow
 from flows.finish import finish
 from flows.overrides import apply_overrides, as_overrides
 from flows.stage import Outcome, begin, run_stage, stage_task
+from tasks.stopping import end_in_time
 from tasks.warm import warm_process
 from tasks.workspace import alone
 
@@ -62,6 +63,10 @@ def recipe(settings: dict[str, Any] | None = None) -> dict[str, Outcome]:
             try:
                 for step in STEPS:
                     outcomes[step.name] = run_stage(step, plan)
+            except BaseException as error:
+                if not isinstance(error, Exception):  # Ctrl-C, or Prefect's own handler of SIGTERM
+                    end_in_time()
+                raise
             finally:
                 finish(outcomes, plan)
     return outcomes

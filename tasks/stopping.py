@@ -15,6 +15,9 @@ from unfreeze.interruption import Interrupted, Interruption
 PARENT = "UNFREEZE_PARENT"
 """Environment variable that names the process a step works for, as `identity` writes it."""
 
+INTERRUPTED = 130
+"""Exit code of a run that was interrupted, as shells have it."""
+
 GRACE = 20.0
 """Seconds that a process has between being asked to end and being killed."""
 
@@ -36,9 +39,15 @@ def stop_when_asked(interruption: Interruption) -> None:
 
 
 def interrupt_in_time(number: int, frame: FrameType | None) -> None:
-    """A signal handler for a flow: Ctrl-C, and an end with everything it started where that takes too long.
+    """A signal handler for a flow: Ctrl-C, and `end_in_time`."""
+    end_in_time()
+    raise KeyboardInterrupt
 
-    Prefect tells its server of every end, again and again where that is away.
+
+def end_in_time() -> None:
+    """End this process and all that it started where what it does to end in order takes too long.
+
+    Prefect tells its server of every end, again and again for minutes where that is away.
     """
 
     def end() -> None:
@@ -46,10 +55,9 @@ def interrupt_in_time(number: int, frame: FrameType | None) -> None:
         for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
-        os._exit(128 + number)
+        os._exit(INTERRUPTED)
 
     threading.Thread(target=end, daemon=True).start()
-    raise KeyboardInterrupt
 
 
 def identity(process: psutil.Process) -> str:

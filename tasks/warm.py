@@ -40,8 +40,14 @@ def warm_process() -> Iterator[None]:
         return
     with tempfile.TemporaryDirectory(prefix="unfreeze-") as folder:
         address = str(Path(folder) / "warm")
-        # It ends when its standard input does: with the block, and with this process, however that ends.
-        process = subprocess.Popen([sys.executable, "-m", "tasks.warm", address], stdin=subprocess.PIPE)
+        with socket.socket(socket.AF_UNIX) as listener:
+            # Listening before the process is there: a step that comes early waits for it, and does not start cold.
+            listener.bind(address)
+            listener.listen()
+            number = listener.fileno()
+            # It ends when its standard input does: with the block, and with this process, however that ends.
+            command = [sys.executable, "-m", "tasks.warm", str(number)]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[number])
         os.environ[ADDRESS] = address
         try:
             yield
@@ -79,12 +85,10 @@ def hand_over(step: str) -> int | None:
     return code
 
 
-def serve(address: str) -> None:
-    """Fork a step for everyone who connects, until standard input ends."""
+def serve(listening: int) -> None:
+    """Fork a step for everyone who connects to a listening socket (its descriptor), until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the steps end by themselves, and this process with the flow
-    with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as waiting:
-        listener.bind(address)
-        listener.listen()
+    with socket.socket(fileno=listening) as listener, selectors.DefaultSelector() as waiting:
         for module in IMPORTS:
             if select.select([sys.stdin], [], [], 0)[0]:
                 return
@@ -180,5 +184,5 @@ def run(step: str) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(int(sys.argv[1]))
     os._exit(0)  # taking apart all that was imported takes seconds, and the flow waits for it
