@@ -113,14 +113,14 @@ def _run_alone(chosen: argparse.Namespace) -> int:
 
 def _check(chosen: argparse.Namespace) -> int:
     from flows.watched import check_watchable
-    from unfreeze.backbones import check_backbone_name
+    from unfreeze.backbones import check_backbone
     from unfreeze.settings import load_settings
     from unfreeze.sources import read_source
 
     settings = load_settings()
     table = read_source(settings.data.source)
     check_watchable(settings.data.source)
-    check_backbone_name(settings.backbone.name)
+    check_backbone(settings.backbone.name, settings.backbone.weights)
     print(f"params.yaml is right; {len(table)} images in {settings.data.source}:")
     for label, count in table["label"].value_counts().sort_index().items():
         print(f"  {count:7,d}  {label}")

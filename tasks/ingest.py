@@ -1,7 +1,7 @@
 """Read every source image once; validate, split, pack pixels.
 
 The only step that touches a JPEG: every later one reads packed pixels from a memory map. Images that cannot be read are
-set aside with a reason. The backbone's name is checked here already, before hours of work that would end at a typo.
+set aside with a reason. Backbone and weights are looked for here already, before work that would end at a typo.
 """
 
 from tasks.step import Run, step
@@ -12,9 +12,10 @@ from unfreeze.sources import read_source
 
 @step
 def ingest(run: Run, seed: int, data: Data) -> dict[str, float]:
-    from unfreeze.backbones import check_backbone_name
+    from unfreeze.backbones import check_backbone
 
-    check_backbone_name(load_settings().backbone.name)
+    backbone = load_settings().backbone
+    check_backbone(backbone.name, backbone.weights)
     table = read_source(data.source)
     run.log("%d images in %s, %d classes", len(table), data.source, table["label"].nunique())
     metrics = pack(table, run.path(""), data, seed)

