@@ -5,12 +5,10 @@ handed on: beyond chance, what a user gets is never worse there than the frozen 
 with the model that was chosen.
 """
 
-import numpy as np
-
 from tasks.environment import artifact
 from tasks.files import write_json
 from tasks.judging import keep_confusion, write_predictions
-from tasks.materials import frozen_classifier
+from tasks.materials import frozen_classifier, precomputed
 from tasks.reporting import write_report
 from tasks.step import Run, step
 from unfreeze.device import seed_everything, to_device
@@ -26,7 +24,7 @@ def evaluate(run: Run, seed: int, augment: Augment, train: Train, evaluate: Eval
     model, loader = frozen_classifier("train_augmented", train.batch_size)
     packed = loader.packed
     valid = packed.rows("valid")
-    baseline = np.load(artifact("precompute", "baseline.npy"))
+    baseline = precomputed("baseline.npy")
 
     def judge(network: Classifier, split: str) -> tuple[Predictions, dict[str, float]]:
         rows = packed.rows(split)

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from tasks.environment import artifact
 from tasks.finding import find_rate
+from tasks.materials import precomputed
 from tasks.step import Run, step
 from unfreeze.batches import Batch, activation_batches, shuffled
 from unfreeze.device import best_device, seed_everything
@@ -22,7 +21,7 @@ def lr_find(run: Run, seed: int, head: HeadSettings, train: Train, lr_find: LRFi
     seed_everything(seed)
     device = best_device()
     packed = open_packed(artifact("ingest", ""))
-    activations = np.load(artifact("precompute", "activations.npy"), mmap_mode="r")
+    activations = precomputed("activations.npy")
     model = Head(activations.shape[1], len(packed.classes), head.dropout).to(device).train()
     optimizer = make_optimizer(head_groups(model), train)
     rows = packed.rows("train")

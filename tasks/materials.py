@@ -1,13 +1,32 @@
 """What the steps start from: the classifier as an earlier step left it, and the images it is to see."""
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from tasks.environment import artifact
 from unfreeze.batches import Loader, Normalisation
 from unfreeze.device import best_device, to_device
+from unfreeze.errors import UserError
 from unfreeze.models import Classifier, Head
 from unfreeze.packed import open_packed
 from unfreeze.weights import load_backbone, load_head
+
+
+def precomputed(name: str) -> NDArray[Any]:
+    """An array that the step precompute left, a row per image, mapped from its file.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    path = artifact("precompute", name)
+    try:
+        return np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        raise UserError(f"There is no {path}: run the step precompute first.") from None
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and run the recipe again.") from None
 
 
 def frozen_classifier(head_of: str, batch_size: int) -> tuple[Classifier, Loader]:
@@ -23,7 +42,7 @@ def frozen_classifier(head_of: str, batch_size: int) -> tuple[Classifier, Loader
 def fresh_classifier(dropout: float, batch_size: int) -> tuple[Classifier, Loader]:
     """The pretrained backbone with a new head, and a loader of the packed images for it."""
     classes = len(open_packed(artifact("ingest", "")).classes)
-    features = np.load(artifact("precompute", "activations.npy"), mmap_mode="r").shape[1]
+    features = precomputed("activations.npy").shape[1]
     return _on_device(Head(features, classes, dropout), batch_size)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from tasks.environment import artifact
 from tasks.fitting import keep, listener
 from tasks.judging import keep_confusion, write_predictions
-from tasks.materials import fresh_classifier
+from tasks.materials import fresh_classifier, precomputed
 from tasks.step import Run, step
 from unfreeze.baseline import baseline_probabilities, fit_baseline
 from unfreeze.device import seed_everything
@@ -38,7 +38,7 @@ def retrain(
     seed_everything(seed)
     model, loader = fresh_classifier(head.dropout, train.batch_size)
     packed = loader.packed
-    activations = np.load(artifact("precompute", "activations.npy"), mmap_mode="r")
+    activations = precomputed("activations.npy")
     rows = np.sort(np.concatenate([packed.rows("train"), packed.rows("valid")]))
     nothing = rows[:0]
     chosen = json.loads(artifact("evaluate", "chosen.json").read_text())["chosen"]

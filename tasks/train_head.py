@@ -1,9 +1,8 @@
 """Train the head on the precomputed activations, one or two epochs."""
 
-import numpy as np
-
 from tasks.environment import artifact
 from tasks.fitting import keep, listener
+from tasks.materials import precomputed
 from tasks.step import Run, step
 from unfreeze.device import best_device, seed_everything
 from unfreeze.models import Head
@@ -19,7 +18,7 @@ def train_head(run: Run, seed: int, head: HeadSettings, train: Train, train_head
     seed_everything(seed)
     device = best_device()
     packed = open_packed(artifact("ingest", ""))
-    activations = np.load(artifact("precompute", "activations.npy"), mmap_mode="r")
+    activations = precomputed("activations.npy")
     model = Head(activations.shape[1], len(packed.classes), head.dropout).to(device)
     rate = run.read_metrics("lr_find")["rate"]
     history = fit_head(

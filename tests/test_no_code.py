@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tasks.materials import precomputed
 from tests import corpus
 from unfreeze.backbones import create_backbone
 from unfreeze.decoding import BrokenImage, decode
@@ -223,3 +224,21 @@ def test_no_call_in_our_packages_could(package: str) -> None:
 )  # fmt: skip
 def test_the_search_finds_what_it_looks_for(line: str) -> None:
     assert dangerous(line)
+
+
+def test_activations_that_run_code_or_are_cut_off_are_refused(
+    tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "artifacts" / "precompute"
+    folder.mkdir(parents=True)
+    plant(folder, mark)
+    np.save(folder / "whole.npy", np.zeros((3, 4), np.float32))
+    (folder / "cut off.npy").write_bytes((folder / "whole.npy").read_bytes()[:-8])
+    (folder / "empty.npy").touch()
+    for name in ("array.npy", "plain.pkl", "cut off.npy", "empty.npy"):
+        with pytest.raises(UserError, match=f"{name} is damaged"):
+            precomputed(name)
+    with pytest.raises(UserError, match="run the step precompute"):
+        precomputed("none.npy")
+    assert precomputed("whole.npy").shape == (3, 4)
