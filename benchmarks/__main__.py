@@ -6,6 +6,7 @@ python -m benchmarks --parts orchestration memory
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 import tempfile
@@ -36,8 +37,10 @@ def main() -> None:
                 chosen.backbone,
                 chosen.weights,
                 chosen.image_size,
-                chosen.workers,
             )
+            if {"speed", "accuracy"} & set(chosen.parts):
+                workers = compare.helpful_workers(work, _say) if chosen.workers is None else chosen.workers
+                work = dataclasses.replace(work, workers=workers)
             file = results / f"{chosen.name or _name(chosen)}.json"
             result = _read(file) | {"date": today, "about": compare.about(work)}
             if "speed" in chosen.parts:
@@ -64,7 +67,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=160, metavar="PX")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="of the accuracy comparison (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="processes that load images for fastai")
+    parser.add_argument(
+        "--workers", type=int, help="processes that load images for fastai (default: what helps it most)"
+    )
     parser.add_argument("--name", help="of the results' file")
     return parser.parse_args()
 

@@ -1,11 +1,12 @@
 """unfreeze and fastai at the same work, in turn, each in a process of its own that keeps its network and its workers."""
 
 import dataclasses
+import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -112,10 +113,30 @@ def about(work: Work) -> dict[str, Any]:
     }
 
 
+def helpful_workers(work: Work, say: Callable[[str], None]) -> int:
+    """How many processes that load images make fastai fastest: none, or one per core.
+
+    The second epoch of each counts.
+    """
+    times = {}
+    for workers in (0, os.cpu_count() or 1):
+        with _process() as them:
+            asked = dataclasses.replace(work, workers=workers)
+            times[workers] = [them.submit(peer.frozen_epoch, asked).result() for _ in range(2)][-1]
+    best = min(times, key=lambda workers: times[workers])
+    say(f"fastai loads images in {best} processes: " + ", ".join(f"{n}: {t:.1f} s" for n, t in times.items()))
+    return best
+
+
 def _process() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, get_context("spawn"), _quiet)
+    return ProcessPoolExecutor(1, get_context("spawn"), _prepare)
 
 
-def _quiet() -> None:
-    """What fastai's own use of torch is warned of is not for whoever reads the table."""
+def _prepare() -> None:
+    """Set up a process of the comparison: quiet, and with its own processes forked.
+
+    A spawned process would spawn too: fastai's workers would import all there is anew in every epoch, which took as long
+    as the epoch. And what fastai's own use of torch is warned of is not for whoever reads the table.
+    """
+    set_start_method("fork", force=True)
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -38,7 +38,7 @@ class Work:
     sweep: int = 40
     frozen_epochs: int = 2
     full_epochs: int = 4
-    workers: int = 2
+    workers: int = 0
 
     @property
     def image_size(self) -> int:
@@ -46,9 +46,7 @@ class Work:
         return self.settings.data.image_size
 
 
-def make_work(
-    source: str, folder: Path, settings_file: Path, backbone: str, weights: str, image_size: int, workers: int
-) -> Work:
+def make_work(source: str, folder: Path, settings_file: Path, backbone: str, weights: str, image_size: int) -> Work:
     """Settings for a source, and its images packed and split once, for both sides to agree on."""
     settings = load_settings(settings_file)
     settings = dataclasses.replace(
@@ -57,7 +55,7 @@ def make_work(
         backbone=dataclasses.replace(settings.backbone, name=backbone, weights=weights),
     )
     pack(read_source(source), folder, settings.data, settings.seed)
-    return Work(source, folder, settings, workers=workers)
+    return Work(source, folder, settings)
 
 
 def files(work: Work) -> pd.DataFrame:

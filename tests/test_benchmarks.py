@@ -17,9 +17,7 @@ ROOT = Path(__file__).parent.parent
 def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     base = tmp_path_factory.mktemp("bench")
     paint(base / "photos", 0)
-    return make_work(
-        str(base / "photos"), base / "packed", ROOT / "params.yaml", "timm:test_efficientnet", "none", 32, workers=0
-    )
+    return make_work(str(base / "photos"), base / "packed", ROOT / "params.yaml", "timm:test_efficientnet", "none", 32)
 
 
 @pytest.mark.parametrize("case", compare.CASES)
