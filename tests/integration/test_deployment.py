@@ -8,9 +8,10 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 from mlflow import MlflowClient
 
 from tasks import STAGES
@@ -24,7 +25,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def started(project: Project, log: Path, *words: str) -> Iterator[None]:
+def started(project: Project, log: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
     """A server or worker in a process group of its own, which is ended as a whole."""
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -36,9 +37,10 @@ def started(project: Project, log: Path, *words: str) -> Iterator[None]:
             start_new_session=True,
         )
     try:
-        yield
+        yield process
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # a test may have killed it
+            os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:
@@ -94,3 +96,24 @@ def test_a_deployment_on_the_gpu_pool_runs_the_recipe(make_project: Callable[[],
         links = project.run("prefect", "artifact", "ls")
         for key in ("mlflow-run", "lr-find-plot", "evaluate-plot"):
             assert key in links
+
+        # The worker is killed in the middle of a pass: what it started ends with it.
+        with started(project, worker_log, "prefect", "worker", "start", "--pool", "gpu") as worker:
+            project.run("prefect", "deployment", "run", "recipe/nightly", "--param", 'settings={"seed": 7}')
+            family = kill_at_work(worker.pid)
+            gone, left = psutil.wait_procs(family, timeout=60)
+            assert gone and not left, [process.cmdline() for process in left]
+
+
+def kill_at_work(pid: int) -> list[psutil.Process]:
+    """SIGKILL a worker as soon as a step of its flow is at work; returns all processes that it had started."""
+    worker = psutil.Process(pid)
+    for _ in range(1200):
+        family = worker.children(recursive=True)
+        for process in family:
+            with suppress(psutil.Error):
+                if "tasks" in process.cmdline() and "dvc" not in process.cmdline():
+                    worker.kill()
+                    return family
+        time.sleep(0.1)
+    raise AssertionError("no step began")
