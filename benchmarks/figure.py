@@ -19,9 +19,11 @@ def draw(results: Path, path: Path) -> None:
         return
     figure = Figure((9.5, 1.6 + 0.5 * len(found) + 3.2), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
-    cases = dict(CASES) | {"recipe": "images to evaluated model"}
+    cases = dict(CASES)
+    if any("accuracy" in result for result in found.values()):
+        cases["recipe"] = "images to evaluated model"
     shares = list(next(iter(found.values()))["speed"]["shares"])[:3]
-    height = 0.8 / len(found)
+    height = min(0.8 / len(found), 0.5)
     for number, (name, result) in enumerate(found.items()):
         ratios = {case: result["speed"]["cases"][case]["ratio"] for case in CASES}
         if "accuracy" in result:
@@ -42,7 +44,7 @@ def draw(results: Path, path: Path) -> None:
     left.set_xlabel("times as fast as fastai")
     right.set_yticks(range(len(shares)), shares)
     right.axvline(100, color=GREY, linewidth=1)
-    right.set_xlabel("share of the network's own throughput, %")
+    right.set_xlabel("share of the ceiling, %")
     for axes in (left, right):
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
