@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from prefect import flow
+from prefect.exceptions import TerminationSignal
 
 from flows.finish import finish
 from flows.overrides import apply_overrides, as_overrides
@@ -63,9 +64,8 @@ def recipe(settings: dict[str, Any] | None = None) -> dict[str, Outcome]:
             try:
                 for step in STEPS:
                     outcomes[step.name] = run_stage(step, plan)
-            except BaseException as error:
-                if not isinstance(error, Exception):  # Ctrl-C, or Prefect's own handler of SIGTERM
-                    end_in_time()
+            except (KeyboardInterrupt, TerminationSignal):  # the second: Prefect's own handler of SIGTERM
+                end_in_time()
                 raise
             finally:
                 finish(outcomes, plan)

@@ -288,7 +288,6 @@ def test_slivers_are_refused(size: tuple[int, int], fine: bool) -> None:
 
 WARNED = """
 import sys, threading, warnings
-from tests import corpus
 from unfreeze.decoding import BrokenImage, decode
 def work():
     for _ in range(20):

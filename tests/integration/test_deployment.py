@@ -112,7 +112,7 @@ def kill_at_work(pid: int) -> list[psutil.Process]:
         family = worker.children(recursive=True)
         for process in family:
             with suppress(psutil.Error):
-                if "tasks" in process.cmdline() and "dvc" not in process.cmdline():
+                if "tasks" in process.cmdline():  # python -m tasks <step>
                     worker.kill()
                     return family
         time.sleep(0.1)
