@@ -195,7 +195,7 @@ def _pick(work: Work, model: Any, groups: Any, batches: Callable[[int], Iterator
 def _predict(work: Work, model: Classifier, loader: Loader, split: str) -> Any:
     rows = loader.packed.rows(split)
     plain = predict(model, loader.plain(rows))
-    return plain, predict_tta(model, loader, rows, plain, work.settings.augment.flip, work.views)
+    return plain, predict_tta(model, loader, rows, plain, work.settings.augment, work.views)
 
 
 def _timed(what: Callable[[], object]) -> float:

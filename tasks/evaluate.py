@@ -28,7 +28,7 @@ def evaluate(run: Run, seed: int, augment: Augment, train: Train, evaluate: Eval
 
     def judge(network: Classifier, split: str) -> tuple[Predictions, dict[str, float]]:
         rows = packed.rows(split)
-        return evaluate_split(network, loader, rows, baseline[rows], augment.flip, evaluate.tta_views)
+        return evaluate_split(network, loader, rows, baseline[rows], augment, evaluate.tta_views)
 
     models = {
         name: Classifier(model.backbone, load_head(artifact(name, "head.safetensors")).to(loader.device))
@@ -55,7 +55,7 @@ def evaluate(run: Run, seed: int, augment: Augment, train: Train, evaluate: Eval
     for name, (_, scores) in judged.items():
         metrics |= {f"{name}_{kind}": scores[kind] for kind in ("accuracy", "tta_accuracy", "tta_log_loss")}
 
-    save_classifier(model, run.path("model.safetensors"), packed.classes, packed.image_size, augment.flip)
+    save_classifier(model, run.path("model.safetensors"), packed.classes, packed.image_size, augment)
     write_json(run.path("chosen.json"), {"chosen": best.name, "reason": reason})
     write_predictions(run.path("predictions.csv"), packed, predictions)
     keep_confusion(run, packed, predictions)

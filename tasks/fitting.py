@@ -30,7 +30,7 @@ def listener(run: Run, epochs: int, phase: str = "", cycle: Callable[[int], None
         )
         if "valid_loss" in row:
             text += f", valid loss {row['valid_loss']:.4f}, accuracy {row['valid_accuracy']:.4f}"
-        run.log("%s, rate %.2e", text, row["rate"])
+        run.log("%s, rate up to %.2e", text, row["rate"])
         curves_of(row)
 
     def curves_of(row: Mapping[str, float]) -> None:

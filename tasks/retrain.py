@@ -60,7 +60,7 @@ def retrain(
             model, loader, rows, nothing, run.read_metrics("unfreeze_lr_find")["rate"], found, unfreeze, augment,
             train, seed, listener(run, found.epochs, "full"), run.checkpoint("full"),
         )  # fmt: skip
-    save_classifier(model, run.path("model.safetensors"), packed.classes, packed.image_size, augment.flip)
+    save_classifier(model, run.path("model.safetensors"), packed.classes, packed.image_size, augment)
     metrics = keep(run, history)
 
     predictions: dict[str, Predictions] = {}
@@ -68,9 +68,7 @@ def retrain(
     if len(test):
         baseline = fit_baseline(activations[rows], packed.labels[rows])
         probabilities = baseline_probabilities(baseline, activations[test], len(packed.classes))
-        predictions["test"], scores = evaluate_split(
-            model, loader, test, probabilities, augment.flip, evaluate.tta_views
-        )
+        predictions["test"], scores = evaluate_split(model, loader, test, probabilities, augment, evaluate.tta_views)
         metrics |= {f"test_{name}": value for name, value in scores.items()}
         run.log(
             "test: accuracy %.4f, with TTA %.4f, logistic regression %.4f",

@@ -26,7 +26,7 @@ def train_full(
     cycles.mkdir(parents=True, exist_ok=True)
 
     def save(path: Path) -> None:
-        save_classifier(model, path, loader.packed.classes, loader.packed.image_size, augment.flip)
+        save_classifier(model, path, loader.packed.classes, loader.packed.image_size, augment)
 
     history = fit_full(
         model,

@@ -17,9 +17,9 @@ from unfreeze.packed import PackedImages
 from unfreeze.predicting import backbone_activations, predict, predict_tta
 from unfreeze.recipe import fit_full, fit_head, stream
 from unfreeze.schedules import make_schedule
-from unfreeze.settings import Settings, load_settings
+from unfreeze.settings import Augment, Settings, load_settings
 from unfreeze.training import Listener, fit, make_optimizer, set_rate, train_batch
-from unfreeze.views import FLIPS, plain_views, random_views
+from unfreeze.views import FLIPS, plain_views, random_views, tta_views
 from unfreeze.weights import load_classifier, save_classifier
 
 SIZE = 16
@@ -310,15 +310,40 @@ def test_tta_is_the_average_by_hand_and_sees_all_of_a_3_to_1_image() -> None:
     packed = packed_in_memory([pixels], ["a", "b"], SIZE)
     loader, rows, model = Loader(packed, NORM, CPU, 4), np.array([0]), Brightness()
     plain = predict(model, loader.plain(rows))
-    found = predict_tta(model, loader, rows, plain, "none", 3)
+    found = predict_tta(model, loader, rows, plain, Augment("none", 0, 1, 0), 3)
 
     def by_hand(left: int) -> np.ndarray:
         square = pixels[:, left : left + SIZE] / 255
         mean = ((square - NORM.mean) / NORM.std).mean()
         return np.exp([mean, -mean]) / np.exp([mean, -mean]).sum()
 
-    expected = np.mean([by_hand(SIZE), by_hand(0), by_hand(SIZE), by_hand(2 * SIZE)], 0)
-    np.testing.assert_allclose(found[0], expected, atol=1e-3)
+    views = np.mean([by_hand(0), by_hand(SIZE), by_hand(2 * SIZE)], 0)
+    np.testing.assert_allclose(found[0], (by_hand(SIZE) + views) / 2, atol=1e-3)
+
+
+@pytest.mark.parametrize("flip", ["none", "horizontal", "both", "dihedral"])
+@pytest.mark.parametrize("size", [(SIZE, SIZE), (SIZE + 9, SIZE), (SIZE, 3 * SIZE)])
+@pytest.mark.parametrize("count", [1, 4, 8, 20])
+def test_views_of_tta_are_those_of_training_each_once_and_inside(flip: str, size: tuple[int, int], count: int) -> None:
+    augment = Augment(flip, 0, 1.2, 0.1)
+    linear, centre = tta_views(np.array(size), SIZE, augment, count)
+    assert len(linear) >= count
+    scales = np.abs(np.linalg.det(linear)) ** 0.5
+    assert scales.min() >= 1 / 1.2 - 1e-6 and scales.max() <= 1 + 1e-6
+    half = np.abs(linear).sum(2) * (SIZE - 1) / 2
+    assert (centre - half >= -1e-3).all() and (centre + half <= np.array(size) - 1 + 1e-3).all()
+    seen = np.column_stack([linear.reshape(-1, 4), centre])
+    plain = [1, 0, 0, 1, *((np.array(size) - 1) / 2)]
+    assert len(np.unique(seen.round(4), axis=0)) == len(seen)
+    assert size != (SIZE, SIZE) or not (np.abs(seen - plain) < 1e-4).all(1).any()
+
+
+def test_tta_without_other_views_is_the_plain_prediction() -> None:
+    pixels = [np.full((SIZE, SIZE, 3), 90, np.uint8), np.full((SIZE, 2 * SIZE, 3), 200, np.uint8)]
+    packed = packed_in_memory(pixels, ["a", "b"], SIZE)
+    loader, rows, model = Loader(packed, NORM, CPU, 4), np.array([0, 1]), Brightness()
+    plain = predict(model, loader.plain(rows))
+    np.testing.assert_allclose(predict_tta(model, loader, rows, plain, Augment("none", 0, 1, 0), 8), plain, atol=1e-3)
 
 
 def test_weights_come_back_as_they_were_and_damage_is_refused(tmp_path: Path) -> None:
@@ -326,10 +351,10 @@ def test_weights_come_back_as_they_were_and_damage_is_refused(tmp_path: Path) ->
 
     model = Classifier(create_backbone("timm:test_resnet", "none", 32), Head(96, 2, 0.1))
     model.head = Head(model.backbone.num_features, 2, 0.1)
-    path = tmp_path / "model.safetensors"
-    save_classifier(model, path, ["ä", "b"], 32, "both")
+    path, augment = tmp_path / "model.safetensors", Augment("both", 5, 1.1, 0.2)
+    save_classifier(model, path, ["ä", "b"], 32, augment)
     back, meta = load_classifier(path)
-    assert meta["classes"] == ["ä", "b"] and meta["flip"] == "both" and not list(tmp_path.glob("*.partial"))
+    assert meta["classes"] == ["ä", "b"] and meta["augment"] == augment and not list(tmp_path.glob("*.partial"))
     for (name, a), b in zip(model.state_dict().items(), back.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     path.write_bytes(path.read_bytes()[:1000])

@@ -9,6 +9,7 @@ from torch import nn
 from unfreeze.batches import Loader
 from unfreeze.measuring import measure
 from unfreeze.predicting import Probabilities, Scores, predict, predict_tta, score
+from unfreeze.settings import Augment
 
 SIGNIFICANT = 0.05
 """Probability below which a difference between candidates is not put down to chance."""
@@ -71,7 +72,7 @@ class Predictions:
 
 
 def evaluate_split(
-    model: nn.Module, loader: Loader, rows: NDArray[np.int64], baseline: Probabilities, flip: str, tta_views: int
+    model: nn.Module, loader: Loader, rows: NDArray[np.int64], baseline: Probabilities, augment: Augment, tta_views: int
 ) -> tuple[Predictions, dict[str, float]]:
     """Predict one split with and without TTA and measure both beside the baseline.
 
@@ -80,14 +81,14 @@ def evaluate_split(
         loader: of the packed images.
         rows: (N,) row numbers of the split.
         baseline: (N, C) probabilities of the logistic regression on the frozen activations.
-        flip: symmetries of the views.
+        augment: what the model was trained with, which the views stay within.
         tta_views: how many views.
 
     Returns:
         The predictions, and accuracy, macro F1 and log loss: plain, with prefix ``tta_`` and with prefix ``baseline_``.
     """
     plain = predict(model, loader.plain(rows))
-    tta = predict_tta(model, loader, rows, plain, flip, tta_views)
+    tta = predict_tta(model, loader, rows, plain, augment, tta_views)
     labels, classes = loader.packed.labels[rows], loader.packed.classes
     metrics: dict[str, float] = {}
     for prefix, probabilities in (("", plain), ("tta_", tta), ("baseline_", baseline)):

@@ -11,7 +11,7 @@ class History:
 
     Attributes:
         batches: iteration (from 0), rate (of the last layer group), loss.
-        epochs: epoch (from 0), cycle (from 0), train_loss, valid_loss, valid_accuracy, rate (the epoch's last).
+        epochs: epoch (from 0), cycle (from 0), train_loss, valid_loss, valid_accuracy, rate (the epoch's highest).
         best_cycle: the cycle whose weights were kept.
     """
 

@@ -74,7 +74,7 @@ class Predictor:
         plain = predict(self._model, loader.plain(rows))
         if not tta_views:
             return plain
-        return predict_tta(self._model, loader, rows, plain, self._meta["flip"], tta_views)
+        return predict_tta(self._model, loader, rows, plain, self._meta["augment"], tta_views)
 
 
 def packed_in_memory(pixels: Sequence[np.ndarray], classes: list[str], image_size: int) -> PackedImages:

@@ -13,6 +13,7 @@ from unfreeze.batches import Batch, Loader, image_sizes
 from unfreeze.device import autocast
 from unfreeze.frozen import frozen_copy
 from unfreeze.progress import track
+from unfreeze.settings import Augment
 from unfreeze.views import Views, tta_views
 
 Probabilities = NDArray[np.float32]
@@ -50,19 +51,20 @@ def _outputs(network: nn.Module, batches: Iterable[Batch]) -> Iterator[torch.Ten
 
 
 def predict_tta(
-    model: nn.Module, loader: Loader, rows: NDArray[np.int64], plain: Probabilities, flip: str, views: int
+    model: nn.Module, loader: Loader, rows: NDArray[np.int64], plain: Probabilities, augment: Augment, views: int
 ) -> Probabilities:
     """Test-time augmentation: probabilities averaged over the plain image and its augmented views.
 
-    The average of probabilities over views was made popular by Krizhevsky et al. (2012). Where an image is not square,
-    its views together cover all of it.
+    The average of probabilities over views was made popular by Krizhevsky et al. (2012). The plain image, which shows
+    the object as its photographer framed it, has half the weight (docs/choices.md). Where an image is not square, its
+    views together cover all of it.
 
     Args:
         model: the classifier.
         loader: of the packed images.
         rows: (N,) row numbers.
         plain: (N, C) probabilities of the plain centre squares, as `predict` gives them.
-        flip: the symmetries to use: none, horizontal, both or dihedral.
+        augment: what the model was trained with; its views stay within it.
         views: the least number of views beside the plain one.
 
     Returns:
@@ -71,7 +73,7 @@ def predict_tta(
     if not len(rows):
         return plain
     sizes = image_sizes(loader.packed, rows)
-    plans = [tta_views(size, loader.packed.image_size, flip, views) for size in sizes]
+    plans = [tta_views(size, loader.packed.image_size, augment, views) for size in sizes]
     counts = np.array([len(linear) for linear, _ in plans])
     linear = np.concatenate([linear for linear, _ in plans])
     centre = np.concatenate([centre for _, centre in plans])
@@ -84,10 +86,11 @@ def predict_tta(
             ones, zeros = np.ones(count, np.float32), np.zeros(count, np.float32)
             yield Views(rows[owner[part]], linear[part], centre[part], ones, zeros)
 
-    total = plain.astype(np.float64)
+    total = np.zeros(plain.shape)
     batches = track(loader.views(chunks()), "views", -(-len(owner) // loader.batch_size))
     np.add.at(total, owner, predict(model, batches))
-    return (total / (counts + 1)[:, None]).astype(np.float32)
+    average = np.where(counts[:, None], total / np.maximum(counts, 1)[:, None], plain)
+    return ((plain + average) / 2).astype(np.float32)
 
 
 def backbone_activations(

@@ -164,7 +164,7 @@ def _judge(
     if validate is not None:
         scores = validate()
         row |= {"valid_loss": scores.loss, "valid_accuracy": scores.accuracy}
-    row["rate"] = rows[-1]["rate"]
+    row["rate"] = max(batch["rate"] for batch in rows)
     at.history.epochs.append(row)
     listener.epoch(row)
     at.epoch, at.batch = at.epoch + 1, 0

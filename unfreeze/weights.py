@@ -1,6 +1,7 @@
 """Weights on disk: safetensors with what it takes to build the network again. Nothing that is read here can run code."""
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from torch import nn
 from unfreeze.backbones import Backbone, create_backbone
 from unfreeze.errors import UserError
 from unfreeze.models import Classifier, Head
+from unfreeze.settings import Augment
 
 Meta = dict[str, Any]
 
@@ -43,7 +45,7 @@ def load_head(path: Path) -> Head:
     return _filled(head, tensors, path)
 
 
-def save_classifier(model: Classifier, path: Path, classes: list[str], image_size: int, flip: str) -> None:
+def save_classifier(model: Classifier, path: Path, classes: list[str], image_size: int, augment: Augment) -> None:
     """Write a classifier: a file that is enough to predict with.
 
     Args:
@@ -51,13 +53,13 @@ def save_classifier(model: Classifier, path: Path, classes: list[str], image_siz
         path: where to; replaced whole or not at all.
         classes: names of the classes in order of the logits.
         image_size: side in pixels of the squares it was trained on.
-        flip: the symmetries that its views may have (`unfreeze.views.FLIPS`).
+        augment: what it was trained with, for the views of test-time augmentation.
     """
     meta = {
         "kind": "classifier",
         "classes": classes,
         "image_size": image_size,
-        "flip": flip,
+        "augment": dataclasses.asdict(augment),
         "backbone": _backbone_meta(model.backbone),
         "head": _head_meta(model.head),
     }
@@ -68,7 +70,7 @@ def load_classifier(path: Path) -> tuple[Classifier, Meta]:
     """Read a classifier.
 
     Returns:
-        The model, and what was saved with it: classes, image_size, flip.
+        The model, and what was saved with it: classes, image_size, augment.
 
     Raises:
         UserError: the file is missing, damaged or something else.
@@ -78,8 +80,9 @@ def load_classifier(path: Path) -> tuple[Classifier, Meta]:
         backbone = create_backbone(meta["backbone"]["name"], "none", meta["backbone"]["image_size"])
         head = meta["head"]
         model = Classifier(backbone, Head(head["features"], head["classes"], head["dropout"]))
-        if missing := {"classes", "image_size", "flip"} - meta.keys():
+        if missing := {"classes", "image_size"} - meta.keys():
             raise KeyError(*sorted(missing))
+        meta["augment"] = Augment(**meta["augment"])
     return _filled(model, tensors, path), meta
 
 
