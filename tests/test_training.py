@@ -1,11 +1,14 @@
 """The training loop, the data path and predictions, against computations by hand."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from unfreeze.backbones import Backbone
@@ -232,6 +235,7 @@ def test_rates_follow_the_schedule_and_the_best_cycle_is_handed_on() -> None:
         stop_when_overfitting=True, listener=Listener(batches=told.extend),
     )  # fmt: skip
     assert [row["rate"] for row in history.batches] == pytest.approx(0.1 * schedule.factors[: len(told)])
+    assert [row["rate"] for row in history.epochs] == pytest.approx([0.1] * len(history.epochs))  # where a cycle starts
     assert told == history.batches
     assert torch.equal(model.weight, states[history.best_cycle])
 
@@ -339,11 +343,18 @@ def test_views_of_tta_are_those_of_training_each_once_and_inside(flip: str, size
 
 
 def test_tta_without_other_views_is_the_plain_prediction() -> None:
-    pixels = [np.full((SIZE, SIZE, 3), 90, np.uint8), np.full((SIZE, 2 * SIZE, 3), 200, np.uint8)]
+    pixels = [np.full((SIZE, SIZE, 3), brightness, np.uint8) for brightness in (90, 200)]
     packed = packed_in_memory(pixels, ["a", "b"], SIZE)
     loader, rows, model = Loader(packed, NORM, CPU, 4), np.array([0, 1]), Brightness()
     plain = predict(model, loader.plain(rows))
-    np.testing.assert_allclose(predict_tta(model, loader, rows, plain, Augment("none", 0, 1, 0), 8), plain, atol=1e-3)
+    found = predict_tta(model, loader, rows, plain, Augment("none", 0, 1, 0), 8)
+    np.testing.assert_allclose(found, plain, atol=1e-3)
+
+
+@pytest.mark.parametrize(("flip", "views"), [("none", 1), ("horizontal", 1), ("both", 3), ("dihedral", 7)])
+def test_without_zoom_no_view_of_a_square_is_there_twice(flip: str, views: int) -> None:
+    linear, _ = tta_views(np.array([SIZE, SIZE]), SIZE, Augment(flip, 0, 1, 0), 8)
+    assert len(np.unique(linear, axis=0)) == len(linear) == views
 
 
 def test_weights_come_back_as_they_were_and_damage_is_refused(tmp_path: Path) -> None:
@@ -357,6 +368,21 @@ def test_weights_come_back_as_they_were_and_damage_is_refused(tmp_path: Path) ->
     assert meta["classes"] == ["ä", "b"] and meta["augment"] == augment and not list(tmp_path.glob("*.partial"))
     for (name, a), b in zip(model.state_dict().items(), back.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+    with safe_open(path, "pt") as file:
+        said = json.loads(file.metadata()["unfreeze"])
+    for wrong, sentence in (
+        ({"augment": {**said["augment"], "flip": "up"}}, "augment.flip is 'up', but must be one of none, horizontal"),
+        ({"augment": {"flip": "none"}}, "augment.rotate is missing"),
+        ({"augment": 3}, "augment must be a mapping"),
+        ({"augment": None}, "augment must be a mapping"),
+    ):
+        save_file(model.state_dict(), path, {"unfreeze": json.dumps(said | wrong)})
+        with pytest.raises(UserError, match=sentence):
+            load_classifier(path)
+    del said["augment"]
+    save_file(model.state_dict(), path, {"unfreeze": json.dumps(said | {"flip": "both"})})
+    with pytest.raises(UserError, match="lacks augment: an earlier version of unfreeze wrote it"):
+        load_classifier(path)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="damaged"):
         load_classifier(path)

@@ -89,8 +89,7 @@ def predict_tta(
     total = np.zeros(plain.shape)
     batches = track(loader.views(chunks()), "views", -(-len(owner) // loader.batch_size))
     np.add.at(total, owner, predict(model, batches))
-    average = np.where(counts[:, None], total / np.maximum(counts, 1)[:, None], plain)
-    return ((plain + average) / 2).astype(np.float32)
+    return ((plain + total / counts[:, None]) / 2).astype(np.float32)
 
 
 def backbone_activations(

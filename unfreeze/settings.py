@@ -272,6 +272,25 @@ def parse_settings(content: object, where: str = "params.yaml") -> Settings:
     return settings
 
 
+def parse_section(kind: type[S], content: object, name: str, where: str) -> S:
+    """Check one section of settings that is kept somewhere else than in `params.yaml`.
+
+    Args:
+        kind: the section's type, such as `Augment`.
+        content: a mapping of keys to values.
+        name: the section's name, for the message.
+        where: what keeps it, for the message.
+
+    Raises:
+        UserError: lists, in one line, every key that is missing, unknown or has a wrong value.
+    """
+    problems: list[str] = []
+    section = _section(kind, content, f"{name}.", problems)
+    if section is None:
+        raise UserError(f"{where}: {' '.join(problems)}")
+    return section
+
+
 def flatten(settings: object, prefix: str = "") -> dict[str, Any]:
     """Settings as ``section.key -> value``."""
     items = settings.items() if isinstance(settings, Mapping) else _fields(settings)

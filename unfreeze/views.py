@@ -113,8 +113,8 @@ def tta_views(size: NDArray[np.int64], image_size: int, augment: Augment, count:
     Squares spread evenly over the longer side, all in one symmetry, then all in the next; at least as many as asked
     for, more where it takes more squares to cover the whole image. Once each symmetry has had its turn, each round looks
     a little closer than the one before, the last as close as training did and none closer: a network is at a loss with
-    views unlike those it was trained on. Without zoom there are no more views than symmetries: one that is seen twice
-    would add nothing.
+    views unlike those it was trained on. Without zoom no symmetry has a second turn, which would add nothing; there is
+    always one view at least.
 
     Args:
         size: (2,) width and height in pixels.
@@ -129,12 +129,12 @@ def tta_views(size: NDArray[np.int64], image_size: int, augment: Augment, count:
     squares = int(np.ceil(size.max() / image_size))
     rounds = int(np.ceil(count / squares))
     if augment.zoom == 1:
-        rounds = min(rounds, len(flips) - (squares == 1))
+        rounds = min(rounds, max(len(flips) - (squares == 1), 1))
     place = np.linspace(0, 1, squares) if squares > 1 else np.array([0.5])
     centre = (image_size - 1) / 2 + np.tile(np.outer(place, size - image_size), (rounds, 1))
     # A single square has been seen plain already, in its first symmetry.
     turn = np.repeat(np.arange(rounds), squares) + (squares == 1)
     closer = turn // len(flips)
-    scale = augment.zoom ** -(closer / max(closer.max(initial=0), 1))
+    scale = augment.zoom ** -(closer / max(closer.max(), 1))
     linear = flips[turn % len(flips)] * scale[:, None, None]
     return linear.astype(np.float32), centre.astype(np.float32)

@@ -14,7 +14,7 @@ from torch import nn
 from unfreeze.backbones import Backbone, create_backbone
 from unfreeze.errors import UserError
 from unfreeze.models import Classifier, Head
-from unfreeze.settings import Augment
+from unfreeze.settings import Augment, parse_section
 
 Meta = dict[str, Any]
 
@@ -73,16 +73,17 @@ def load_classifier(path: Path) -> tuple[Classifier, Meta]:
         The model, and what was saved with it: classes, image_size, augment.
 
     Raises:
-        UserError: the file is missing, damaged or something else.
+        UserError: the file is missing, damaged, of an earlier version, or something else.
     """
     tensors, meta = _load(path, "classifier")
     with _described(path):
         backbone = create_backbone(meta["backbone"]["name"], "none", meta["backbone"]["image_size"])
         head = meta["head"]
         model = Classifier(backbone, Head(head["features"], head["classes"], head["dropout"]))
-        if missing := {"classes", "image_size"} - meta.keys():
-            raise KeyError(*sorted(missing))
-        meta["augment"] = Augment(**meta["augment"])
+        if missing := {"classes", "image_size", "augment"} - meta.keys():
+            said = ", ".join(sorted(missing))
+            raise UserError(f"{path} lacks {said}: an earlier version of unfreeze wrote it. Run the recipe again.")
+        meta["augment"] = parse_section(Augment, meta["augment"], "augment", str(path))
     return _filled(model, tensors, path), meta
 
 
