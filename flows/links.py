@@ -24,6 +24,11 @@ def ui_address() -> str:
     return uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
 
 
+def experiments_address() -> str:
+    """MLflow's page of experiments, on its side for trained models: by itself it opens on the one for chatbots."""
+    return f"{ui_address()}/#/experiments?workflowType=machine_learning"
+
+
 def run_address() -> str | None:
     """The page of this pass's MLflow run, once MLflow has it."""
     parent = read_json(pass_folder(current_pass()[0]) / "parent.json")

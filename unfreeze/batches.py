@@ -83,16 +83,20 @@ def render(
     Returns:
         (B, 3, S, S) float32, channels last.
     """
-    pixels = _upload(canvas.pixels, device).permute(0, 3, 1, 2).float()
-    if not views.plain:
-        pixels = F.grid_sample(
-            pixels, _grid(canvas, views, sizes, image_size, device), padding_mode="border", align_corners=False
-        )
-    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (norm.mean, norm.std))
-    gain, shift = (_upload(torch.from_numpy(v), device).view(-1, 1, 1, 1) for v in (views.gain, views.shift))
-    # ((p/255 - 1/2) * gain + 1/2 + shift - mean) / std as one multiply-add
+    mean, std = (torch.tensor(v, device=device) for v in (norm.mean, norm.std))
+    gain, shift = (_upload(torch.from_numpy(v), device)[:, None] for v in (views.gain, views.shift))
+    # ((p/255 - 1/2) * gain + 1/2 + shift - mean) / std as one multiply-add, before the warp (which averages), as there the
+    # channels of a row lie side by side: whole rows take half the time of pixels of three values.
     scale, offset = gain / (255 * std), (0.5 - 0.5 * gain + shift - mean) / std
-    return pixels.mul_(scale).add_(offset).contiguous(memory_format=torch.channels_last)
+    width = canvas.pixels.shape[2]
+    rows = _upload(canvas.pixels, device).flatten(2).float()
+    rows.mul_(scale.repeat(1, width)[:, None]).add_(offset.repeat(1, width)[:, None])
+    images = rows.unflatten(2, (width, 3)).permute(0, 3, 1, 2)
+    if not views.plain:
+        images = F.grid_sample(
+            images, _grid(canvas, views, sizes, image_size, device), padding_mode="border", align_corners=False
+        )
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def _grid(
@@ -115,7 +119,9 @@ def _grid(
     along_x = linear[:, None, :, 0] * offset[:, None]
     along_y = linear[:, None, :, 1] * offset[:, None] + centre[:, None]
     x, y = (_upload(torch.from_numpy(a), device) for a in (along_x, along_y))
-    place = x[:, None] + y[:, :, None]
+    # As complex numbers: the same sums, but long loops of them instead of pairs.
+    x, y = torch.view_as_complex(x), torch.view_as_complex(y)
+    place = torch.view_as_real(x[:, None] + y[:, :, None])
     if inside:
         return place
     edge, factor, term = (

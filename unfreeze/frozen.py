@@ -45,13 +45,17 @@ class ConvAct(nn.Module):
 
 
 class OneDNNConvAct(nn.Module):
-    """`ConvAct` in bfloat16 as a single operation of oneDNN, for images of one size."""
+    """`ConvAct` in bfloat16 as a single operation of oneDNN, for batches of one shape (B, C, H, W).
 
-    def __init__(self, of: ConvAct, size: tuple[int, int]) -> None:
+    The weights lie as oneDNN wants them for that shape; for others (but for a B of 1, any B does) it may lay them out
+    anew on every call, which with AMX took longer than the convolutions.
+    """
+
+    def __init__(self, of: ConvAct, shape: tuple[int, ...]) -> None:
         super().__init__()
         conv = of.conv
         weight = conv.weight.detach()
-        self.edges = _edges(conv, size)
+        self.edges = _edges(conv, shape[2:])
         before, after = self.edges[::2][::-1], self.edges[1::2][::-1]  # of height and width
         if conv.dilation == (1, 1) and all(0 <= b <= a for b, a in zip(before, after, strict=True)):
             # Rows of zeros before the kernel's make uneven edges even, which oneDNN adds without a copy of the image.
@@ -60,8 +64,10 @@ class OneDNNConvAct(nn.Module):
         else:
             padding = [0, 0]
         self.arguments: tuple[Any, ...] = (padding, list(conv.stride), list(conv.dilation), conv.groups)
+        left, right, top, bottom = self.edges
+        padded = (*shape[:2], shape[2] + top + bottom, shape[3] + left + right)
         reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # whose stub lacks the last argument
-        packed = reorder(weight.bfloat16().to_mkldnn(), *self.arguments, None)
+        packed = reorder(weight.bfloat16().to_mkldnn(), *self.arguments, padded)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().bfloat16(), requires_grad=False)
         self.post = POST_OPS[type(of.act)]
@@ -82,7 +88,8 @@ def frozen_copy(network: Model, images: torch.Tensor) -> Model:
 
     Args:
         network: maps the images to anything with one tensor; as it stands in eval mode is what the copy predicts.
-        images: (B, 3, S, S) normalised, on the network's device; the copy is for images of this size.
+        images: (B, 3, S, S) normalised, on the network's device; the copy is for images of this size, and
+            fastest for more than one at a time where there is more than one here.
 
     Returns:
         The copy in eval mode without gradients; the network itself where it is one already, or has no convolutions.
@@ -97,32 +104,32 @@ def frozen_copy(network: Model, images: torch.Tensor) -> Model:
     images = images.float()
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         expected = plain(images)
-        sizes = _fold(folded, images)
+        shapes = _fold(folded, images)
         found = folded(images)
     if not torch.allclose(found, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max())):
         return plain
     if images.device.type == "cpu" and native_bf16(images.device):
         for name, module in list(folded.named_modules()):
-            if name in sizes and type(module) is ConvAct and type(module.act) in POST_OPS:
-                folded.set_submodule(name, OneDNNConvAct(module, sizes[name]))
+            if name in shapes and type(module) is ConvAct and type(module.act) in POST_OPS:
+                folded.set_submodule(name, OneDNNConvAct(module, shapes[name]))
             elif isinstance(module, nn.Linear):
                 module.weight.data = module.weight.data.bfloat16()  # as autocast would, but once
     return folded
 
 
-def _fold(network: nn.Module, images: torch.Tensor) -> dict[str, tuple[int, int]]:
+def _fold(network: nn.Module, images: torch.Tensor) -> dict[str, tuple[int, ...]]:
     """Fold every BatchNorm into the convolution before it and join convolutions with the activation after them.
 
     Returns:
-        Height and width of the input of each `ConvAct`, by its name.
+        Shape (B, C, H, W) of the input of each `ConvAct`, by its name.
     """
     for name, module in list(network.named_modules()):
         if isinstance(module, _BatchNorm) and isinstance(getattr(module, "act", None), nn.Module):
             network.set_submodule(name, _split(module))  # timm's BatchNorm with drop and activation inside
 
     names = {module: name for name, module in network.named_modules()}
-    sizes = {}
-    for conv, norm, act, size in _chains(network, images):
+    shapes = {}
+    for conv, norm, act, shape in _chains(network, images):
         if norm is not None:
             assert norm.running_mean is not None and norm.running_var is not None
             conv.weight, conv.bias = fuse_conv_bn_weights(
@@ -133,8 +140,8 @@ def _fold(network: nn.Module, images: torch.Tensor) -> dict[str, tuple[int, int]
         if act is not None:
             network.set_submodule(names[act], nn.Identity())
         network.set_submodule(names[conv], ConvAct(conv, act or nn.Identity()))
-        sizes[names[conv]] = size
-    return sizes
+        shapes[names[conv]] = shape
+    return shapes
 
 
 def _split(module: Any) -> nn.Sequential:
@@ -143,11 +150,11 @@ def _split(module: Any) -> nn.Sequential:
     return nn.Sequential(norm, *(part for part in (module.drop, module.act) if type(part) is not nn.Identity)).eval()
 
 
-Chain = tuple[nn.Conv2d, _BatchNorm | None, nn.Module | None, tuple[int, int]]
+Chain = tuple[nn.Conv2d, _BatchNorm | None, nn.Module | None, tuple[int, ...]]
 
 
 def _chains(network: nn.Module, images: torch.Tensor) -> list[Chain]:
-    """Convolutions with the BatchNorm and the activation that follow each (or None), and the size of its input."""
+    """Convolutions with the BatchNorm and the activation that follow each (or None), and the shape of its input."""
     calls: Counter[nn.Module] = Counter()
     made_by: dict[tuple[int, int], list[Any]] = {}  # by id and version of a tensor, as some are added to in place
     alive = []  # an id stays a tensor's own while the tensor lives
@@ -157,7 +164,7 @@ def _chains(network: nn.Module, images: torch.Tensor) -> list[Chain]:
         version = inputs[0]._version - getattr(module, "inplace", False)  # before the module itself raised it
         chain = made_by.get((id(inputs[0]), version))
         if isinstance(module, nn.Conv2d):
-            chain = [module, None, None, tuple(inputs[0].shape[2:])]
+            chain = [module, None, None, tuple(inputs[0].shape)]
             chains.append(chain)
         elif chain is None or chain[2] is not None:
             return
@@ -181,8 +188,8 @@ def _chains(network: nn.Module, images: torch.Tensor) -> list[Chain]:
             hook.remove()
     # A module that is called in several places cannot be taken out of one.
     return [
-        (conv, norm, act if calls[act] == 1 else None, size)
-        for conv, norm, act, size in chains
+        (conv, norm, act if calls[act] == 1 else None, shape)
+        for conv, norm, act, shape in chains
         if _plain(conv) and calls[conv] == 1 and calls[norm] in (0, 1)
     ]
 
@@ -194,7 +201,7 @@ def _plain(conv: nn.Conv2d) -> bool:
     return type(conv) in (nn.Conv2d, Conv2dSame) and conv.padding_mode == "zeros"
 
 
-def _edges(conv: nn.Conv2d, size: tuple[int, int]) -> tuple[int, int, int, int]:
+def _edges(conv: nn.Conv2d, size: tuple[int, ...]) -> tuple[int, int, int, int]:
     """Zeros that the convolution puts around an image of this height and width: left, right, top, bottom."""
     if type(conv) is not nn.Conv2d:  # TensorFlow's way: as many as it takes, the odd one at the end
         needed = [
