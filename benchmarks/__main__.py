@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks import checkpoints, compare, memory, orchestration
 from benchmarks.figure import draw
 from benchmarks.work import make_work
+from tasks.environment import set_environment
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("speed", "accuracy", "checkpoints", "orchestration", "memory")
@@ -23,6 +24,7 @@ PARTS = ("speed", "accuracy", "checkpoints", "orchestration", "memory")
 
 def main() -> None:
     """Measure the parts asked for and keep them beside those measured before."""
+    set_environment()
     chosen = _arguments()
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)

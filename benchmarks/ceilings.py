@@ -95,7 +95,7 @@ def _variants(work: Work, train: bool, unfreeze: Unfreeze = WHOLE) -> Any:
     context = list(precisions.values())[-1]
     yield "unfreeze", prepared(to_device(plain(), device)), last, context
     if not train:
-        yield "unfreeze, folded", frozen_copy(prepared(to_device(plain(), device)).eval(), last[:2]), last, context
+        yield "unfreeze, folded", frozen_copy(prepared(to_device(plain(), device)).eval(), last), last, context
         torch._dynamo.reset()
         frozen = _constant(prepared(plain().to(memory_format=torch.channels_last)).eval(), last, context)
         if frozen is not None:

@@ -3,7 +3,9 @@
 import sys
 
 from tasks import STAGES, warm
+from tasks.environment import set_environment
 
+set_environment()  # before a step imports torch
 if len(sys.argv) != 2 or sys.argv[1] not in STAGES:
     sys.exit(f"usage: python -m tasks {'|'.join(STAGES)}")
 code = warm.hand_over(sys.argv[1])

@@ -19,6 +19,9 @@ DEFAULTS = {
     # The temporary server is stopped in the middle of its housekeeping, and would print tracebacks about it.
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     "GIT_PYTHON_REFRESH": "quiet",
+    # OpenMP's threads wait for each other by spinning, ten times as long by default: two trainings on one machine would
+    # mostly wait for threads that are not running (docs/performance.md). Read when torch is imported.
+    "GOMP_SPINCOUNT": "30000",
     "MLFLOW_TRACKING_URI": DEFAULT_TRACKING_URI,
     "MLFLOW_EXPERIMENT_NAME": "unfreeze",
 }

@@ -62,6 +62,22 @@ def test_convolution_and_activation_are_one_operation_where_bf16_is_native() -> 
     assert kinds.count(OneDNNConvAct) == 49 and not {nn.Conv2d, ConvAct, nn.ReLU6} & set(kinds)
 
 
+@requires_bf16
+@pytest.mark.parametrize("name", FOLDED)
+def test_no_weights_are_laid_out_anew_from_call_to_call(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """What oneDNN says it does; a layout that was not made for the batch's shape cost more than half of a forward on AMX."""
+    images = torch.randn(8, 3, 96, 96).contiguous(memory_format=torch.channels_last)
+    fast = frozen_copy(trained(name, 96), images)
+    with torch.no_grad(), autocast(CPU):
+        fast(images)
+        capfd.readouterr()
+        with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+            fast(images)
+    done = [line for line in capfd.readouterr().out.splitlines() if ",exec,cpu," in line]
+    assert sum(",convolution," in line for line in done) >= 12
+    assert not [line for line in done if ",reorder," in line]
+
+
 class Branching(nn.Module):
     """The convolution's output is used twice, which module calls alone do not show."""
 

@@ -47,8 +47,8 @@ class ConvAct(nn.Module):
 class OneDNNConvAct(nn.Module):
     """`ConvAct` in bfloat16 as a single operation of oneDNN, for batches of one shape (B, C, H, W).
 
-    The weights lie as oneDNN wants them for that shape; for others (but for a B of 1, any B does) it may lay them out
-    anew on every call, which with AMX took longer than the convolutions.
+    The weights lie as oneDNN wants them for that shape; for others it may lay them out anew on every call, which with AMX
+    took longer than the convolutions.
     """
 
     def __init__(self, of: ConvAct, shape: tuple[int, ...]) -> None:
@@ -88,8 +88,7 @@ def frozen_copy(network: Model, images: torch.Tensor) -> Model:
 
     Args:
         network: maps the images to anything with one tensor; as it stands in eval mode is what the copy predicts.
-        images: (B, 3, S, S) normalised, on the network's device; the copy is for images of this size, and
-            fastest for more than one at a time where there is more than one here.
+        images: (B, 3, S, S) normalised, on the network's device: a batch as the copy is for. Two of them are computed.
 
     Returns:
         The copy in eval mode without gradients; the network itself where it is one already, or has no convolutions.
@@ -101,7 +100,7 @@ def frozen_copy(network: Model, images: torch.Tensor) -> Model:
     for module in plain.modules():
         module.__dict__.pop("forward", None)  # what `device.to_device` put there for training
     folded = copy.deepcopy(plain)
-    images = images.float()
+    batch, images = len(images), images[:2].float()
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         expected = plain(images)
         shapes = _fold(folded, images)
@@ -111,7 +110,8 @@ def frozen_copy(network: Model, images: torch.Tensor) -> Model:
     if images.device.type == "cpu" and native_bf16(images.device):
         for name, module in list(folded.named_modules()):
             if name in shapes and type(module) is ConvAct and type(module.act) in POST_OPS:
-                folded.set_submodule(name, OneDNNConvAct(module, shapes[name]))
+                count, *shape = shapes[name]
+                folded.set_submodule(name, OneDNNConvAct(module, (count * batch // len(images), *shape)))
             elif isinstance(module, nn.Linear):
                 module.weight.data = module.weight.data.bfloat16()  # as autocast would, but once
     return folded

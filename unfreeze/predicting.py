@@ -44,7 +44,7 @@ def _outputs(network: nn.Module, batches: Iterable[Batch]) -> Iterator[torch.Ten
     network.eval()
     fast: nn.Module | None = None
     for inputs, _ in batches:
-        fast = frozen_copy(network, inputs[:2]) if fast is None else fast
+        fast = frozen_copy(network, inputs) if fast is None else fast
         with torch.no_grad(), autocast(inputs.device):
             output = fast(inputs)
         yield output.float()

@@ -102,7 +102,7 @@ def fit_augmented(
 ) -> History:
     """Train the head on augmented images through the frozen backbone. Arguments as for `fit_head`."""
     freeze_to(model, HEAD)
-    [(example, _)] = loader.plain(train_rows[:2])
+    [(example, _)] = loader.plain(train_rows[: loader.batch_size])
     frozen = Classifier(frozen_copy(model.backbone, example), model.head)
     return _fit_images(
         frozen, loader, train_rows, valid_rows, rate, settings, head_groups(model.head), augment, train,
