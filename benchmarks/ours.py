@@ -20,7 +20,7 @@ from unfreeze.lr_finder import pick_rate, suggest
 from unfreeze.models import Classifier, Head, freeze_to, parameter_groups, set_train_mode
 from unfreeze.packed import open_packed
 from unfreeze.packing import pack
-from unfreeze.predicting import backbone_activations, predict, predict_tta, score
+from unfreeze.predicting import backbone_activations, predict_tta, score
 from unfreeze.preserve import preserved
 from unfreeze.recipe import Rows, fit_augmented, fit_full, fit_head, head_groups, sweep
 from unfreeze.settings import TrainAugmented, TrainFull, Unfreeze
@@ -194,8 +194,7 @@ def _pick(work: Work, model: Any, groups: Any, batches: Callable[[int], Iterator
 
 def _predict(work: Work, model: Classifier, loader: Loader, split: str) -> Any:
     rows = loader.packed.rows(split)
-    plain = predict(model, loader.plain(rows))
-    return plain, predict_tta(model, loader, rows, plain, work.settings.augment, work.views)
+    return predict_tta(model, loader, rows, work.settings.augment, work.views)
 
 
 def _timed(what: Callable[[], object]) -> float:

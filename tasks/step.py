@@ -138,12 +138,16 @@ class Step:
         tracker = Tracker(self.name, flatten(settings), flatten(chosen))
         resuming.clear_earlier(self.name)
         run = Run(self.name, tracker, flatten(chosen), settings.checkpoint, interruption)
-        metrics, start = None, time.perf_counter()
+        status, metrics, start = "FAILED", {}, time.perf_counter()
         try:
             metrics = {k: float(v) for k, v in self.function(run, **chosen).items()}
             write_json(artifact(self.name, "metrics.json"), metrics)
+            status = "FINISHED"
+        except (Interrupted, KeyboardInterrupt):
+            status = "KILLED"
+            raise
         finally:
-            tracker.close(metrics, time.perf_counter() - start)
+            tracker.close(status, metrics, time.perf_counter() - start)
 
 
 def step(function: Callable[..., Mapping[str, float]]) -> Step:

@@ -153,16 +153,16 @@ class Tracker:
                     continue
         return str(known["run"])
 
-    def close(self, final: Mapping[str, float] | None, seconds: float) -> None:
-        """End the child run with the step's final metrics, or as failed where there are none (None), and how long it took."""
-        status, now = "FAILED" if final is None else "FINISHED", time.time()
-        stages = () if final is None else STAGES[: STAGES.index(self.stage) + 1]
+    def close(self, status: str, final: Mapping[str, float], seconds: float) -> None:
+        """End the child run as FINISHED, FAILED or KILLED, with the step's final metrics and how long it took."""
+        now = time.time()
+        stages = STAGES[: STAGES.index(self.stage) + 1] if status == "FINISHED" else ()
         conclude(
             self._journal,
             stages,
             status,
             [
-                *metrics("child", {**(final or {}), "seconds": seconds}, 0, now),
+                *metrics("child", {**final, "seconds": seconds}, 0, now),
                 {"run": "child", "status": status, "when": int(now * 1000)},
             ],
         )
@@ -175,7 +175,7 @@ def conclude(journal: Journal, stages: Sequence[str], status: str, before: Seque
     Args:
         journal: of the step or the pass that has ended.
         stages: the steps whose results are up to date, also those that came from the cache.
-        status: FINISHED or FAILED.
+        status: FINISHED, FAILED or KILLED.
         before: records to be written first.
     """
     noted_file = pass_folder(journal.head["pass"]) / "noted.json"

@@ -1,6 +1,8 @@
 """How steps end before their time, keep to themselves, and know what their checkpoints depend on."""
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,11 +11,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from mlflow import MlflowClient
 
 from tasks import resuming
+from tasks.step import Run, Step
 from tasks.stopping import alive, identity
 from tasks.workspace import alone
 from unfreeze.errors import UserError
+from unfreeze.interruption import Interrupted
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 
@@ -118,3 +123,26 @@ def test_checkpoints_of_finished_steps_and_of_other_settings_are_cleared(
     resuming.clear_foreign(resuming.ROOT / "train_full/a")
     left = sorted(str(path.relative_to(resuming.ROOT)) for path in resuming.ROOT.glob("*/*"))
     assert left == ["retrain/a", "train_full/a"]
+
+
+def test_mlflow_knows_a_step_that_was_stopped_from_one_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(Path(__file__).parent.parent / "params.yaml", tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("UNFREEZE_PASS", "one")
+
+    def stopped(run: Run) -> dict[str, float]:
+        raise Interrupted
+
+    def failing(run: Run) -> dict[str, float]:
+        raise UserError("no")
+
+    for name, work in (("ingest", stopped), ("explore", failing), ("precompute", lambda run: {"features": 3.0})):
+        with contextlib.suppress(SystemExit):
+            Step(name, work, ()).main()
+    mlflow = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = mlflow.search_runs([mlflow.get_experiment_by_name("unfreeze").experiment_id])
+    found = {run.info.run_name: run.info.status for run in runs if "mlflow.parentRunId" in run.data.tags}
+    assert found == {"ingest": "KILLED", "explore": "FAILED", "precompute": "FINISHED"}

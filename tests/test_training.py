@@ -313,8 +313,7 @@ def test_tta_is_the_average_by_hand_and_sees_all_of_a_3_to_1_image() -> None:
     pixels[:, :SIZE], pixels[:, 2 * SIZE :] = 250, 90  # the plain centre square is black
     packed = packed_in_memory([pixels], ["a", "b"], SIZE)
     loader, rows, model = Loader(packed, NORM, CPU, 4), np.array([0]), Brightness()
-    plain = predict(model, loader.plain(rows))
-    found = predict_tta(model, loader, rows, plain, Augment("none", 0, 1, 0), 3)
+    plain, found = predict_tta(model, loader, rows, Augment("none", 0, 1, 0), 3)
 
     def by_hand(left: int) -> np.ndarray:
         square = pixels[:, left : left + SIZE] / 255
@@ -322,6 +321,7 @@ def test_tta_is_the_average_by_hand_and_sees_all_of_a_3_to_1_image() -> None:
         return np.exp([mean, -mean]) / np.exp([mean, -mean]).sum()
 
     views = np.mean([by_hand(0), by_hand(SIZE), by_hand(2 * SIZE)], 0)
+    np.testing.assert_allclose(plain[0], by_hand(SIZE), atol=1e-3)
     np.testing.assert_allclose(found[0], (by_hand(SIZE) + views) / 2, atol=1e-3)
 
 
@@ -346,8 +346,8 @@ def test_tta_without_other_views_is_the_plain_prediction() -> None:
     pixels = [np.full((SIZE, SIZE, 3), brightness, np.uint8) for brightness in (90, 200)]
     packed = packed_in_memory(pixels, ["a", "b"], SIZE)
     loader, rows, model = Loader(packed, NORM, CPU, 4), np.array([0, 1]), Brightness()
-    plain = predict(model, loader.plain(rows))
-    found = predict_tta(model, loader, rows, plain, Augment("none", 0, 1, 0), 8)
+    plain, found = predict_tta(model, loader, rows, Augment("none", 0, 1, 0), 8)
+    np.testing.assert_array_equal(plain, predict(model, loader.plain(rows)))
     np.testing.assert_allclose(found, plain, atol=1e-3)
 
 

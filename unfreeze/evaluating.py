@@ -8,7 +8,7 @@ from torch import nn
 
 from unfreeze.batches import Loader
 from unfreeze.measuring import measure
-from unfreeze.predicting import Probabilities, Scores, predict, predict_tta, score
+from unfreeze.predicting import Probabilities, Scores, predict_tta, score
 from unfreeze.settings import Augment
 
 SIGNIFICANT = 0.05
@@ -79,7 +79,7 @@ def evaluate_split(
     Args:
         model: the classifier.
         loader: of the packed images.
-        rows: (N,) row numbers of the split.
+        rows: (N,) row numbers of the split, at least one.
         baseline: (N, C) probabilities of the logistic regression on the frozen activations.
         augment: what the model was trained with, which the views stay within.
         tta_views: how many views.
@@ -87,8 +87,7 @@ def evaluate_split(
     Returns:
         The predictions, and accuracy, macro F1 and log loss: plain, with prefix ``tta_`` and with prefix ``baseline_``.
     """
-    plain = predict(model, loader.plain(rows))
-    tta = predict_tta(model, loader, rows, plain, augment, tta_views)
+    plain, tta = predict_tta(model, loader, rows, augment, tta_views)
     labels, classes = loader.packed.labels[rows], loader.packed.classes
     metrics: dict[str, float] = {}
     for prefix, probabilities in (("", plain), ("tta_", tta), ("baseline_", baseline)):

@@ -71,10 +71,9 @@ class Predictor:
             64,
         )
         rows = np.arange(len(pixels))
-        plain = predict(self._model, loader.plain(rows))
         if not tta_views:
-            return plain
-        return predict_tta(self._model, loader, rows, plain, self._meta["augment"], tta_views)
+            return predict(self._model, loader.plain(rows))
+        return predict_tta(self._model, loader, rows, self._meta["augment"], tta_views)[1]
 
 
 def packed_in_memory(pixels: Sequence[np.ndarray], classes: list[str], image_size: int) -> PackedImages:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -51,8 +52,8 @@ def _outputs(network: nn.Module, batches: Iterable[Batch]) -> Iterator[torch.Ten
 
 
 def predict_tta(
-    model: nn.Module, loader: Loader, rows: NDArray[np.int64], plain: Probabilities, augment: Augment, views: int
-) -> Probabilities:
+    model: nn.Module, loader: Loader, rows: NDArray[np.int64], augment: Augment, views: int
+) -> tuple[Probabilities, Probabilities]:
     """Test-time augmentation: probabilities averaged over the plain image and its augmented views.
 
     The average of probabilities over views was made popular by Krizhevsky et al. (2012). The plain image, which shows
@@ -62,16 +63,13 @@ def predict_tta(
     Args:
         model: the classifier.
         loader: of the packed images.
-        rows: (N,) row numbers.
-        plain: (N, C) probabilities of the plain centre squares, as `predict` gives them.
+        rows: (N,) row numbers, at least one.
         augment: what the model was trained with; its views stay within it.
         views: the least number of views beside the plain one.
 
     Returns:
-        (N, C) probabilities.
+        (N, C) probabilities of the plain centre squares, as `predict` gives them, and (N, C) the average.
     """
-    if not len(rows):
-        return plain
     sizes = image_sizes(loader.packed, rows)
     plans = [tta_views(size, loader.packed.image_size, augment, views) for size in sizes]
     counts = np.array([len(linear) for linear, _ in plans])
@@ -86,10 +84,11 @@ def predict_tta(
             ones, zeros = np.ones(count, np.float32), np.zeros(count, np.float32)
             yield Views(rows[owner[part]], linear[part], centre[part], ones, zeros)
 
-    total = np.zeros(plain.shape)
     batches = track(loader.views(chunks()), "views", -(-len(owner) // loader.batch_size))
-    np.add.at(total, owner, predict(model, batches))
-    return ((plain + total / counts[:, None]) / 2).astype(np.float32)
+    plain, seen = np.split(predict(model, chain(loader.plain(rows), batches)), [len(rows)])
+    total = np.zeros(plain.shape)
+    np.add.at(total, owner, seen)
+    return plain, ((plain + total / counts[:, None]) / 2).astype(np.float32)
 
 
 def backbone_activations(

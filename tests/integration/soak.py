@@ -166,6 +166,8 @@ def check(wild: Project, expected: dict[str, str]) -> None:
         points = [sorted(p.step for p in mlflow.get_metric_history(r.info.run_id, "loss")) for r in finished]
         assert list(range(rows)) in points, (stage, rows, points)
     assert not [r.info.run_name for r in runs if r.info.status == "RUNNING"], "a run that nobody works at is RUNNING"
+    failed = [r.info.run_name for r in runs if r.info.status == "FAILED" and r.info.run_name in STAGES]
+    assert not failed, f"not killed, but failed: {failed}"
     assert not list((wild.folder / ".unfreeze/checkpoints").rglob("*.partial"))
 
 
