@@ -32,7 +32,7 @@ repro: $(READY)  ## run the recipe with DVC alone
 	dvc repro
 
 test: $(READY)  ## run all tests
-	pytest -q -n 2 --dist loadfile
+	pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 fast-test: $(READY)  ## run the tests that take no minutes
 	pytest -q -n 2 --dist loadfile --ignore tests/integration
@@ -60,5 +60,5 @@ deploy: $(READY)  ## create the work pool gpu and deploy the recipe to it
 worker: $(READY)  ## start a worker for the pool gpu
 	prefect worker start --pool gpu
 
-clean:  ## remove the environment and all that the recipe made, but not DVC's cache and MLflow's database
+clean:  ## remove the environment and the artifacts; dvc.lock, DVC's cache and what MLflow has stay
 	rm -rf $(VENV) artifacts

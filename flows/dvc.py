@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -34,6 +35,8 @@ except NoRemoteError:
     sys.exit({NO_REMOTE})
 remote.fs.exists(remote.path)
 """
+UNREADABLE_LOCK = re.compile(r"dvc\.lock' (is invalid|validation failed)|unable to read: '[^']*dvc\.lock'")
+"""What DVC says of a `dvc.lock` that it cannot read."""
 PATIENCE = 30.0
 """Seconds within which a remote that is well says whether it is there: DVC itself would wait for many minutes."""
 
@@ -55,17 +58,32 @@ def dvc(*words: str) -> list[str]:
     return [sys.executable, "-m", "dvc", *words]
 
 
+class DamagedLock(UserError):
+    """DVC cannot read `dvc.lock`."""
+
+
 def stale_stages() -> set[str]:
     """Names of the stages that `dvc status` finds changed.
 
     Raises:
+        DamagedLock: DVC cannot read `dvc.lock`, and no merge's conflict is why.
         UserError: DVC cannot tell, with what it says.
     """
     done = subprocess.run(dvc("status", "--json"), capture_output=True, text=True, env=environment())
-    if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip()).partition("\n\n")[0]
-        raise UserError(f"DVC cannot tell what has changed: {said}")
-    return set(json.loads(done.stdout or "{}"))
+    if done.returncode == 0:
+        return set(json.loads(done.stdout or "{}"))
+    said = (done.stderr.strip() or done.stdout.strip()).partition("\n\n")[0]
+    is_lock = UNREADABLE_LOCK.search(said) and "merge conflicts" not in said
+    raise (DamagedLock if is_lock else UserError)(f"DVC cannot tell what has changed: {said}")
+
+
+def put_lock_aside() -> Path:
+    """Put a damaged `dvc.lock` aside; returns where.
+
+    DVC writes it in place, so that a kill or a power cut at that moment leaves a piece of it. What it named is in the run
+    cache too, and comes back from there.
+    """
+    return Path("dvc.lock").replace("dvc.lock.damaged")
 
 
 def find_remote() -> tuple[bool, str | None]:

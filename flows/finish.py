@@ -7,27 +7,27 @@ from prefect import get_run_logger
 from flows import dvc
 from flows.links import run_address
 from flows.stage import Outcome, Plan
-from tasks import STAGES
 from tasks.journal import Journal, waiting
 from tasks.masking import mask
 from tasks.tracking import Delivery, begin_journal, conclude
 from unfreeze.settings import flatten, load_settings
 
 
-def finish(outcomes: Mapping[str, Outcome], plan: Plan) -> None:
+def finish(outcomes: Mapping[str, Outcome], plan: Plan, status: str) -> None:
     """Conclude the pass, and send what earlier passes have left.
 
     Args:
         outcomes: of the steps that are up to date.
         plan: of the pass.
+        status: FINISHED, FAILED or KILLED.
     """
     log = get_run_logger()
     ran = any(outcome.ran for outcome in outcomes.values())
     journal: Journal | None = None
     if ran:
         journal = begin_journal("", flatten(load_settings()), {})
-        conclude(journal, tuple(outcomes), "FINISHED" if len(outcomes) == len(STAGES) else "FAILED")
-    else:
+        conclude(journal, tuple(outcomes), status)
+    elif status == "FINISHED":
         log.info("Nothing to run: all %d steps are up to date.", len(outcomes))
     if waiting():
         Delivery(journal, log.warning).close()

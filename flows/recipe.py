@@ -60,13 +60,16 @@ def recipe(settings: dict[str, Any] | None = None) -> dict[str, Outcome]:
             apply_overrides("params.yaml", as_overrides(settings))
         plan = begin()
         outcomes: dict[str, Outcome] = {}
+        status = "FAILED"
         with warm_process() if plan.ask else nullcontext():
             try:
                 for step in STEPS:
                     outcomes[step.name] = run_stage(step, plan)
+                status = "FINISHED"
             except (KeyboardInterrupt, TerminationSignal):  # the second: Prefect's own handler of SIGTERM
+                status = "KILLED"
                 end_in_time()
                 raise
             finally:
-                finish(outcomes, plan)
+                finish(outcomes, plan, status)
     return outcomes

@@ -69,7 +69,14 @@ def begin() -> Plan:
         UserError: a setting is wrong, or DVC cannot watch the images.
     """
     check_watchable(load_settings().data.source)
-    stale = dvc.stale_stages()
+    try:
+        stale = dvc.stale_stages()
+    except dvc.DamagedLock as error:
+        aside = dvc.put_lock_aside()
+        get_run_logger().warning(
+            "%s It lies in %s now; what it named comes back from the cache.", mask(str(error)), aside
+        )
+        stale = dvc.stale_stages()
     first = min((STAGES.index(stage) for stage in stale), default=len(STAGES))
     context = FlowRunContext.get()
     run = context.flow_run if context else None

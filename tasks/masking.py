@@ -7,7 +7,7 @@ from urllib.parse import unquote
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s'\"]*@")
 _SECRET = r"password|passwd|token|secret|api_?key|access_?key|signature|credential"
 _QUERY = re.compile(rf"(?i)([?&][^=&\s]*(?:{_SECRET})[^=&\s]*=)[^&\s'\"]+")
-_NAME = re.compile(rf"(?i)(?:^|_)(?:{_SECRET})")
+_NAME = re.compile(rf"(?i)(?:^|_)(?:{_SECRET})|(?:_key|token|secret|password)$")
 _PASSWORD = re.compile(r"://[^/\s:]*:([^/\s]+)@")
 SHORTEST = 6
 """Characters from which on a secret is looked for by itself: shorter ones would be found in words."""

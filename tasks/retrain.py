@@ -75,7 +75,9 @@ def retrain(
             scores["accuracy"], scores["tta_accuracy"], scores["baseline_accuracy"],
         )  # fmt: skip
     else:
-        run.log("There is no test split: nothing can judge the retrained model. Set data.test to have one.")
+        run.log(
+            "There is no test split: nothing can judge the retrained model. Give test images, or set data.test where the source has no splits of its own."
+        )
     write_predictions(run.path("predictions.csv"), packed, predictions)
     keep_confusion(run, packed, predictions)
     return metrics

@@ -1,4 +1,4 @@
-"""Train the head on the precomputed activations, one or two epochs."""
+"""Train the head on the precomputed activations: an epoch takes seconds."""
 
 from tasks.environment import artifact
 from tasks.fitting import keep, listener

@@ -143,13 +143,13 @@ def bad() -> dict[str, tuple[bytes, str]]:
         "cut off.gif": (encoded(image, "GIF")[:-200], "damaged"),
         "cut off.tiff": (encoded(image, "TIFF", compression="tiff_lzw")[:-900], "damaged|not an image"),
         "header rotten.png": (whole[:16] + b"\xff\xff" + whole[18:], "damaged|not an image|more than"),
-        "bomb.png": (png(60_000, 60_000, 8, 2), "more than data.max_megapixels|larger than data.max_megapixels"),
-        "bomb.gif": (b"GIF89a" + struct.pack("<HH", 65535, 65535) + encoded(image, "GIF")[10:], "max_megapixels"),
+        "bomb.png": (png(60_000, 60_000, 8, 2), "more than .* megapixels|larger than .* megapixels"),
+        "bomb.gif": (b"GIF89a" + struct.pack("<HH", 65535, 65535) + encoded(image, "GIF")[10:], "megapixels"),
         "bomb.bmp": (
             encoded(image, "BMP")[:18] + struct.pack("<ii", 90_000, 90_000) + encoded(image, "BMP")[26:],
-            "max_megapixels",
+            "megapixels",
         ),
-        "bomb in an icon.ico": (icon, "max_megapixels"),
+        "bomb in an icon.ico": (icon, "megapixels"),
         "1 x 10000.png": (encoded(Image.new("L", (1, 10_000)), "PNG"), "1 x 10000 pixels are too narrow"),
         "10000 x 1.jpg": (encoded(Image.new("L", (10_000, 1)), "JPEG"), "10000 x 1 pixels are too narrow"),
         "program.jpg": (

@@ -80,7 +80,7 @@ def test_bombs_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", explode)
     for name in ("bomb.png", "bomb.gif", "bomb.bmp"):
-        with pytest.raises(BrokenImage, match="max_megapixels"):
+        with pytest.raises(BrokenImage, match="megapixels"):
             decode(io.BytesIO(BAD[name][0]), 100)
 
 

@@ -255,7 +255,7 @@ def test_bombs_are_refused_by_size_before_they_are_decoded(monkeypatch: pytest.M
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", explode)
     for side in (15_000, 40_000, 2**31 - 1):
-        with pytest.raises(BrokenImage, match="max_megapixels"):
+        with pytest.raises(BrokenImage, match="megapixels"):
             decode(png(side, side, 8, 0, b""), 100)
     with pytest.raises(BrokenImage, match="100 x 100 pixels are more than"):
         decode(encoded(Image.new("L", (100, 100)), "PNG"), 0.009)
@@ -265,7 +265,7 @@ def test_bombs_are_refused_by_size_before_they_are_decoded(monkeypatch: pytest.M
 def test_a_bomb_inside_a_container_that_says_it_is_small_is_refused(side: int, limit: float) -> None:
     inner = png(side, side, 1, 0, b"").getvalue()
     icon = struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inner), 22) + inner
-    with pytest.raises(BrokenImage, match="max_megapixels"):
+    with pytest.raises(BrokenImage, match="megapixels"):
         decode(io.BytesIO(icon), limit)
 
 

@@ -69,7 +69,7 @@ def decode(file: str | Path | io.BytesIO, max_megapixels: float, size: int = 0) 
     except UnidentifiedImageError:
         raise BrokenImage("not an image") from None
     except Image.DecompressionBombError:
-        raise BrokenImage("larger than data.max_megapixels") from None
+        raise BrokenImage(f"larger than {max_megapixels:g} megapixels") from None
     except Exception as error:  # whatever a decoder trips over, it is this one image that is at fault
         if isinstance(error, OSError) and error.errno:
             raise BrokenImage(f"cannot be read: {error.strerror}") from None
@@ -132,7 +132,7 @@ def _read(image: Image.Image, max_megapixels: float, size: int) -> tuple[tuple[i
 def _check_size(size: tuple[int, int], max_megapixels: float) -> None:
     width, height = size
     if width * height > max_megapixels * 1e6:
-        raise BrokenImage(f"{width} x {height} pixels are more than data.max_megapixels")
+        raise BrokenImage(f"{width} x {height} pixels are more than {max_megapixels:g} megapixels")
     if max(size) > MAX_ASPECT * min(size):
         raise BrokenImage(f"{width} x {height} pixels are too narrow: more than {MAX_ASPECT} times as long as wide")
 

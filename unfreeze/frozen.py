@@ -96,17 +96,14 @@ def frozen_copy(network: Model, images: torch.Tensor) -> Model:
     kinds = {type(module) for module in network.modules()}
     if OneDNNConvAct in kinds or not any(issubclass(kind, nn.Conv2d) for kind in kinds):
         return network
-    plain = copy.deepcopy(network).eval().requires_grad_(False)
-    for module in plain.modules():
-        module.__dict__.pop("forward", None)  # what `device.to_device` put there for training
-    folded = copy.deepcopy(plain)
+    folded = _eval_copy(network)
     batch, images = len(images), images[:2].float()
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        expected = plain(images)
+        expected = folded(images)
         shapes = _fold(folded, images)
         found = folded(images)
     if not torch.allclose(found, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max())):
-        return plain
+        return _eval_copy(network)
     if images.device.type == "cpu" and native_bf16(images.device):
         for name, module in list(folded.named_modules()):
             if name in shapes and type(module) is ConvAct and type(module.act) in POST_OPS:
@@ -115,6 +112,13 @@ def frozen_copy(network: Model, images: torch.Tensor) -> Model:
             elif isinstance(module, nn.Linear):
                 module.weight.data = module.weight.data.bfloat16()  # as autocast would, but once
     return folded
+
+
+def _eval_copy(network: Model) -> Model:
+    plain = copy.deepcopy(network).eval().requires_grad_(False)
+    for module in plain.modules():
+        module.__dict__.pop("forward", None)  # what `device.to_device` put there for training
+    return plain
 
 
 def _fold(network: nn.Module, images: torch.Tensor) -> dict[str, tuple[int, ...]]:

@@ -51,10 +51,10 @@ def per_class(matrix: Labels, classes: list[str]) -> pd.DataFrame:
     )
 
 
-def most_confused(matrix: Labels, classes: list[str], least: int = 1) -> pd.DataFrame:
-    """Pairs of classes that are taken for each other at least ``least`` times: true, predicted, count; most first."""
+def most_confused(matrix: Labels, classes: list[str]) -> pd.DataFrame:
+    """Pairs of classes that are taken for each other: true, predicted, count; most first."""
     wrong = matrix - np.diag(matrix.diagonal())
-    true, predicted = np.nonzero(wrong >= least)
+    true, predicted = np.nonzero(wrong)
     pairs = pd.DataFrame(
         {
             "true": [classes[i] for i in true],

@@ -65,7 +65,7 @@ def predict_tta(
         loader: of the packed images.
         rows: (N,) row numbers, at least one.
         augment: what the model was trained with; its views stay within it.
-        views: the least number of views beside the plain one.
+        views: the least number of views beside the plain one (fewer where more would be the same again).
 
     Returns:
         (N, C) probabilities of the plain centre squares, as `predict` gives them, and (N, C) the average.

@@ -111,10 +111,10 @@ def plot(figure: Figure, description: str) -> str:
     return f'<p><img class="plot" src="{to_data_uri(figure)}" alt="{escape(description)}"></p>'
 
 
-def image_uri(pixels: NDArray[np.uint8], side: int = 150) -> str:
+def image_uri(pixels: NDArray[np.uint8]) -> str:
     """An image (H, W, 3) as a small JPEG data URI."""
     image = Image.fromarray(np.asarray(pixels))
-    image.thumbnail((2 * side, side))
+    image.thumbnail((300, 150))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -110,8 +110,8 @@ def random_views(
 def tta_views(size: NDArray[np.int64], image_size: int, augment: Augment, count: int) -> tuple[Floats, Floats]:
     """The augmented views of one image that test-time augmentation averages with the plain one.
 
-    Squares spread evenly over the longer side, all in one symmetry, then all in the next; at least as many as asked
-    for, more where it takes more squares to cover the whole image. Once each symmetry has had its turn, each round looks
+    Squares spread evenly over the longer side, all in one symmetry, then all in the next; as many as asked for,
+    more where it takes more squares to cover the whole image. Once each symmetry has had its turn, each round looks
     a little closer than the one before, the last as close as training did and none closer: a network is at a loss with
     views unlike those it was trained on. Without zoom no symmetry has a second turn, which would add nothing; there is
     always one view at least.
@@ -120,7 +120,7 @@ def tta_views(size: NDArray[np.int64], image_size: int, augment: Augment, count:
         size: (2,) width and height in pixels.
         image_size: side of the square in pixels.
         augment: the symmetries, and how close training looked.
-        count: the least number of views.
+        count: how many views there should be.
 
     Returns:
         linear (V, 2, 2) and centre (V, 2), as in `Views`.

@@ -53,7 +53,7 @@ def spoil(photos: Path) -> tuple[int, dict[str, str]]:
         (photos / LABEL / name).symlink_to(target)
     reasons = {f"{LABEL}/bad/{name}": reason for name, (_, reason) in corpus.bad().items()}
     reasons |= {
-        f"{LABEL}/huge.png": "1001 x 1000 pixels are more than data.max_megapixels",
+        f"{LABEL}/huge.png": "1001 x 1000 pixels are more than 1 megapixels",
         f"{LABEL}/pipe.png": "not a file but a folder, pipe or device",
         f"{LABEL}/zero.png": "not a file but a folder, pipe or device",
         f"{LABEL}/circle.png": "cannot be read: Too many levels of symbolic links",

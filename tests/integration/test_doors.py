@@ -158,6 +158,17 @@ def test_what_the_cache_lacks_is_computed_when_the_remote_is_away(flow_project: 
     (project.folder / ".unfreeze/to-push").unlink()
 
 
+def test_a_lock_file_that_was_cut_off_costs_nothing(flow_project: Project) -> None:
+    lock = flow_project.folder / "dvc.lock"
+    whole = lock.read_text()
+    lock.write_text(whole[: whole.index("path:") + 3])
+    output = flow_project.run("flows.cli", "run")
+    assert "dvc.lock.damaged" in output and "Nothing to run" in output
+    assert lock.read_text() == whole
+    assert flow_project.ran(flow_project.run("dvc", "repro")) == []
+    (flow_project.folder / "dvc.lock.damaged").unlink()
+
+
 def test_a_pass_goes_on_when_prefects_server_is_away_from_the_start(flow_project: Project) -> None:
     environment = flow_project.environment | {"PREFECT_API_URL": "http://127.0.0.1:9/api"}
     output = Project(flow_project.folder, environment).run("flows.cli", "run")
