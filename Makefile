@@ -31,6 +31,7 @@ run: $(READY)  ## run the recipe as a Prefect flow
 repro: $(READY)  ## run the recipe with DVC alone
 	dvc repro
 
+# In the order of the folders: the long tests of tests/integration are first, and the short ones fill what time is left.
 test: $(READY)  ## run all tests
 	pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
