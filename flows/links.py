@@ -18,15 +18,21 @@ LINKED = {
 }
 
 
+LOCAL_UI = "http://127.0.0.1:5000"
+"""The address that `make ui` serves the local database at."""
+
+
 def ui_address() -> str:
-    """Where MLflow's pages are: the tracking server, or the address that `make ui` serves the local database at."""
+    """Where MLflow's pages are: the tracking server, or `LOCAL_UI`."""
     uri = without_credentials(os.environ["MLFLOW_TRACKING_URI"])
-    return uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    return uri.rstrip("/") if uri.startswith("http") else LOCAL_UI
 
 
-def experiments_address() -> str:
-    """MLflow's page of experiments, on its side for trained models: by itself it opens on the one for chatbots."""
-    return f"{ui_address()}/#/experiments?workflowType=machine_learning"
+def way_to_experiments() -> str:
+    """How to get to MLflow's page of experiments, on its side for trained models: it would open on the one for chatbots."""
+    address = ui_address()
+    before = "make ui, then " if address == LOCAL_UI else ""
+    return f"{before}{address}/#/experiments?workflowType=machine_learning"
 
 
 def run_address() -> str | None:

@@ -1,13 +1,12 @@
 """The table that a pass ends with: steps, rates, accuracies, and where to look next."""
 
 import json
-import os
 from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
 
-from flows.links import experiments_address
+from flows.links import way_to_experiments
 from flows.stage import Outcome
 from tasks.environment import artifact
 
@@ -41,12 +40,11 @@ def print_summary(outcomes: Mapping[str, Outcome]) -> None:
     chosen = json.loads(artifact("evaluate", "chosen.json").read_text())
     console.print(chosen["reason"], highlight=False, soft_wrap=True)
     console.print("Logistic regression: scikit-learn's, on the frozen backbone's activations; the honest baseline.\n")
-    served = os.environ["MLFLOW_TRACKING_URI"].startswith("http")
     for what, where in (
         ("Exploration", artifact("explore", "report.html")),
         ("Evaluation", artifact("evaluate", "report.html")),
         ("Predict", "unfreeze predict photo.jpg"),
-        ("Compare runs in MLflow", f"{'' if served else 'make ui, then '}{experiments_address()}"),
+        ("Compare runs in MLflow", way_to_experiments()),
     ):
         console.print(f"{what + ':':24}{where}", highlight=False, soft_wrap=True)
 

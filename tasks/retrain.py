@@ -76,7 +76,8 @@ def retrain(
         )  # fmt: skip
     else:
         run.log(
-            "There is no test split: nothing can judge the retrained model. Give test images, or set data.test where the source has no splits of its own."
+            "There is no test split: nothing can judge the retrained model. Give test images, or set data.test where the "
+            "source has no splits of its own."
         )
     write_predictions(run.path("predictions.csv"), packed, predictions)
     keep_confusion(run, packed, predictions)

@@ -27,8 +27,15 @@ def test_secrets_of_the_environment_are_found_wherever_they_stand(monkeypatch: p
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "abc/def+ghi")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://ann:sw%40rdfish@host")
     monkeypatch.setenv("HARMLESS", "photographs")
-    text = mask("a-long-token abc/def+ghi sw%40rdfish sw@rdfish photographs")
-    assert text == "*** *** *** *** photographs"
+    monkeypatch.setenv("KEYBOARD", "qwertzuiop")
+    text = mask("a-long-token abc/def+ghi sw%40rdfish sw@rdfish photographs qwertzuiop")
+    assert text == "*** *** *** *** photographs qwertzuiop"
+
+
+@pytest.mark.parametrize("name", ["WANDB_KEY", "SSH_PRIVATE_KEY", "GITHUBTOKEN", "DBPASSWORD"])
+def test_names_of_secrets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "correct horse")
+    assert mask("says correct horse") == "says ***"
 
 
 def test_an_address_to_be_opened_has_no_credentials() -> None:

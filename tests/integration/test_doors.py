@@ -158,6 +158,13 @@ def test_what_the_cache_lacks_is_computed_when_the_remote_is_away(flow_project: 
     (project.folder / ".unfreeze/to-push").unlink()
 
 
+def test_a_pass_that_fails_does_not_say_that_nothing_is_left(flow_project: Project) -> None:
+    output = flow_project.run("flows.cli", "run", "-S", "data.max_megapixels=0.001", code=1)
+    assert "ingest: " in output and "Nothing to run" not in output
+    back = flow_project.run("flows.cli", "run", "-S", "data.max_megapixels=100")
+    assert "Nothing to run" in back  # it comes from the cache
+
+
 def test_a_lock_file_that_was_cut_off_costs_nothing(flow_project: Project) -> None:
     lock = flow_project.folder / "dvc.lock"
     whole = lock.read_text()
