@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from benchmarks.ours import WHOLE
 from benchmarks.work import Work, classifier
 from unfreeze.device import best_device, native_bf16, to_device
+from unfreeze.fast_training import fast_training
 from unfreeze.frozen import frozen_copy
 from unfreeze.models import freeze_to, parameter_groups, set_train_mode
 from unfreeze.settings import Unfreeze
@@ -93,7 +94,9 @@ def _variants(work: Work, train: bool, unfreeze: Unfreeze = WHOLE) -> Any:
         torch._dynamo.reset()
         yield f"{precision}, channels last, compiled", torch.compile(model), last, context
     context = list(precisions.values())[-1]
-    yield "unfreeze", prepared(to_device(plain(), device)), last, context
+    ours = prepared(to_device(plain(), device))
+    with fast_training(ours.backbone, last) if train else contextlib.nullcontext():
+        yield "unfreeze", ours, last, context
     if not train:
         yield "unfreeze, folded", frozen_copy(prepared(to_device(plain(), device)).eval(), last), last, context
         torch._dynamo.reset()

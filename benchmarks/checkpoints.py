@@ -13,7 +13,7 @@ from benchmarks.ours import WHOLE
 from benchmarks.work import Work, classifier
 from unfreeze.checkpoints import Checkpoint, Progress, moving
 from unfreeze.history import History
-from unfreeze.models import freeze_to, parameter_groups, set_train_mode
+from unfreeze.recipe import unfrozen
 from unfreeze.training import make_optimizer, set_rate, train_batch
 
 ITERATIONS = 20_000
@@ -23,13 +23,12 @@ ITERATIONS = 20_000
 def measure(work: Work, say: Callable[[str], None], repeats: int = 5) -> dict[str, Any]:
     """Seconds to write a checkpoint of the whole network with its optimizer and its best weights, flushed to the disk."""
     model, loader = classifier(work, seed=0)
-    freeze_to(model, WHOLE.freeze_to, WHOLE.bn_freeze)
-    set_train_mode(model)
-    optimizer = make_optimizer(parameter_groups(model, WHOLE.lr_ratio), work.settings.train)
-    set_rate(optimizer, 1e-5)
     rows = loader.packed.rows("train")[: loader.batch_size]
-    train_batch(model, optimizer, next(loader.plain(rows)), 0.0)
-    weights = moving(model)
+    with unfrozen(model, loader, rows, WHOLE) as groups:
+        optimizer = make_optimizer(groups, work.settings.train)
+        set_rate(optimizer, 1e-5)
+        train_batch(model, optimizer, next(loader.plain(rows)), 0.0)
+        weights = moving(model)
     history = [{"iteration": i, "rate": 1e-3, "loss": 0.5} for i in range(ITERATIONS)]
     best = {name: torch.clone(tensor) for name, tensor in weights.items()}
     progress = Progress(iteration=ITERATIONS, history=History(batches=history), best=best)

@@ -17,12 +17,12 @@ from unfreeze.device import best_device, seed_everything, to_device
 from unfreeze.evaluating import Candidate, choose
 from unfreeze.lr_finder import lr_find as range_test
 from unfreeze.lr_finder import pick_rate, suggest
-from unfreeze.models import Classifier, Head, freeze_to, parameter_groups, set_train_mode
+from unfreeze.models import Classifier, Head
 from unfreeze.packed import open_packed
 from unfreeze.packing import pack
 from unfreeze.predicting import backbone_activations, predict_tta, score
 from unfreeze.preserve import preserved
-from unfreeze.recipe import Rows, fit_augmented, fit_full, fit_head, head_groups, sweep
+from unfreeze.recipe import Rows, fit_augmented, fit_full, fit_head, head_groups, sweep, unfrozen
 from unfreeze.settings import TrainAugmented, TrainFull, Unfreeze
 from unfreeze.sources import read_source
 from unfreeze.training import make_optimizer, set_rate
@@ -172,13 +172,12 @@ def _rows(loader: Loader, validate: bool) -> tuple[Rows, Rows]:
 
 
 def _find(work: Work, model: Classifier, loader: Loader, unfreeze: Unfreeze, batches: int) -> float:
-    freeze_to(model, unfreeze.freeze_to, unfreeze.bn_freeze)
-    set_train_mode(model)
     rows = loader.packed.rows("train")
-    return _pick(
-        work, model, parameter_groups(model, unfreeze.lr_ratio),
-        lambda epoch: loader.augmented(rows, work.settings.augment, work.settings.seed, epoch), batches,
-    )  # fmt: skip
+    with unfrozen(model, loader, rows, unfreeze) as groups:
+        return _pick(
+            work, model, groups, lambda epoch: loader.augmented(rows, work.settings.augment, work.settings.seed, epoch),
+            batches,
+        )  # fmt: skip
 
 
 def _pick(work: Work, model: Any, groups: Any, batches: Callable[[int], Iterator[Batch]], iterations: int) -> float:

@@ -7,8 +7,7 @@ from tasks.materials import frozen_classifier
 from tasks.step import Run, step
 from unfreeze.batches import Batch
 from unfreeze.device import seed_everything
-from unfreeze.models import freeze_to, parameter_groups, set_train_mode
-from unfreeze.recipe import stream, sweep
+from unfreeze.recipe import stream, sweep, unfrozen
 from unfreeze.settings import Augment, Train, Unfreeze, UnfreezeLRFind
 from unfreeze.training import make_optimizer
 
@@ -19,15 +18,14 @@ def unfreeze_lr_find(
 ) -> dict[str, float]:
     seed_everything(seed)
     model, loader = frozen_classifier("train_augmented", train.batch_size)
-    freeze_to(model, unfreeze.freeze_to, unfreeze.bn_freeze)
-    set_train_mode(model)
-    optimizer = make_optimizer(parameter_groups(model, unfreeze.lr_ratio), train)
     rows = loader.packed.rows("train")
 
     def batches(epoch: int) -> Iterator[Batch]:
         return loader.augmented(rows, augment, stream(seed, "unfreeze_lr_find"), epoch)
 
-    return find_rate(run, model, optimizer, sweep(model, optimizer, batches, train), unfreeze_lr_find)
+    with unfrozen(model, loader, rows, unfreeze) as groups:
+        optimizer = make_optimizer(groups, train)
+        return find_rate(run, model, optimizer, sweep(model, optimizer, batches, train), unfreeze_lr_find)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import os
 import random
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
@@ -67,30 +66,7 @@ def keep_memory() -> None:
 
 
 def to_device(model: Model, device: torch.device) -> Model:
-    """Move a network to a device, in the memory layout that convolutions are fastest in there.
-
-    On a CPU with native bfloat16 the gradient of a strided or large depthwise convolution is two to five times slower in
-    bfloat16 than in float32 (oneDNN has no fast kernel for it); while training, these layers compute in float32.
-    """
-    model = model.to(device).to(memory_format=torch.channels_last)
+    """Move a network to a device, in the memory layout that convolutions are fastest in there."""
     if device.type == "cpu":
         keep_memory()
-    if device.type == "cpu" and native_bf16(device):
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1 and _slow_in_bf16(module):
-                module.forward = _in_float32(module.forward)  # type: ignore[method-assign, assignment]
-    return model
-
-
-def _slow_in_bf16(convolution: nn.Conv2d) -> bool:
-    return convolution.stride[0] > 1 or convolution.kernel_size[0] > 3
-
-
-def _in_float32(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    def full_precision(x: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled():
-            return forward(x)
-        with torch.autocast("cpu", enabled=False):
-            return forward(x.float()).to(x.dtype)
-
-    return full_precision
+    return model.to(device).to(memory_format=torch.channels_last)

@@ -6,7 +6,6 @@ computes convolution and activation in one pass over memory, with weights laid o
 """
 
 import copy
-from collections import Counter
 from typing import Any, TypeVar
 
 import torch
@@ -15,21 +14,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from unfreeze.chains import POST_OPS, TOLERANCE, chains, edges
 from unfreeze.device import native_bf16
 
 Model = TypeVar("Model", bound=nn.Module)
-
-POST_OPS: dict[type[nn.Module], tuple[str, list[float]]] = {
-    nn.Identity: ("none", []),
-    nn.ReLU: ("relu", []),
-    nn.ReLU6: ("hardtanh", [0.0, 6.0]),
-    nn.SiLU: ("swish", []),
-    nn.Hardswish: ("hardswish", []),
-}
-"""Activations that oneDNN computes within a convolution, under its names and with its scalars."""
-
-TOLERANCE = 1e-3
-"""Largest difference between a copy's activations and the network's own in full precision, as a share of the largest."""
 
 
 class ConvAct(nn.Module):
@@ -55,7 +43,7 @@ class OneDNNConvAct(nn.Module):
         super().__init__()
         conv = of.conv
         weight = conv.weight.detach()
-        self.edges = _edges(conv, shape[2:])
+        self.edges = edges(conv, shape[2:])
         before, after = self.edges[::2][::-1], self.edges[1::2][::-1]  # of height and width
         if conv.dilation == (1, 1) and all(0 <= b <= a for b, a in zip(before, after, strict=True)):
             # Rows of zeros before the kernel's make uneven edges even, which oneDNN adds without a copy of the image.
@@ -117,7 +105,7 @@ def frozen_copy(network: Model, images: torch.Tensor) -> Model:
 def _eval_copy(network: Model) -> Model:
     plain = copy.deepcopy(network).eval().requires_grad_(False)
     for module in plain.modules():
-        module.__dict__.pop("forward", None)  # what `device.to_device` put there for training
+        module.__dict__.pop("forward", None)  # what `fast_training` put there
     return plain
 
 
@@ -133,7 +121,7 @@ def _fold(network: nn.Module, images: torch.Tensor) -> dict[str, tuple[int, ...]
 
     names = {module: name for name, module in network.named_modules()}
     shapes = {}
-    for conv, norm, act, shape in _chains(network, images):
+    for conv, norm, act, shape in chains(network, images):
         if norm is not None:
             assert norm.running_mean is not None and norm.running_var is not None
             conv.weight, conv.bias = fuse_conv_bn_weights(
@@ -152,70 +140,3 @@ def _split(module: Any) -> nn.Sequential:
     norm = nn.BatchNorm2d(module.num_features, module.eps, module.momentum, module.affine)
     norm.load_state_dict(module.state_dict())
     return nn.Sequential(norm, *(part for part in (module.drop, module.act) if type(part) is not nn.Identity)).eval()
-
-
-Chain = tuple[nn.Conv2d, _BatchNorm | None, nn.Module | None, tuple[int, ...]]
-
-
-def _chains(network: nn.Module, images: torch.Tensor) -> list[Chain]:
-    """Convolutions with the BatchNorm and the activation that follow each (or None), and the shape of its input."""
-    calls: Counter[nn.Module] = Counter()
-    made_by: dict[tuple[int, int], list[Any]] = {}  # by id and version of a tensor, as some are added to in place
-    alive = []  # an id stays a tensor's own while the tensor lives
-
-    def see(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        calls[module] += 1
-        version = inputs[0]._version - getattr(module, "inplace", False)  # before the module itself raised it
-        chain = made_by.get((id(inputs[0]), version))
-        if isinstance(module, nn.Conv2d):
-            chain = [module, None, None, tuple(inputs[0].shape)]
-            chains.append(chain)
-        elif chain is None or chain[2] is not None:
-            return
-        elif isinstance(module, _BatchNorm) and chain[1] is None and module.track_running_stats:
-            chain[1] = module
-        elif type(module) in POST_OPS:
-            chain[2] = module
-        else:
-            return
-        alive.append(output)
-        made_by[id(output), output._version] = chain
-
-    chains: list[list[Any]] = []
-    known = (nn.Conv2d, _BatchNorm, *(kind for kind in POST_OPS if kind is not nn.Identity))
-    seen = [m for m in network.modules() if isinstance(m, known)]
-    hooks = [module.register_forward_hook(see) for module in seen]
-    try:
-        network(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    # A module that is called in several places cannot be taken out of one.
-    return [
-        (conv, norm, act if calls[act] == 1 else None, shape)
-        for conv, norm, act, shape in chains
-        if _plain(conv) and calls[conv] == 1 and calls[norm] in (0, 1)
-    ]
-
-
-def _plain(conv: nn.Conv2d) -> bool:
-    """Whether the weights are what the convolution computes with: some standardise them on the way."""
-    from timm.layers import Conv2dSame
-
-    return type(conv) in (nn.Conv2d, Conv2dSame) and conv.padding_mode == "zeros"
-
-
-def _edges(conv: nn.Conv2d, size: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """Zeros that the convolution puts around an image of this height and width: left, right, top, bottom."""
-    if type(conv) is not nn.Conv2d:  # TensorFlow's way: as many as it takes, the odd one at the end
-        needed = [
-            max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
-            for n, s, k, d in zip(size, conv.stride, conv.kernel_size, conv.dilation, strict=True)
-        ]
-        (top, left), (height, width) = [n // 2 for n in needed], needed
-        return left, width - left, top, height - top
-    if isinstance(conv.padding, str):
-        left, right, top, bottom = conv._reversed_padding_repeated_twice
-        return left, right, top, bottom
-    top, left = conv.padding
-    return left, left, top, top

@@ -5,15 +5,18 @@ The steps call them one by one; the step `retrain` replays all three with what w
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from unfreeze.batches import Batch, Loader, activation_batches, batches_per_epoch, shuffled
 from unfreeze.checkpoints import Checkpoint
 from unfreeze.errors import UserError
+from unfreeze.fast_training import fast_training
 from unfreeze.frozen import frozen_copy
 from unfreeze.history import History
 from unfreeze.models import Classifier, freeze_to, parameter_groups, set_train_mode
@@ -102,8 +105,7 @@ def fit_augmented(
 ) -> History:
     """Train the head on augmented images through the frozen backbone. Arguments as for `fit_head`."""
     freeze_to(model, HEAD)
-    [(example, _)] = loader.plain(train_rows[: loader.batch_size])
-    frozen = Classifier(frozen_copy(model.backbone, example), model.head)
+    frozen = Classifier(frozen_copy(model.backbone, _example(loader, train_rows)), model.head)
     return _fit_images(
         frozen, loader, train_rows, valid_rows, rate, settings, head_groups(model.head), augment, train,
         stream(seed, "train_augmented"), False, listener, checkpoint,
@@ -125,11 +127,29 @@ def fit_full(
     checkpoint: Checkpoint | None = None,
 ) -> History:
     """Train the whole network with differential rates. Arguments as for `fit_head`; ``rate`` is the head's."""
+    with unfrozen(model, loader, train_rows, unfreeze) as groups:
+        return _fit_images(
+            model, loader, train_rows, valid_rows, rate, settings, groups, augment, train,
+            stream(seed, "train_full"), settings.until_overfitting, listener, checkpoint,
+        )  # fmt: skip
+
+
+@contextmanager
+def unfrozen(model: Classifier, loader: Loader, rows: Rows, unfreeze: Unfreeze) -> Iterator[list[dict[str, Any]]]:
+    """Open the network up as the settings say, ready to train on the images ``rows``; fast while it lasts.
+
+    Yields:
+        The parameter groups, with differential rates, for an optimizer.
+    """
     freeze_to(model, unfreeze.freeze_to, unfreeze.bn_freeze)
-    return _fit_images(
-        model, loader, train_rows, valid_rows, rate, settings, parameter_groups(model, unfreeze.lr_ratio), augment, train,
-        stream(seed, "train_full"), settings.until_overfitting, listener, checkpoint,
-    )  # fmt: skip
+    set_train_mode(model)
+    with fast_training(model.backbone, _example(loader, rows)):
+        yield parameter_groups(model, unfreeze.lr_ratio)
+
+
+def _example(loader: Loader, rows: Rows) -> torch.Tensor:
+    [(images, _)] = loader.plain(rows[: loader.batch_size])
+    return images
 
 
 def _fit_images(
