@@ -107,6 +107,17 @@ def test_ends_of_the_sweep(losses: Floats, minimum: int) -> None:
     assert RATES[0] <= picks.valley <= picks.minimum
 
 
+@pytest.mark.parametrize("after", ["nothing", "mistakes"])
+@pytest.mark.parametrize("solved", [3e-3, 1e-2, 1e-1])
+def test_a_loss_that_comes_down_to_nothing_is_lowest_where_it_does(solved: float, after: str) -> None:
+    """A few images that are easily told apart: nothing breaks a head that has solved them, up to the sweep's end."""
+    losses = 0.8 / (1 + (RATES / (solved / 10)) ** 2)  # 0.008 there
+    losses[np.searchsorted(RATES, solved * 3) :] = 0
+    if after == "mistakes":
+        losses[np.searchsorted(RATES, solved * 6)] = 3.0
+    assert math.log10(suggest(RATES, losses).minimum) == near(solved, 4)
+
+
 def test_a_flat_curve_has_picks_in_the_sweep() -> None:
     picks = suggest(RATES, np.full(100, 0.69))
     assert all(RATES[0] <= rate <= RATES[-1] for rate in (picks.minimum, picks.steepest, picks.valley))

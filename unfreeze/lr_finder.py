@@ -21,6 +21,9 @@ DIVERGED = 4.0
 SMALL = 0.1
 """Between losses below this only chance makes a difference: a good network's single mistake is no divergence."""
 
+SOLVED = 0.01
+"""A loss at which every image of the sweep is told with 99 %: the rates that come after find nothing left to lower."""
+
 FLAT = 30.0
 """How far below the rate that breaks a network its lowest loss is taken to lie where the curve is flat up to there.
 
@@ -36,8 +39,9 @@ class Picks:
     """Points of a loss curve, as learning rates.
 
     Attributes:
-        minimum: highest rate whose smoothed loss cannot be told from the lowest; on a curve that does not fall, a rate that
-            far below the one that breaks the network (`FLAT`).
+        minimum: highest rate whose smoothed loss cannot be told from the lowest; where the loss comes down to nothing, the
+            rate at which it does (`SOLVED`); on a curve that does not fall, a rate that far below the one that breaks the
+            network (`FLAT`).
         steepest: rate at which the smoothed loss falls fastest, on the way to its minimum.
         valley: rate two thirds into the longest sequence of ever lower smoothed losses.
     """
@@ -133,6 +137,8 @@ def suggest(rates: Floats, losses: Floats) -> Picks:
     noise = _batch_noise(losses)
     if smoothed[0] - smoothed[lowest] < 2 * noise and noise > 0.01 * smoothed[lowest]:
         minimum = float(rates[np.flatnonzero(smoothed <= DIVERGED * max(smoothed[lowest], SMALL))[-1]] / FLAT)
+    elif smoothed[lowest] < SOLVED:
+        minimum = float(rates[np.flatnonzero(smoothed < SOLVED)[0]])
     else:
         minimum = float(rates[_last_of_the_lowest(losses, smoothed)])
     # Only on the way down to the lowest loss: past it, the swings of a loss that diverges are steeper than any descent.
