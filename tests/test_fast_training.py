@@ -150,7 +150,18 @@ class FrozenMiddle(nn.Module):
         return self.act(self.norm(self.conv(self.first(x)))).mean((2, 3))
 
 
-@pytest.mark.parametrize("kind", [Branching, AddsInPlace, Shared, FrozenMiddle])
+class Dropping(Branching):
+    """In eval mode, the dropout is not there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.norm(self.drop(self.conv(x)))).mean((2, 3))
+
+
+@pytest.mark.parametrize("kind", [Branching, AddsInPlace, Shared, FrozenMiddle, Dropping])
 def test_what_is_no_simple_line_keeps_its_gradients(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     network = kind()

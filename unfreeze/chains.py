@@ -27,9 +27,13 @@ def chains(network: nn.Module, images: torch.Tensor) -> list[Chain]:
     """Convolutions with the BatchNorm and the activation that follow each (or None), and the shape of its input."""
     calls: Counter[nn.Module] = Counter()
     made_by: dict[tuple[int, int], list[Any]] = {}  # by id and version of a tensor, as some are added to in place
-    alive = []  # an id stays a tensor's own while the tensor lives
+    alive: list[torch.Tensor] = []  # an id stays a tensor's own while the tensor lives
 
     def see(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if not isinstance(module, known):
+            if isinstance(output, torch.Tensor) and inputs and output is inputs[0] and type(module) is not nn.Identity:
+                made_by.pop((id(output), output._version), None)  # a dropout, which does something in training
+            return
         calls[module] += 1
         version = inputs[0]._version - getattr(module, "inplace", False)  # before the module itself raised it
         chain = made_by.get((id(inputs[0]), version))
@@ -49,8 +53,7 @@ def chains(network: nn.Module, images: torch.Tensor) -> list[Chain]:
 
     found: list[list[Any]] = []
     known = (nn.Conv2d, _BatchNorm, *(kind for kind in POST_OPS if kind is not nn.Identity))
-    seen = [m for m in network.modules() if isinstance(m, known)]
-    hooks = [module.register_forward_hook(see) for module in seen]
+    hooks = [module.register_forward_hook(see) for module in network.modules()]
     try:
         network(images)
     finally:
