@@ -84,8 +84,9 @@ def _run_alone(chosen: argparse.Namespace) -> int:
 
     overrides = (read_overrides(chosen.settings) if chosen.settings else []) + chosen.overrides
     if overrides:
-        apply_overrides("params.yaml", overrides)
-    read_source(load_settings().data.source)
+        apply_overrides("params.yaml", overrides, check=lambda settings: read_source(settings.data.source))
+    else:
+        read_source(load_settings().data.source)
 
     from flows.away import go_on_without, is_away
     from flows.publish import what_waits

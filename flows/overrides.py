@@ -8,7 +8,7 @@ import os
 import re
 import reprlib
 import shutil
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,22 @@ from ruamel.yaml.representer import RoundTripRepresenter
 from ruamel.yaml.scalarstring import FoldedScalarString, LiteralScalarString
 
 from unfreeze.errors import UserError
-from unfreeze.settings import flatten, parse_text, read_text
+from unfreeze.settings import Settings, flatten, parse_text, read_text
 from unfreeze.yaml12 import read_yaml
 
 UNSEEN = re.compile(r"[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """What JSON writes as it is, and YAML takes for a line break, or for no character at all."""
 
 
-def apply_overrides(path: str | Path, overrides: list[str]) -> None:
+def apply_overrides(
+    path: str | Path, overrides: list[str], check: Callable[[Settings], object] = lambda settings: None
+) -> None:
     """Set ``section.key=value`` pairs in a file of settings, all or none.
 
     Args:
         path: the file.
         overrides: for example ``["train_full.cycles=2", "lr_find.rate=null"]``; values are YAML 1.2.
+        check: raises UserError where the settings, as they would be, are not to be kept.
 
     Raises:
         UserError: there is no such key, or the settings would be wrong with these values; nothing is written then.
@@ -47,7 +50,7 @@ def apply_overrides(path: str | Path, overrides: list[str]) -> None:
         _set(content, override, str(path))
     buffer = io.StringIO()
     yaml.dump(content, buffer)
-    parse_text(buffer.getvalue(), str(path))
+    check(parse_text(buffer.getvalue(), str(path)))
     if buffer.getvalue() != text:
         _replace(Path(path).resolve(), buffer.getvalue())
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.cli import main
 from flows.overrides import apply_overrides, read_overrides
 from unfreeze.errors import UserError
 from unfreeze.settings import flatten, load_settings
@@ -205,3 +206,13 @@ def test_a_wrong_file_of_settings_changes_nothing(params: Path, tmp_path: Path, 
 def test_the_settings_that_ship_are_right(params: Path, file: Path) -> None:
     apply_overrides(params, read_overrides(file))
     assert params.read_text(encoding="utf-8") != TEXT
+
+
+def test_images_that_are_not_there_change_nothing(
+    params: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else the next run, without ``-S``, would be refused as well."""
+    monkeypatch.chdir(params.parent)
+    assert main(["run", "-S", "seed=7", "-S", "data.source=nowhere"]) == 2
+    assert "nowhere does not exist" in capsys.readouterr().err
+    assert params.read_text(encoding="utf-8") == TEXT
