@@ -23,7 +23,7 @@ SIZE = 64
 class Step:
     logits: torch.Tensor
     gradients: dict[str, torch.Tensor]
-    operations: set[str]
+    operations: list[str]
 
 
 def step(model: Classifier, images: torch.Tensor, half: bool = False) -> Step:
@@ -34,7 +34,7 @@ def step(model: Classifier, images: torch.Tensor, half: bool = False) -> Step:
     logits.logsumexp(1).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    return Step(logits.detach(), gradients, set(operations(logits.grad_fn)))
+    return Step(logits.detach(), gradients, list(operations(logits.grad_fn)))
 
 
 def operations(node: object) -> Iterator[str]:
@@ -159,6 +159,36 @@ class Dropping(Branching):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.act(self.norm(self.drop(self.conv(x)))).mean((2, 3))
+
+
+class FrozenBranch(Branching):
+    """What a frozen norm makes goes into the activation, and past it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False).eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = self.norm(self.conv(x))
+        return self.act(seen).mean((2, 3)) + seen.mean((2, 3))
+
+
+@requires_bf16
+def test_an_activation_is_not_joined_where_something_else_sees_its_input() -> None:
+    torch.manual_seed(0)
+    network, images = FrozenBranch(), torch.randn(3, 3, 16, 16)
+    network.norm.bias.sub_(3)
+    with torch.no_grad(), autocast(CPU):
+        expected = network(images)
+        with fast_training(network, images):
+            torch.testing.assert_close(network(images), expected, atol=0.05, rtol=0.05, check_dtype=False)
+
+
+def test_a_norm_that_does_nothing_yet_hides_no_branch() -> None:
+    network, images = Branching(), torch.randn(3, 3, 16, 16)
+    network.norm.eval()
+    with fast_training(network, images):
+        assert not any("forward" in module.__dict__ for module in network.modules())
 
 
 @pytest.mark.parametrize("kind", [Branching, AddsInPlace, Shared, FrozenMiddle, Dropping])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -58,23 +59,29 @@ def _forwards(network: nn.Module, images: torch.Tensor) -> dict[nn.Module, Forwa
     training = [module for module in network.modules() if module.training]
     network.eval()
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        expected, found = network(images), chains(network, images)
+        # A BatchNorm that does nothing yet, or a branch scaled by nothing, would hide what the training then changes.
+        own = torch.Generator().manual_seed(0)
+        loud = {n: torch.rand(p.shape, generator=own) + 0.5 for n, p in network.named_parameters() if p.ndim < 2}
+        expected, found = functional_call(network, loud, (images,)), chains(network, images)
         forwards: dict[nn.Module, Forward] = {}
         for conv, norm, _, _ in found:
             kept = norm is not None and norm not in training
             forwards[conv] = _convolution(conv, norm if kept else None)
             if norm is not None and kept:
                 forwards[norm] = _after(norm)
-        with _replaced(forwards):
-            same = torch.allclose(network(images), expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()))
+        joined = dict(forwards)
+        for chain in found if native_bf16(images.device) else []:
+            joined |= _frozen(chain, forwards, None)
+        with _replaced(joined):
+            seen = functional_call(network, loud, (images,))
+        same = torch.allclose(seen, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()))
     for module in training:
         module.training = True
     if not same:
         return {}
-    if native_bf16(images.device):
-        for chain in found:
-            forwards |= _frozen(chain, forwards, batch)
-    return forwards
+    for chain in found if native_bf16(images.device) else []:
+        joined |= _frozen(chain, forwards, batch)
+    return joined
 
 
 def _convolution(conv: nn.Conv2d, norm: _BatchNorm | None) -> Forward:
@@ -108,8 +115,8 @@ def _after(norm: Any) -> Forward:
     return (lambda x: norm.act(norm.drop(x))) if _has_act(norm) else _same
 
 
-def _frozen(chain: Chain, forwards: dict[nn.Module, Forward], batch: int) -> dict[nn.Module, Forward]:
-    """A chain that is frozen whole as one operation of oneDNN, which has no gradient."""
+def _frozen(chain: Chain, forwards: dict[nn.Module, Forward], batch: int | None) -> dict[nn.Module, Forward]:
+    """A chain that is frozen whole as one operation of oneDNN, which has no gradient; without a batch size, the same slowly."""
     conv, norm, act, (_, *shape) = chain
     parts = [conv] if norm is None else [conv, norm]
     if any(part not in forwards or any(p.requires_grad for p in part.parameters()) for part in parts):
@@ -119,11 +126,13 @@ def _frozen(chain: Chain, forwards: dict[nn.Module, Forward], batch: int) -> dic
     if _has_act(norm):  # at the end of timm's BatchNorm
         fits = type(inside.act) in POST_OPS and isinstance(inside.drop, nn.Identity)
         owner, last = (norm, inside.act) if fits else (None, nn.Identity())
-    folded = copy.deepcopy(conv) if norm is None else fuse_conv_bn_eval(conv, norm)
-    last = copy.deepcopy(last)  # as the module itself will do nothing
-    slow, fast = forwards[conv], OneDNNConvAct(ConvAct(folded, last), (batch, *shape))
-    # Something before it may train after all, in a network that is no simple line.
-    found: dict[nn.Module, Forward] = {conv: lambda x: last(slow(x)) if x.requires_grad else fast(x)}
+    last, slow = copy.deepcopy(last), forwards[conv]  # a copy, as the module itself will do nothing
+    found: dict[nn.Module, Forward] = {conv: lambda x: last(slow(x))}
+    if batch is not None:
+        folded = copy.deepcopy(conv) if norm is None else fuse_conv_bn_eval(conv, norm)
+        fast = OneDNNConvAct(ConvAct(folded, last), (batch, *shape))
+        # Something before it may train after all, in a network that is no simple line.
+        found = {conv: lambda x: last(slow(x)) if x.requires_grad else fast(x)}
     return found if owner is None else found | {owner: _same}
 
 
