@@ -11,7 +11,13 @@ from unfreeze.frozen import ConvAct, OneDNNConvAct, frozen_copy
 
 CPU = torch.device("cpu")
 FOLDED = ["timm:tf_efficientnet_lite0", "timm:resnet10t", "timm:test_efficientnet", "torchvision:resnet18"]
-OTHERS = ["timm:test_vit", "timm:test_convnext", "timm:nf_resnet26", "torchvision:mobilenet_v3_small"]
+OTHERS = [
+    "timm:test_vit",
+    "timm:test_convnext",
+    "timm:nf_resnet26",
+    "timm:fasternet_t0",  # gives some modules a forward of their own
+    "torchvision:mobilenet_v3_small",
+]
 requires_bf16 = pytest.mark.skipif(not native_bf16(CPU), reason="a processor without native bfloat16")
 
 
@@ -106,7 +112,42 @@ class Shared(Branching):
         return self.act(self.norm(self.conv(x))).mean((2, 3)) + self.norm(self.conv(self.act(x))).mean((2, 3))
 
 
-@pytest.mark.parametrize("kind", [Branching, AddsInPlace, Shared])
+class Chooses(Branching):
+    """Has its ``forward`` by itself, and not by its class, as some of timm's modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = self.chosen
+
+    def chosen(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+class Remembers(Branching):
+    """Keeps in eval mode what it computed from its weights, as timm's LeViT does with attention's biases."""
+
+    kept: torch.Tensor | None = None
+
+    def train(self, mode: bool = True) -> "Remembers":
+        self.kept = None if mode else self.kept
+        return super().train(mode)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training or self.kept is None:
+            self.kept = self.conv.weight.sum()
+        return super().forward(x) * self.kept
+
+
+def test_a_copy_predicts_from_the_weights_of_today() -> None:
+    network, images = Remembers().eval(), torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        network(images)
+        network.conv.weight += 1
+        found = frozen_copy(network, images)(images)
+        torch.testing.assert_close(found, network.train().eval()(images), check_dtype=False, atol=0.1, rtol=0.02)
+
+
+@pytest.mark.parametrize("kind", [Branching, AddsInPlace, Shared, Chooses])
 def test_what_cannot_be_folded_is_left_as_it_is(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     network = kind()

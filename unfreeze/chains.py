@@ -1,7 +1,7 @@
 """How a network's convolutions work: what follows each, and the zeros around what it sees."""
 
 from collections import Counter
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -63,15 +63,15 @@ def chains(network: nn.Module, images: torch.Tensor) -> list[Chain]:
     return [
         (conv, norm, act if calls[act] == 1 else None, shape)
         for conv, norm, act, shape in found
-        if _plain(conv) and calls[conv] == 1 and calls[norm] in (0, 1)
+        if plain(conv) and calls[conv] == 1 and calls[norm] in (0, 1)
     ]
 
 
-def _plain(conv: nn.Conv2d) -> bool:
-    """Whether the weights are what the convolution computes with: some standardise them on the way."""
+def plain(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether a module is a convolution that computes with its weights as they are: some standardise them on the way."""
     from timm.layers import Conv2dSame
 
-    return type(conv) in (nn.Conv2d, Conv2dSame) and conv.padding_mode == "zeros"
+    return type(module) in (nn.Conv2d, Conv2dSame) and module.padding_mode == "zeros"
 
 
 def edges(conv: nn.Conv2d, size: tuple[int, ...]) -> tuple[int, int, int, int]:

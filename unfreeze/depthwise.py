@@ -19,16 +19,26 @@ Edges = tuple[int, int, int, int]
 
 
 def slow_to_train(conv: nn.Conv2d, half: bool) -> bool:
-    """Whether oneDNN has no fast gradient for a convolution.
+    """Whether oneDNN has no fast gradient for a convolution that `depthwise` computes.
 
     Args:
         conv: any convolution.
-        half: in bfloat16, where strides are slow too; in float32 it has a kernel for them.
+        half: in bfloat16, where strides are slow too; in float32 it has a kernel for them, of any width.
     """
-    if isinstance(conv.padding, tuple) and any(p >= k for p, k in zip(conv.padding, conv.kernel_size, strict=True)):
-        return False
-    single = conv.groups == conv.in_channels == conv.out_channels > 1 and conv.dilation == (1, 1)
-    return single and (conv.kernel_size[1] > COLUMNS if conv.stride == (1, 1) else half)
+    per_channel = conv.groups == conv.in_channels > 1
+    return per_channel and _computed(conv) and (conv.kernel_size[1] > COLUMNS if conv.stride == (1, 1) else half)
+
+
+def slow_in_half(conv: nn.Conv2d) -> bool:
+    """Whether a convolution's gradient takes longer in bfloat16 than in float32, and `depthwise` does not compute it."""
+    return conv.groups == conv.in_channels > 1 and not _computed(conv)
+
+
+def _computed(conv: nn.Conv2d) -> bool:
+    outside = isinstance(conv.padding, tuple) and any(
+        p >= k for p, k in zip(conv.padding, conv.kernel_size, strict=True)
+    )
+    return conv.out_channels == conv.groups and conv.dilation == (1, 1) and not outside
 
 
 def depthwise(

@@ -6,32 +6,32 @@ follow by the chain rule. Layers that are frozen whole are inference (`unfreeze.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from unfreeze.chains import POST_OPS, TOLERANCE, Chain, chains, edges
-from unfreeze.depthwise import depthwise, slow_to_train
+from unfreeze.chains import POST_OPS, TOLERANCE, Chain, chains, edges, plain
+from unfreeze.depthwise import depthwise, slow_in_half, slow_to_train
 from unfreeze.device import native_bf16
-from unfreeze.frozen import ConvAct, OneDNNConvAct
-
-Forward = Callable[[torch.Tensor], torch.Tensor]
+from unfreeze.frozen import ConvAct, Forward, OneDNNConvAct, StandIn
 
 
 @contextmanager
 def fast_training(network: nn.Module, images: torch.Tensor) -> Iterator[None]:
     """While it lasts, the network computes the same faster, and so do its gradients.
 
-    Modules keep their parameters, buffers and names, so an optimizer, a checkpoint or a copy of the network knows nothing
-    of it. Which modules follow one another is seen by running the network once; where its output differs all the same,
-    everything stays as it was. So it does on other devices than a CPU, where nobody has measured that it helps.
+    Modules keep their parameters, buffers and names, so an optimizer or a checkpoint knows nothing of it; a copy is made by
+    `frozen_copy`, as one by `copy.deepcopy` would go on with the weights of the original. On a processor with native
+    bfloat16, frozen layers compute in it: the network is to be run under `unfreeze.device.autocast`.
+
+    Which modules follow one another is seen by running the network once. Where its output differs all the same, only
+    depthwise convolutions are faster. On other devices than a CPU nothing changes, as nobody has measured that it helps.
 
     Args:
         network: ready to train: what is frozen is frozen, and BatchNorms that keep their statistics are in eval mode.
@@ -45,41 +45,56 @@ def fast_training(network: nn.Module, images: torch.Tensor) -> Iterator[None]:
 @contextmanager
 def _replaced(forwards: dict[nn.Module, Forward]) -> Iterator[None]:
     for module, forward in forwards.items():
-        module.forward = forward
+        StandIn.put(module, forward)
     try:
         yield
     finally:
         for module in forwards:
-            del module.__dict__["forward"]
+            StandIn.take_back(module)
 
 
 def _forwards(network: nn.Module, images: torch.Tensor) -> dict[nn.Module, Forward]:
     """What each module is to compute with instead of its own way."""
     batch, images = len(images), images[:2].float()
-    training = [module for module in network.modules() if module.training]
+    alone: dict[nn.Module, Forward] = {conv: _convolution(conv, None) for conv in network.modules() if plain(conv)}
+    training = {module for module in network.modules() if module.training}
     network.eval()
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        # A BatchNorm that does nothing yet, or a branch scaled by nothing, would hide what the training then changes.
-        own = torch.Generator().manual_seed(0)
-        loud = {n: torch.rand(p.shape, generator=own) + 0.5 for n, p in network.named_parameters() if p.ndim < 2}
-        expected, found = functional_call(network, loud, (images,)), chains(network, images)
-        forwards: dict[nn.Module, Forward] = {}
-        for conv, norm, _, _ in found:
-            kept = norm is not None and norm not in training
-            forwards[conv] = _convolution(conv, norm if kept else None)
-            if norm is not None and kept:
-                forwards[norm] = _after(norm)
-        joined = dict(forwards)
-        for chain in found if native_bf16(images.device) else []:
-            joined |= _frozen(chain, forwards, None)
-        with _replaced(joined):
-            seen = functional_call(network, loud, (images,))
+        with _loud(network):
+            expected, found = network(images), chains(network, images)
+            forwards = dict(alone)
+            for conv, norm, _, _ in found:
+                if norm is not None and norm not in training:
+                    forwards |= {conv: _convolution(conv, norm), norm: _after(norm)}
+            frozen = found if native_bf16(images.device) else []
+            with _replaced(_joined(frozen, forwards, None)):
+                seen = network(images)
         same = torch.allclose(seen, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()))
-    for module in training:
-        module.training = True
-    if not same:
-        return {}
-    for chain in found if native_bf16(images.device) else []:
+        forwards = _joined(frozen, forwards, batch) if same else alone
+    network.train()  # and not by the flag alone: some attention keeps what it computed in eval mode until then
+    for module in network.modules():
+        module.training = module in training
+    return forwards
+
+
+@contextmanager
+def _loud(network: nn.Module) -> Iterator[None]:
+    """With other norms and biases: one that does nothing yet, or a branch scaled by nothing, would hide what training changes."""
+    parameters = [p for p in network.parameters() if p.ndim < 2]
+    kept = [p.data for p in parameters]
+    own = torch.Generator().manual_seed(0)
+    for p in parameters:
+        p.data = torch.rand(p.shape, generator=own) + 0.5
+    try:
+        yield
+    finally:
+        for p, data in zip(parameters, kept, strict=True):
+            p.data = data
+
+
+def _joined(frozen: list[Chain], forwards: dict[nn.Module, Forward], batch: int | None) -> dict[nn.Module, Forward]:
+    joined = dict(forwards)
+    for chain in frozen:
         joined |= _frozen(chain, forwards, batch)
     return joined
 
@@ -91,13 +106,21 @@ def _convolution(conv: nn.Conv2d, norm: _BatchNorm | None) -> Forward:
         weight, bias = (conv.weight, conv.bias) if norm is None else _folded(conv.weight, conv.bias, norm)
         half = torch.is_autocast_enabled("cpu")
         around = edges(conv, x.shape[2:])
-        if slow_to_train(conv, half):
+        trained = x.requires_grad or weight.requires_grad
+        if trained and slow_to_train(conv, half):
             kind = torch.bfloat16 if half else x.dtype
             return depthwise(x.to(kind), weight.to(kind), None if bias is None else bias.to(kind), conv.stride, around)
         left, right, top, bottom = around
-        if (left, top) == (right, bottom):
-            return F.conv2d(x, weight, bias, conv.stride, (top, left), conv.dilation, conv.groups)
-        return F.conv2d(F.pad(x, around), weight, bias, conv.stride, 0, conv.dilation, conv.groups)
+        stride, padding = conv.stride, (top, left)
+        if (left, top) != (right, bottom):
+            x, padding = F.pad(x, around), (0, 0)
+        if conv.kernel_size == (1, 1) and padding == (0, 0):
+            # Of eight channels or fewer, the gradient of strided weights that see one pixel is a segmentation fault.
+            x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
+        if trained and half and slow_in_half(conv):
+            with torch.autocast("cpu", enabled=False):
+                return F.conv2d(x.float(), weight, bias, stride, padding, conv.dilation, conv.groups).bfloat16()
+        return F.conv2d(x, weight, bias, stride, padding, conv.dilation, conv.groups)
 
     return forward
 
@@ -121,19 +144,19 @@ def _frozen(chain: Chain, forwards: dict[nn.Module, Forward], batch: int | None)
     parts = [conv] if norm is None else [conv, norm]
     if any(part not in forwards or any(p.requires_grad for p in part.parameters()) for part in parts):
         return {}
-    owner, last = act, act or nn.Identity()
+    emptied, last = act, act or nn.Identity()
     inside: Any = norm
     if _has_act(norm):  # at the end of timm's BatchNorm
         fits = type(inside.act) in POST_OPS and isinstance(inside.drop, nn.Identity)
-        owner, last = (norm, inside.act) if fits else (None, nn.Identity())
+        emptied, last = (norm, inside.act) if fits else (None, nn.Identity())
     last, slow = copy.deepcopy(last), forwards[conv]  # a copy, as the module itself will do nothing
     found: dict[nn.Module, Forward] = {conv: lambda x: last(slow(x))}
     if batch is not None:
-        folded = copy.deepcopy(conv) if norm is None else fuse_conv_bn_eval(conv, norm)
+        folded = conv if norm is None else fuse_conv_bn_eval(conv, norm)
         fast = OneDNNConvAct(ConvAct(folded, last), (batch, *shape))
         # Something before it may train after all, in a network that is no simple line.
         found = {conv: lambda x: last(slow(x)) if x.requires_grad else fast(x)}
-    return found if owner is None else found | {owner: _same}
+    return found if emptied is None else found | {emptied: _same}
 
 
 def _has_act(norm: _BatchNorm | None) -> bool:

@@ -6,6 +6,8 @@ computes convolution and activation in one pass over memory, with weights laid o
 """
 
 import copy
+import dataclasses
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +20,33 @@ from unfreeze.chains import POST_OPS, TOLERANCE, chains, edges
 from unfreeze.device import native_bf16
 
 Model = TypeVar("Model", bound=nn.Module)
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclasses.dataclass(eq=False)
+class StandIn:
+    """What a module computes with for a while, and the ``forward`` that it alone had before, if any."""
+
+    compute: Forward
+    before: Forward | None
+
+    @classmethod
+    def put(cls, module: nn.Module, compute: Forward) -> None:
+        """Let a module compute with this from now on."""
+        module.forward = cls(compute, vars(module).get("forward"))
+
+    @staticmethod
+    def take_back(module: nn.Module) -> None:
+        """Let a module, or a copy of it, compute as it did before; others stay as they are."""
+        here = vars(module).get("forward")
+        if isinstance(here, StandIn):
+            del module.forward
+            if here.before is not None:
+                module.forward = here.before
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Activations of activations."""
+        return self.compute(x)
 
 
 class ConvAct(nn.Module):
@@ -103,9 +132,10 @@ def frozen_copy(network: Model, images: torch.Tensor) -> Model:
 
 
 def _eval_copy(network: Model) -> Model:
-    plain = copy.deepcopy(network).eval().requires_grad_(False)
+    # By way of training mode, as some attention keeps what it computed in eval mode, with weights of that time, until then.
+    plain = copy.deepcopy(network).train().eval().requires_grad_(False)
     for module in plain.modules():
-        module.__dict__.pop("forward", None)  # what `fast_training` put there
+        StandIn.take_back(module)
     return plain
 
 
