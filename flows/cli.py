@@ -67,11 +67,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(chosen: argparse.Namespace) -> int:
+    from flows.leftovers import leave_none
     from tasks.stopping import interrupt_in_time
     from tasks.workspace import alone
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, interrupt_in_time)
+    leave_none()
     with alone("run"):
         return _run_alone(chosen)
 
