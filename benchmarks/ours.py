@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from benchmarks.work import Work, backbone, classifier
-from unfreeze.batches import Batch, Loader, Normalisation, activation_batches, read_canvas, shuffled
-from unfreeze.device import best_device, seed_everything, to_device
+from benchmarks.work import Work, classifier
+from unfreeze.batches import Batch, Loader, activation_batches, read_canvas, shuffled
+from unfreeze.device import seed_everything
 from unfreeze.evaluating import Candidate, choose
 from unfreeze.lr_finder import lr_find as range_test
 from unfreeze.lr_finder import pick_rate, suggest
 from unfreeze.models import Classifier, Head
-from unfreeze.packed import open_packed
 from unfreeze.packing import pack
 from unfreeze.predicting import backbone_activations, predict_tta, score
 from unfreeze.preserve import preserved
@@ -28,6 +28,7 @@ from unfreeze.sources import read_source
 from unfreeze.training import make_optimizer, set_rate
 from unfreeze.views import random_views
 
+Activations = NDArray[np.float32]
 WHOLE = Unfreeze(freeze_to=0, lr_ratio=3, bn_freeze=True)
 """All layer groups train, as in the peer's epochs."""
 
@@ -58,7 +59,7 @@ def full_epoch(work: Work) -> float:
 def tta(work: Work) -> float:
     """Seconds for TTA of the validation images, the plain prediction included."""
     model, loader = _classifier(work)
-    return _timed(lambda: _predict(work, model, loader, "valid"))
+    return _timed(lambda: predict_views(work, model, loader, "valid"))
 
 
 def precompute_rate(work: Work) -> float:
@@ -106,45 +107,50 @@ def recipe(work: Work, seed: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         # The split is the peer's; the pixels are packed anew, which is part of the work.
         pack(read_source(work.source), Path(folder), settings.data, 42)
-        network, device = to_device(backbone(work), best_device()), best_device()
-        packed = open_packed(Path(folder))
-        loader = Loader(packed, Normalisation(network.mean, network.std), device, settings.train.batch_size)
-        activations = backbone_activations(network, loader)
-        train, valid = packed.rows("train"), packed.rows("valid")
-        model = to_device(
-            Classifier(network, Head(network.num_features, len(packed.classes), settings.head.dropout)), device
-        )
-
-        def on_activations(epoch: int) -> Iterator[Batch]:
-            order = shuffled(train, settings.train.batch_size, seed, epoch)
-            return activation_batches(activations, packed.labels, order, device)
-
-        rate = _pick(work, model.head, head_groups(model.head), on_activations, settings.lr_find.iterations)
-        fit_head(
-            model.head, activations, packed.labels, train, valid, rate, settings.train_head, settings.train, seed, device
-        )  # fmt: skip
         here = dataclasses.replace(work, folder=Path(folder))
+        model, loader, activations = prepare(here, seed)
+        labels = loader.packed.labels[loader.packed.rows("valid")]
         states, predicted = {}, {}
-
-        def keep(name: str) -> None:
+        for name in stages(here, model, loader, activations):
             states[name] = copy.deepcopy(model.state_dict())
-            predicted[name] = _predict(here, model, loader, "valid")
-
-        keep("train_head")
-        _augmented(work, model, loader, work.frozen_epochs, rate)
-        keep("train_augmented")
-        full_rate = _find(work, model, loader, settings.unfreeze, settings.unfreeze_lr_find.iterations)
-        _full(work, model, loader, settings.unfreeze, work.full_epochs, full_rate)
-        keep("train_full")
-        best, _ = choose([Candidate(name, tta, packed.labels[valid]) for name, (_, tta) in predicted.items()])
+            predicted[name] = predict_views(here, model, loader, "valid")
+        best, _ = choose([Candidate(name, tta, labels) for name, (_, tta) in predicted.items()])
         model.load_state_dict(states[best.name])
         scores: dict[str, float] = {}
         for split in ("valid", "test"):
-            plain, averaged = predicted[best.name] if split == "valid" else _predict(here, model, loader, split)
-            labels = packed.labels[packed.rows(split)]
+            plain, averaged = predicted[best.name] if split == "valid" else predict_views(here, model, loader, split)
+            labels = loader.packed.labels[loader.packed.rows(split)]
             scores[f"{split}_accuracy"] = score(plain, labels).accuracy
             scores[f"{split}_tta_accuracy"] = score(averaged, labels).accuracy
-    return {"seconds": time.perf_counter() - start, "rate": full_rate, **scores}
+    return {"seconds": time.perf_counter() - start, **scores}
+
+
+def prepare(work: Work, seed: int) -> tuple[Classifier, Loader, Activations]:
+    """A classifier with a new head, a loader of the packed images, and the activations of all of them."""
+    model, loader = classifier(work, seed)
+    return model, loader, backbone_activations(model.backbone, loader)
+
+
+def stages(work: Work, model: Classifier, loader: Loader, activations: Activations) -> Iterator[str]:
+    """Train head, augmented head and whole network; yields the name of each when it is done."""
+    settings, packed = work.settings, loader.packed
+    train, valid = _rows(loader, validate=True)
+
+    def on_activations(epoch: int) -> Iterator[Batch]:
+        order = shuffled(train, settings.train.batch_size, settings.seed, epoch)
+        return activation_batches(activations, packed.labels, order, loader.device)
+
+    rate = _pick(work, model.head, head_groups(model.head), on_activations, settings.lr_find.iterations)
+    fit_head(
+        model.head, activations, packed.labels, train, valid, rate, settings.train_head, settings.train, settings.seed,
+        loader.device,
+    )  # fmt: skip
+    yield "train_head"
+    _augmented(work, model, loader, work.frozen_epochs, rate)
+    yield "train_augmented"
+    rate = _find(work, model, loader, settings.unfreeze, settings.unfreeze_lr_find.iterations)
+    _full(work, model, loader, settings.unfreeze, work.full_epochs, rate)
+    yield "train_full"
 
 
 def _augmented(work: Work, model: Classifier, loader: Loader, epochs: int, rate: float, validate: bool = True) -> None:
@@ -191,7 +197,8 @@ def _pick(work: Work, model: Any, groups: Any, batches: Callable[[int], Iterator
     return pick_rate(suggest(curve["rate"].to_numpy(), curve["loss"].to_numpy()), sweeping.pick)
 
 
-def _predict(work: Work, model: Classifier, loader: Loader, split: str) -> Any:
+def predict_views(work: Work, model: Classifier, loader: Loader, split: str) -> Any:
+    """Probabilities of a split's images, plain and averaged over views."""
     rows = loader.packed.rows(split)
     return predict_tta(model, loader, rows, work.settings.augment, work.views)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import checkpoints, compare, memory, orchestration, ours
+from benchmarks import checkpoints, choices, compare, memory, orchestration, ours
 from benchmarks.figure import draw
 from benchmarks.work import Work, files, make_work
 from tests.integration.project import paint
@@ -29,6 +29,16 @@ def test_our_recipe_is_judged_on_valid_and_test(work: Work) -> None:
     result = ours.recipe(work, seed=1)
     assert set(result) >= {"seconds", "valid_accuracy", "valid_tta_accuracy", "test_accuracy", "test_tta_accuracy"}
     assert all(0 <= value <= 1 for name, value in result.items() if "accuracy" in name)
+
+
+def test_choices_are_judged_with_every_seed_on_validation_images(work: Work, tmp_path: Path) -> None:
+    rows: list[str] = []
+    change = "train.label_smoothing=0.9 train.batch_size=8"
+    choices.compare(work.source, tmp_path, ["train_head.epochs=10", change], 2, "train_head", 1, rows.append)
+    usual, same, worse = (row.strip("| ").split(" | ") for row in rows[2:])
+    assert usual[0] == "params.yaml" and worse[0] == change
+    assert usual[1:] == same[1:] and usual[3] == "0, 0"
+    assert float(worse[1].split(", ")[1]) > float(usual[1].split(", ")[1])
 
 
 def test_both_sides_see_the_same_images_in_the_same_split(work: Work) -> None:
