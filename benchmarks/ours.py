@@ -65,7 +65,7 @@ def tta(work: Work) -> float:
 def precompute_rate(work: Work) -> float:
     """Images per second of precomputing activations."""
     model, loader = _classifier(work)
-    return len(loader.packed) / _timed(lambda: backbone_activations(model.backbone, loader))
+    return len(loader.packed) / _timed(lambda: list(backbone_activations(model.backbone, loader)))
 
 
 def frozen_rate(work: Work) -> float:
@@ -128,7 +128,7 @@ def recipe(work: Work, seed: int) -> dict[str, float]:
 def prepare(work: Work, seed: int) -> tuple[Classifier, Loader, Activations]:
     """A classifier with a new head, a loader of the packed images, and the activations of all of them."""
     model, loader = classifier(work, seed)
-    return model, loader, backbone_activations(model.backbone, loader)
+    return model, loader, np.concatenate(list(backbone_activations(model.backbone, loader)))
 
 
 def stages(work: Work, model: Classifier, loader: Loader, activations: Activations) -> Iterator[str]:

@@ -18,7 +18,7 @@ def ingest(run: Run, seed: int, data: Data) -> dict[str, float]:
     check_backbone(backbone.name, backbone.weights)
     table = read_source(data.source)
     run.log("%d images in %s, %d classes", len(table), data.source, table["label"].nunique())
-    metrics = pack(table, run.path(""), data, seed)
+    metrics = pack(table, run.path(""), data, seed, run.resumable("pixels.bin"))
     run.log("packed %d images, set %d aside", metrics["images"], metrics["broken"])
     return metrics
 

@@ -5,8 +5,7 @@ these, whatever becomes of the hub or file they came from. scikit-learn's logist
 honest baseline that stands beside every accuracy of the recipe.
 """
 
-import os
-from pathlib import Path
+import io
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from unfreeze.device import best_device, seed_everything, to_device
 from unfreeze.packed import open_packed
 from unfreeze.predicting import backbone_activations, score
 from unfreeze.settings import Backbone, Train
-from unfreeze.weights import save_backbone
+from unfreeze.weights import checksum, save_backbone
 
 
 @step
@@ -29,10 +28,18 @@ def precompute(run: Run, seed: int, backbone: Backbone, train: Train) -> dict[st
     packed = open_packed(artifact("ingest", ""))
     network = create_backbone(backbone.name, backbone.weights, packed.image_size)
     loader = Loader(packed, Normalisation(network.mean, network.std), device, train.batch_size)
+    weights = checksum(network.state_dict())
+    to_device(network, device)
     # Written as they come: for a hundred thousand images they are half a gigabyte.
-    kept = _array(run.path("activations.npy"), (len(packed), network.num_features))
-    activations = backbone_activations(to_device(network, device), loader, kept)
-    kept.flush()
+    with run.resumable("activations.npy", weights) as file:
+        if not file.notes:
+            file.append(_header(len(packed), network.num_features), 0)
+        elif done := sum(file.notes):
+            run.log("%d of %d images were done before an interruption", done, len(packed))
+        for batch in backbone_activations(network, loader, sum(file.notes)):
+            file.append(batch.tobytes(), len(batch))
+        file.move(run.path("activations.npy"))
+    activations = np.load(run.path("activations.npy"), mmap_mode="r")
     run.log("%d images through %s: %d activations each", len(packed), backbone.name, activations.shape[1])
 
     rows = packed.rows("train")
@@ -41,19 +48,18 @@ def precompute(run: Run, seed: int, backbone: Backbone, train: Train) -> dict[st
     accuracy = score(baseline[packed.rows("valid")], packed.labels[packed.rows("valid")]).accuracy
     run.log("logistic regression on the activations: %.3f of the validation images right", accuracy)
 
-    _array(run.path("baseline.npy"), baseline.shape)[:] = baseline
+    np.save(run.path("baseline.npy"), baseline.astype(np.float32))
     save_backbone(network.cpu(), run.path("backbone.safetensors"))
     return {"images": len(packed), "features": activations.shape[1], "valid_baseline_accuracy": accuracy}
 
 
-def _array(path: Path, shape: tuple[int, int]) -> np.memmap:
-    """A float32 array in a file, to be written. Its space is taken at once: a disk that is full only when memory is
-    written back to it ends the process without a word (SIGBUS)."""
-    array = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-    if hasattr(os, "posix_fallocate"):
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return array
+def _header(images: int, features: int) -> bytes:
+    """What a file in NumPy's format begins with, whose rows then follow one by one."""
+    header = io.BytesIO()
+    array = np.empty((0, features), np.float32)
+    described = np.lib.format.header_data_from_array_1_0(array) | {"shape": (images, features)}
+    np.lib.format.write_array_header_1_0(header, described)
+    return header.getvalue()
 
 
 if __name__ == "__main__":

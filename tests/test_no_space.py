@@ -9,11 +9,9 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tasks import step as steps
-from tasks.precompute import _array
 from tasks.step import USER_ERROR, Run, Step
 from unfreeze.models import Head
 from unfreeze.weights import load_head, save_head
@@ -109,18 +107,6 @@ def test_a_folder_of_someone_else(
     Path("artifacts").mkdir(mode=0o555)
     said = ended(lambda run: {}, capsys)
     assert f"{as_nobody}/artifacts/explore: Permission denied. See who may read and write there" in said
-
-
-def test_activations_take_their_space_at_once(tmp_path: Path, mounted: Callable[..., None]) -> None:
-    mounted(tmp_path / "disk", *disk("256k"))
-    kept = _array(tmp_path / "disk/a.npy", (100, 100))
-    kept[:] = 7
-    kept.flush()
-    del kept
-    assert (np.load(tmp_path / "disk/a.npy") == 7).all()
-    with pytest.raises(OSError) as caught:  # and no end without a word when the pages are written back
-        _array(tmp_path / "disk/b.npy", (1000, 1000))
-    assert caught.value.errno == errno.ENOSPC
 
 
 def test_weights_that_do_not_fit_leave_those_of_before(tmp_path: Path, mounted: Callable[..., None]) -> None:

@@ -11,8 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from unfreeze.backbones import Backbone
+from unfreeze.backbones import Backbone, create_backbone
 from unfreeze.batches import Loader, Normalisation, activation_batches, prefetch, shuffled
+from unfreeze.device import to_device
 from unfreeze.errors import UserError
 from unfreeze.inference import packed_in_memory
 from unfreeze.models import Classifier, Head, freeze_to, layer_groups, parameter_groups, set_train_mode
@@ -136,12 +137,22 @@ def test_prefetch_passes_on_errors() -> None:
         list(prefetch(broken()))
 
 
+@pytest.mark.parametrize("first", [0, 8, 16])
+def test_activations_are_the_same_whatever_image_they_begin_with(first: int) -> None:
+    loader = Loader(images(19), NORM, CPU, 8)
+    torch.manual_seed(0)
+    backbone = to_device(create_backbone("timm:tf_efficientnet_lite0", "none", SIZE), CPU)
+    whole = np.concatenate(list(backbone_activations(backbone, loader)))
+    assert whole.shape == (19, backbone.num_features)
+    np.testing.assert_array_equal(np.concatenate(list(backbone_activations(backbone, loader, first))), whole[first:])
+
+
 def test_head_on_activations_is_head_through_the_frozen_backbone() -> None:
     """Same batches, same weights afterwards: frozen means frozen."""
     packed = images(16)
     loader = Loader(packed, NORM, CPU, 8)
     through, alone = network(), network()
-    activations = backbone_activations(alone.backbone.float(), loader)
+    activations = np.concatenate(list(backbone_activations(alone.backbone.float(), loader)))
     freeze_to(through, 2)
     order = [np.arange(8), np.arange(8, 16)]
     results = []

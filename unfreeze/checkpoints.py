@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import time
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -23,11 +22,10 @@ from torch import nn
 from unfreeze.chance import chance, set_chance
 from unfreeze.history import History
 from unfreeze.interruption import Interrupted, Interruption
+from unfreeze.resumable import SHARE
+from unfreeze.weights import checksum
 
 logger = logging.getLogger("unfreeze")
-
-SHARE = 0.02
-"""Checkpoints take at most this share of the time, however slow the disk: the interval grows with what they cost."""
 
 Tensors = dict[str, torch.Tensor]
 
@@ -133,7 +131,7 @@ class Checkpoint:
         from safetensors.torch import save
 
         text = json.dumps(numbers)
-        content = save(tensors, {"key": self.key, "numbers": text, "checksum": _checksum(tensors, text)})
+        content = save(tensors, {"key": self.key, "numbers": text, "checksum": checksum(tensors, text)})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = _partial(self.path)
         with partial.open("wb") as file:
@@ -237,19 +235,11 @@ def _read(path: Path, key: str) -> tuple[Tensors, dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise _Refused(f"it is damaged ({str(error).splitlines()[0]})") from None
-    if meta.get("checksum") != _checksum(tensors, meta.get("numbers", "")):
+    if meta.get("checksum") != checksum(tensors, meta.get("numbers", "")):
         raise _Refused("it is damaged (its checksum is wrong)")
     if meta.get("key") != key:
         raise _Refused("it was made with other settings, images or code")
     return tensors, json.loads(meta["numbers"])
-
-
-def _checksum(tensors: Tensors, text: str) -> str:
-    checksum = zlib.crc32(text.encode())
-    for name in sorted(tensors):
-        checksum = zlib.crc32(name.encode(), checksum)
-        checksum = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy().data, checksum)
-    return f"{checksum:08x}"
 
 
 def _partial(path: Path) -> Path:

@@ -3,13 +3,16 @@
 import contextlib
 import hashlib
 import json
+import logging
+import math
 import os
 import shutil
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,10 +22,14 @@ from unfreeze.decoding import BrokenImage, decode, resize_shorter
 from unfreeze.errors import UserError
 from unfreeze.packed import NUMBERS
 from unfreeze.progress import track
+from unfreeze.resumable import ResumableFile
 from unfreeze.settings import Data
 from unfreeze.splits import assign_splits
 
+logger = logging.getLogger("unfreeze")
+
 Row = dict[str, Any]
+Decoded = tuple[Row, bytes, list[int] | None]
 
 SET_ASIDE = dict.fromkeys((*NUMBERS, "digest", "average_hash"), "")
 """What `images.csv` says of an image that could not be read, beside the reason."""
@@ -32,7 +39,9 @@ SHAPE = 1.4
 """Long side over short side of an average photograph, to estimate the space that it takes."""
 
 
-def pack(table: pd.DataFrame, folder: Path, data: Data, seed: int) -> dict[str, float]:
+def pack(
+    table: pd.DataFrame, folder: Path, data: Data, seed: int, pixels: ResumableFile | None = None
+) -> dict[str, float]:
     """Decode, resize, split and pack the images of a source; set aside what cannot be read.
 
     Args:
@@ -40,6 +49,8 @@ def pack(table: pd.DataFrame, folder: Path, data: Data, seed: int) -> dict[str, 
         folder: where to write; nothing is there under its final name before everything is done.
         data: settings of packing and splitting.
         seed: of the splits.
+        pixels: where the pixels are written meanwhile, perhaps with what an interrupted process left; without it they
+            are written in the folder, and an interruption leaves nothing.
 
     Returns:
         Metrics: numbers of images, broken images, classes, and images per split.
@@ -49,27 +60,26 @@ def pack(table: pd.DataFrame, folder: Path, data: Data, seed: int) -> dict[str, 
     """
     # A rehearsal without knowledge of duplicates: what cannot be split is refused before hours of decoding.
     assign_splits(table.assign(digest=""), data.valid, data.test, seed)
-    partial = {name: folder / f"{name}.partial" for name in ("pixels.bin", "images.csv", "dataset.json")}
+    partial = {name: folder / f"{name}.partial" for name in ("images.csv", "dataset.json")}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _check_space(folder, len(table), data.image_size)
-        with _written(partial["pixels.bin"]) as file:
+        with pixels or ResumableFile(folder / "pixels.bin.partial", "", math.inf) as file:
+            _check_space(folder, len(table), data.image_size, file.size)
             rows = _pack_pixels(table, file, data)
-        found = pd.concat([table.drop(columns="file").reset_index(drop=True), pd.DataFrame(rows)], axis=1)
-        good = found["reason"] == ""
-        _check_classes(found, good)
-        found["split"] = assign_splits(found[good], data.valid, data.test, seed).reindex(found.index, fill_value="")
-        classes = sorted(found.loc[good, "label"].unique())
-        about = {
-            "classes": classes,
-            "image_size": data.image_size,
-            "source": data.source,
-            "fingerprint": _fingerprint(found[good]),
-        }
-        with _written(partial["images.csv"]) as file:
-            file.write(found.to_csv(index=False, lineterminator="\n").encode())
-        with _written(partial["dataset.json"]) as file:
-            file.write((json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode())
+            found = pd.concat([table.drop(columns="file").reset_index(drop=True), pd.DataFrame(rows)], axis=1)
+            good = found["reason"] == ""
+            _check_classes(found, good)
+            found["split"] = assign_splits(found[good], data.valid, data.test, seed).reindex(found.index, fill_value="")
+            classes = sorted(found.loc[good, "label"].unique())
+            about = {
+                "classes": classes,
+                "image_size": data.image_size,
+                "source": data.source,
+                "fingerprint": _fingerprint(found[good]),
+            }
+            _write(partial["images.csv"], found.to_csv(index=False, lineterminator="\n"))
+            _write(partial["dataset.json"], json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+            file.move(folder / "pixels.bin")
         for name, whole in partial.items():
             os.replace(whole, folder / name)
     except OSError as error:
@@ -78,7 +88,7 @@ def pack(table: pd.DataFrame, folder: Path, data: Data, seed: int) -> dict[str, 
             "write there."
         ) from None
     finally:
-        for left in partial.values():
+        for left in folder.glob("*.partial*"):
             with contextlib.suppress(OSError):
                 left.unlink()
     counts = found.loc[good, "split"].value_counts()
@@ -86,12 +96,15 @@ def pack(table: pd.DataFrame, folder: Path, data: Data, seed: int) -> dict[str, 
     return {"images": int(good.sum()), "broken": int((~good).sum()), "classes": len(classes), **splits}
 
 
-def _pack_pixels(table: pd.DataFrame, file: IO[bytes], data: Data) -> list[Row]:
+def _pack_pixels(table: pd.DataFrame, file: ResumableFile, data: Data) -> list[Row]:
     """Write all pixels; returns a row for each image, in the table's order."""
-    rows: list[Row] = []
-    broken: list[str] = []
-    decoded = track(_decoded(list(table["file"]), data), "decoding", len(table))
-    for path, (row, pixels) in zip(table["path"], decoded, strict=True):
+    kept = _unchanged(table, file)
+    rows: list[Row] = [note["row"] for note in kept]
+    broken = [f"{note['path']}: {note['row']['reason']}" for note in kept if note["row"]["reason"]]
+    left = table[len(kept) :]
+    for path, (row, pixels, stamp) in zip(
+        left["path"], track(_decoded(list(left["file"]), data), "decoding", len(left)), strict=True
+    ):
         if row["reason"]:
             broken.append(f"{path}: {row['reason']}")
             if len(broken) > data.max_broken * len(table):
@@ -100,17 +113,41 @@ def _pack_pixels(table: pd.DataFrame, file: IO[bytes], data: Data) -> list[Row]:
                     "read (data.max_broken), among them\n  " + "\n  ".join(broken[:5])
                 )
         else:
-            row["offset"] = file.tell()
-            file.write(pixels)
+            row["offset"] = file.size
+        file.append(pixels, {"path": path, "stamp": stamp, "row": row})
         rows.append(row)
     return rows
 
 
-def _decoded(files: list[str], data: Data) -> Iterator[tuple[Row, bytes]]:
-    """Rows and pixels of images in their order, decoded on all cores (Pillow lets go of Python's lock while it works), a
+def _unchanged(table: pd.DataFrame, file: ResumableFile) -> list[dict[str, Any]]:
+    """Notes of the first images that are packed already, and are as they were then; goes back to the last of them."""
+    notes = file.notes
+    same = (
+        note["path"] == path and note["stamp"] == _stamp(name)
+        for note, path, name in zip(notes, table["path"], table["file"], strict=False)
+    )
+    count = sum(1 for _ in takewhile(bool, same))
+    if count < len(notes):
+        file.cut(count)
+    if count:
+        logger.info("%d of %d images were packed before an interruption", count, len(table))
+    return notes[:count]
+
+
+def _stamp(file: str) -> list[int] | None:
+    """What changes when a file does: its size in bytes and the time (ns) at which it was last written."""
+    try:
+        found = os.stat(file)
+    except (OSError, ValueError):
+        return None
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _decoded(files: list[str], data: Data) -> Iterator[Decoded]:
+    """Rows, pixels and stamps of images in their order, decoded on all cores (Pillow lets go of Python's lock while it works), a
     few images ahead of what has been taken."""
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    waiting: deque[Future[tuple[Row, bytes]]] = deque()
+    waiting: deque[Future[Decoded]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
             for file in files:
@@ -123,12 +160,13 @@ def _decoded(files: list[str], data: Data) -> Iterator[tuple[Row, bytes]]:
             pool.shutdown(cancel_futures=True)
 
 
-def _read(file: str, data: Data) -> tuple[Row, bytes]:
-    """What `images.csv` says of an image, and its packed pixels."""
+def _read(file: str, data: Data) -> Decoded:
+    """What `images.csv` says of an image, its packed pixels, and the file's stamp before it was read."""
+    stamp = _stamp(file)
     try:
         (width, height), image = decode(file, data.max_megapixels, data.image_size)
     except BrokenImage as error:
-        return {**SET_ASIDE, "reason": str(error)}, b""
+        return {**SET_ASIDE, "reason": str(error)}, b"", stamp
     digest = hashlib.blake2b(image.tobytes(), digest_size=16, key=f"{image.size}".encode()).hexdigest()
     small = resize_shorter(image, data.image_size)
     row = {
@@ -141,7 +179,7 @@ def _read(file: str, data: Data) -> tuple[Row, bytes]:
         "average_hash": difference_hash(small),
         "reason": "",
     }
-    return row, small.tobytes()
+    return row, small.tobytes(), stamp
 
 
 def difference_hash(image: Image.Image) -> str:
@@ -163,8 +201,8 @@ def _check_classes(found: pd.DataFrame, good: pd.Series) -> None:
         raise UserError(f"data.source: of the class {empty[0]!r} not a single image could be read.")
 
 
-def _check_space(folder: Path, images: int, image_size: int) -> None:
-    needed = int(images * image_size * image_size * 3 * SHAPE)
+def _check_space(folder: Path, images: int, image_size: int, written: int) -> None:
+    needed = int(images * image_size * image_size * 3 * SHAPE) - written
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
@@ -173,10 +211,9 @@ def _check_space(folder: Path, images: int, image_size: int) -> None:
         )
 
 
-@contextlib.contextmanager
-def _written(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, of which the disk keeps what was written should the power fail."""
+def _write(path: Path, text: str) -> None:
+    """Write a file of which the disk keeps what was written should the power fail."""
     with path.open("wb") as file:
-        yield file
+        file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())

@@ -91,20 +91,18 @@ def predict_tta(
     return plain, ((plain + total / counts[:, None]) / 2).astype(np.float32)
 
 
-def backbone_activations(
-    backbone: Backbone, loader: Loader, out: NDArray[np.float32] | None = None
-) -> NDArray[np.float32]:
-    """Pooled activations (N, F) of the frozen backbone for the plain view of every packed image, in their order.
+def backbone_activations(backbone: Backbone, loader: Loader, first: int = 0) -> Iterator[NDArray[np.float32]]:
+    """Pooled activations of the frozen backbone for the plain view of every packed image, batch by batch.
 
     Args:
         backbone: the network.
         loader: of the packed images.
-        out: (N, F) where to put them, for example a memory map; a new array where it is None.
+        first: the image to begin with, of whose batch it is the first.
+
+    Yields:
+        (B, F) in the order of the images; the same whatever image it begins with.
     """
-    count = len(loader.packed)
-    found = np.empty((count, backbone.num_features), np.float32) if out is None else out
-    done = 0
-    for activations in _outputs(backbone, loader.plain(np.arange(count))):
-        found[done : done + len(activations)] = activations.cpu().numpy()
-        done += len(activations)
-    return found
+    rows = np.arange(len(loader.packed))
+    [(whole, _)] = loader.plain(rows[: loader.batch_size])  # what is left may not fill a batch
+    for activations in _outputs(frozen_copy(backbone, whole), loader.plain(rows[first:])):
+        yield activations.cpu().numpy()

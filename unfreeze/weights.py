@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -141,3 +142,12 @@ def _filled(module: Any, tensors: dict[str, torch.Tensor], path: Path) -> Any:
     except RuntimeError as error:
         raise UserError(f"{path} does not fit the network that it names: {str(error).splitlines()[0]}") from None
     return module
+
+
+def checksum(tensors: dict[str, torch.Tensor], text: str = "") -> str:
+    """CRC-32, as hex, of tensors on the processor with their names, and of a text."""
+    found = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        found = zlib.crc32(name.encode(), found)
+        found = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy().data, found)
+    return f"{found:08x}"

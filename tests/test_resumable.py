@@ -1,0 +1,123 @@
+"""Files that an interrupted process leaves to the next: whole up to a point, and the same in the end."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from unfreeze.resumable import ResumableFile
+
+PIECES = [bytes([n]) * (n * 37 % 11) for n in range(12)]
+
+
+def write(path: Path, count: int = len(PIECES), key: str = "a", seconds: float = 0.0) -> list[int]:
+    """Go on with a file up to a number of pieces; returns the notes that were there."""
+    with ResumableFile(path, key, seconds) as file:
+        there = file.notes
+        assert there == list(range(len(there)))
+        assert file.size == sum(map(len, PIECES[: len(there)]))
+        for n in range(len(there), count):
+            file.append(PIECES[n], n)
+        if count == len(PIECES):
+            file.move(path.with_name("whole"))
+    return there
+
+
+def whole(path: Path) -> bool:
+    return path.with_name("whole").read_bytes() == b"".join(PIECES) and not list(path.parent.glob(f"{path.name}*"))
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1000.0])
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_what_was_written_is_gone_on_with(tmp_path: Path, count: int, seconds: float) -> None:
+    path = tmp_path / "more/file"
+    write(path, count, seconds=seconds)
+    assert write(path, seconds=seconds) == list(range(count))
+    assert whole(path)
+
+
+@pytest.mark.parametrize("what", ["file", "file.notes"])
+def test_cut_off_anywhere_it_is_sound_up_to_there(tmp_path: Path, what: str) -> None:
+    size = None
+    for end in range(10_000):
+        path = tmp_path / f"{end}/file"
+        write(path, 8)
+        damaged = path.with_name(what)
+        size = damaged.stat().st_size
+        if end >= size:
+            break
+        os.truncate(damaged, end)
+        write(path, 9)
+        write(path)
+        assert whole(path)
+    assert size and end == size
+
+
+@pytest.mark.parametrize("what", ["file", "file.notes"])
+def test_a_damaged_one_is_used_as_far_as_it_is_sound(
+    tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "file"
+    write(path, 8)
+    content = bytearray(path.with_name(what).read_bytes())
+    content[len(content) // 2] ^= 1
+    path.with_name(what).write_bytes(content)
+    with caplog.at_level(logging.WARNING, "unfreeze"):
+        assert 0 < len(write(path)) < 8
+    assert whole(path) and "damaged" in caplog.text
+
+
+def test_another_key_begins_anew(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write(path, 8)
+    assert write(path, key="b") == []
+    assert whole(path)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1000.0])
+def test_going_back(tmp_path: Path, seconds: float) -> None:
+    path = tmp_path / "file"
+    write(path, 8)
+    with ResumableFile(path, "a", seconds) as file:
+        file.cut(3)
+        assert file.notes == [0, 1, 2] and file.size == sum(map(len, PIECES[:3])) == path.stat().st_size
+    assert write(path, 5, seconds=seconds) == [0, 1, 2]
+    assert write(path) == [0, 1, 2, 3, 4]
+    assert whole(path)
+
+
+ENDLESS = """
+import sys
+from pathlib import Path
+from unfreeze.resumable import ResumableFile
+with ResumableFile(Path(sys.argv[1]), "a", 0.0) as file:
+    n = len(file.notes)
+    while True:
+        file.append(n.to_bytes(4, "big") * 1000, n)
+        n += 1
+        if n % 500 == 0:
+            print(n, flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_killed_at_any_moment_it_is_sound(tmp_path: Path, number: int) -> None:
+    path, least = tmp_path / "file", 0
+    for _ in range(3):
+        with subprocess.Popen(
+            [sys.executable, "-c", ENDLESS, str(path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(1)  # notes are made of it about fifty times as rarely as that takes
+            process.send_signal(number)
+            process.stdout.read()
+        with ResumableFile(path, "a", 0.0) as file:
+            assert file.notes == list(range(len(file.notes))) and len(file.notes) > least
+            least = len(file.notes)
+        assert path.read_bytes() == b"".join(n.to_bytes(4, "big") * 1000 for n in range(least))
