@@ -189,6 +189,8 @@ def _find(work: Work, model: Classifier, loader: Loader, unfreeze: Unfreeze, bat
 def _pick(work: Work, model: Any, groups: Any, batches: Callable[[int], Iterator[Batch]], iterations: int) -> float:
     optimizer = make_optimizer(groups, work.settings.train)
     sweeping = work.settings.lr_find if isinstance(model, Head) else work.settings.unfreeze_lr_find
+    if sweeping.rate is not None:
+        return sweeping.rate
     with preserved(model, optimizer):
         curve = range_test(
             sweep(model, optimizer, batches, work.settings.train), lambda rate: set_rate(optimizer, rate),
