@@ -34,6 +34,9 @@ def main() -> None:
     parser.add_argument("--head", action="store_true", help="train the head on precomputed activations alone")
     parser.add_argument("--epochs", type=int, default=4, help="of the whole network (default: %(default)s)")
     chosen = parser.parse_args()
+    for key in ("train_augmented.", "train_full."):
+        if key in " ".join(chosen.changes):
+            parser.error(f"{key}* cannot be tried: --epochs says how long the whole network is trained")
     for source in chosen.source:
         with tempfile.TemporaryDirectory() as folder:
             compare(source, Path(folder), chosen.changes, chosen.seeds, "train_head" if chosen.head else "train_full",

@@ -9,6 +9,7 @@ import sys
 from typing import NoReturn
 
 from tasks.masking import mask
+from tasks.stopping import PARENT
 
 SAME_PASS = "UNFREEZE_SAME_PASS"
 """The key of the pass that goes on."""
@@ -44,6 +45,7 @@ def go_on_without() -> NoReturn:
         flush=True,
     )
     environment = os.environ | {"PREFECT_API_URL": ""}
+    environment.pop(PARENT, None)  # this process is nobody's
     if key := os.environ.get("UNFREEZE_PASS"):
         environment[SAME_PASS] = key
     sys.stdout.flush()

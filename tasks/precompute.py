@@ -17,6 +17,7 @@ from unfreeze.batches import Loader, Normalisation
 from unfreeze.device import best_device, seed_everything, to_device
 from unfreeze.packed import open_packed
 from unfreeze.predicting import backbone_activations, score
+from unfreeze.resumable import ResumableFile
 from unfreeze.settings import Backbone, Train
 from unfreeze.weights import checksum, save_backbone
 
@@ -31,25 +32,26 @@ def precompute(run: Run, seed: int, backbone: Backbone, train: Train) -> dict[st
     weights = checksum(network.state_dict())
     to_device(network, device)
     # Written as they come: for a hundred thousand images they are half a gigabyte.
-    with run.resumable("activations.npy", weights) as file:
+    with ResumableFile(run.scratch / "activations.npy", f"{run.scratch.name} {weights}", run.often.seconds) as file:
         if not file.notes:
             file.append(_header(len(packed), network.num_features), 0)
         elif done := sum(file.notes):
             run.log("%d of %d images were done before an interruption", done, len(packed))
         for batch in backbone_activations(network, loader, sum(file.notes)):
             file.append(batch.tobytes(), len(batch))
+        file.keep()
+        activations = np.load(file.path, mmap_mode="r")
+        run.log("%d images through %s: %d activations each", len(packed), backbone.name, activations.shape[1])
+
+        rows = packed.rows("train")
+        regression = fit_baseline(activations[rows], packed.labels[rows])
+        baseline = baseline_probabilities(regression, activations, len(packed.classes))
+        accuracy = score(baseline[packed.rows("valid")], packed.labels[packed.rows("valid")]).accuracy
+        run.log("logistic regression on the activations: %.3f of the validation images right", accuracy)
+
+        np.save(run.path("baseline.npy"), baseline.astype(np.float32))
+        save_backbone(network.cpu(), run.path("backbone.safetensors"))
         file.move(run.path("activations.npy"))
-    activations = np.load(run.path("activations.npy"), mmap_mode="r")
-    run.log("%d images through %s: %d activations each", len(packed), backbone.name, activations.shape[1])
-
-    rows = packed.rows("train")
-    regression = fit_baseline(activations[rows], packed.labels[rows])
-    baseline = baseline_probabilities(regression, activations, len(packed.classes))
-    accuracy = score(baseline[packed.rows("valid")], packed.labels[packed.rows("valid")]).accuracy
-    run.log("logistic regression on the activations: %.3f of the validation images right", accuracy)
-
-    np.save(run.path("baseline.npy"), baseline.astype(np.float32))
-    save_backbone(network.cpu(), run.path("backbone.safetensors"))
     return {"images": len(packed), "features": activations.shape[1], "valid_baseline_accuracy": accuracy}
 
 

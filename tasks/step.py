@@ -33,7 +33,6 @@ from unfreeze.settings import CheckpointSettings, flatten, load_settings
 
 if TYPE_CHECKING:
     from unfreeze.checkpoints import Checkpoint
-    from unfreeze.resumable import ResumableFile
 
 logger = logging.getLogger("unfreeze")
 
@@ -89,12 +88,6 @@ class Run:
 
         path = self.scratch / f"{name}.safetensors"
         return Checkpoint(path, self.scratch.name, self.often.seconds, self.often.batches, self.interruption)
-
-    def resumable(self, name: str, key: str = "") -> "ResumableFile":
-        """A file of this step that grows; an interrupted execution leaves it to the next, if it has the same key too."""
-        from unfreeze.resumable import ResumableFile
-
-        return ResumableFile(self.scratch / name, f"{self.scratch.name}{key}", self.often.seconds)
 
     def read_metrics(self, stage: str) -> dict[str, float]:
         """The metrics of an earlier step."""

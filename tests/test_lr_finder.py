@@ -53,6 +53,14 @@ def test_minimum_and_steepest_of_a_dip(lowest: float, shape: Callable[[Floats], 
     assert RATES[0] <= picks.valley < picks.minimum
 
 
+def test_valley_is_on_the_way_down_to_nothing() -> None:
+    """Where every class is told apart at 1e-3, the loss may go on falling to the end of the sweep."""
+    losses = 0.7 * 10 ** (-0.92 * (DECADES + 5))
+    solved = RATES[np.flatnonzero(losses < 0.01)[0]]
+    assert 5e-4 < solved < 2e-3
+    assert 1e-5 < suggest(RATES, losses).valley < solved / 2
+
+
 def test_rules() -> None:
     picks = suggest(RATES, dip())
     assert pick_rate(picks, "minimum") == pytest.approx(picks.minimum / 10)

@@ -389,13 +389,15 @@ def test_the_sample_is_packed_whole(tmp_path: Path) -> None:
     assert images[0].shape == (SIZE, SIZE, 3) and images[0].std() > 5
 
 
-def interrupted(photos: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> ResumableFile:
-    """What a packing leaves that ends after some images; opened for the next one."""
+def interrupted(photos: Path, monkeypatch: pytest.MonkeyPatch, after: int, unread: str = "") -> ResumableFile:
+    """What a packing leaves that ends after some images, one of which could not be read; opened for the next one."""
     usual, seen = packing._read, itertools.count()
 
     def read(file: str, data: Data) -> packing.Decoded:
         if next(seen) >= after:
             raise Interrupted
+        if file == unread:
+            return {**packing.SET_ASIDE, "reason": "Input/output error"}, b"", packing._stamp(file)
         return usual(file, data)
 
     monkeypatch.setattr(packing, "_read", read)
@@ -426,7 +428,13 @@ def test_an_interrupted_packing_is_gone_on_with(photos: Path, monkeypatch: pytes
     usual = packing._read
     monkeypatch.setattr(packing, "_read", lambda file, data: (read.append(file), usual(file, data))[1])
     same_as_never_interrupted(photos, pixels)
-    assert len(read) == 20 - kept + 20
+    assert len(read) == 20 - kept + 1 + 20  # the first, which could not be read, once more
+
+
+def test_what_could_not_be_read_is_tried_again(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = interrupted(photos, monkeypatch, 12, read_source(str(photos))["file"].iloc[2])
+    assert [bool(note["row"]["reason"]) for note in pixels.notes[:4]] == [False, False, True, False]
+    same_as_never_interrupted(photos, pixels)
 
 
 @pytest.mark.parametrize("what", ["changed", "gone", "more"])

@@ -1,11 +1,13 @@
 """Files that an interrupted process leaves to the next: whole up to a point, and the same in the end."""
 
+import errno
 import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,27 @@ def test_going_back(tmp_path: Path, seconds: float) -> None:
     assert write(path, 5, seconds=seconds) == [0, 1, 2]
     assert write(path) == [0, 1, 2, 3, 4]
     assert whole(path)
+
+
+@pytest.mark.parametrize("space", [True, False])
+def test_moved_to_another_disk_it_is_there_whole_or_what_was_before(
+    tmp_path: Path, mounted: Callable[..., None], space: bool
+) -> None:
+    mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=256k", "none")
+    target = tmp_path / "disk/whole"
+    target.write_bytes(b"before")
+    with ResumableFile(tmp_path / "file", "a", 0.0) as file:
+        file.append(bytes(10_000 if space else 1_000_000), 0)
+        if space:
+            file.move(target)
+            assert target.read_bytes() == bytes(10_000) and not list(tmp_path.glob("file*"))
+        else:
+            with pytest.raises(OSError) as caught:
+                file.move(target)
+            assert caught.value.errno == errno.ENOSPC
+            assert os.listdir(target.parent) == ["whole"] and target.read_bytes() == b"before"
+            with ResumableFile(tmp_path / "file", "a", 0.0) as again:
+                assert again.notes == [0]
 
 
 ENDLESS = """

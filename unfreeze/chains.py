@@ -71,7 +71,8 @@ def plain(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether a module is a convolution that computes with its weights as they are: some standardise them on the way."""
     from timm.layers import Conv2dSame
 
-    return type(module) in (nn.Conv2d, Conv2dSame) and module.padding_mode == "zeros"
+    own = "forward" in vars(module)
+    return type(module) in (nn.Conv2d, Conv2dSame) and module.padding_mode == "zeros" and not own
 
 
 def edges(conv: nn.Conv2d, size: tuple[int, ...]) -> tuple[int, int, int, int]:

@@ -21,8 +21,7 @@ from torch import nn
 
 from unfreeze.chance import chance, set_chance
 from unfreeze.history import History
-from unfreeze.interruption import Interrupted, Interruption
-from unfreeze.resumable import SHARE
+from unfreeze.interruption import SHARE, Interrupted, Interruption
 from unfreeze.weights import checksum
 
 logger = logging.getLogger("unfreeze")

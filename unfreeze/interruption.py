@@ -1,6 +1,9 @@
-"""A wish to stop, from whoever runs a training to the training."""
+"""A wish to stop, from whoever runs a training to the training; and what being ready for it may cost."""
 
 from dataclasses import dataclass
+
+SHARE = 0.02
+"""Making safe what was done takes at most this share of the time, however slow the disk: the interval grows with the cost."""
 
 
 class Interrupted(BaseException):

@@ -134,16 +134,17 @@ def suggest(rates: Floats, losses: Floats) -> Picks:
         )
     smoothed = smooth(losses)
     lowest = int(smoothed.argmin())
-    noise = _batch_noise(losses)
+    noise, solved = _batch_noise(losses), np.flatnonzero(smoothed < SOLVED)
     if smoothed[0] - smoothed[lowest] < 2 * noise and noise > 0.01 * smoothed[lowest]:
         minimum = float(rates[np.flatnonzero(smoothed <= DIVERGED * max(smoothed[lowest], SMALL))[-1]] / FLAT)
-    elif smoothed[lowest] < SOLVED:
-        minimum = float(rates[np.flatnonzero(smoothed < SOLVED)[0]])
+    elif len(solved):
+        minimum = float(rates[solved[0]])
     else:
         minimum = float(rates[_last_of_the_lowest(losses, smoothed)])
     # Only on the way down to the lowest loss: past it, the swings of a loss that diverges are steeper than any descent.
     steepest = int(np.gradient(smoothed, np.log(rates))[: lowest + 1].argmin())
-    return Picks(minimum, float(rates[steepest]), float(rates[_valley(smoothed)]))
+    falling = smoothed[: solved[0] + 1] if len(solved) and solved[0] > 1 else smoothed
+    return Picks(minimum, float(rates[steepest]), float(rates[_valley(falling)]))
 
 
 def _last_of_the_lowest(losses: Floats, smoothed: Floats) -> int:

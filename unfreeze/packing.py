@@ -58,13 +58,15 @@ def pack(
     Raises:
         UserError: too many broken images, too few images in a class, no space on the disk, or no right to write there.
     """
-    # A rehearsal without knowledge of duplicates: what cannot be split is refused before hours of decoding.
-    assign_splits(table.assign(digest=""), data.valid, data.test, seed)
     partial = {name: folder / f"{name}.partial" for name in ("images.csv", "dataset.json")}
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not pixels:
+            _clear(folder)
         with pixels or ResumableFile(folder / "pixels.bin.partial", "", math.inf) as file:
-            _check_space(folder, len(table), data.image_size, file.size)
+            # A rehearsal without knowledge of duplicates: what cannot be split is refused before hours of decoding.
+            assign_splits(table.assign(digest=""), data.valid, data.test, seed)
+            _check_space(file, folder, len(table), data.image_size)
             rows = _pack_pixels(table, file, data)
             found = pd.concat([table.drop(columns="file").reset_index(drop=True), pd.DataFrame(rows)], axis=1)
             good = found["reason"] == ""
@@ -88,9 +90,7 @@ def pack(
             "write there."
         ) from None
     finally:
-        for left in folder.glob("*.partial*"):
-            with contextlib.suppress(OSError):
-                left.unlink()
+        _clear(folder)
     counts = found.loc[good, "split"].value_counts()
     splits = {split: int(counts.get(split, 0)) for split in ("train", "valid", "test")}
     return {"images": int(good.sum()), "broken": int((~good).sum()), "classes": len(classes), **splits}
@@ -98,7 +98,7 @@ def pack(
 
 def _pack_pixels(table: pd.DataFrame, file: ResumableFile, data: Data) -> list[Row]:
     """Write all pixels; returns a row for each image, in the table's order."""
-    kept = _unchanged(table, file)
+    kept = _unchanged(table, file, data)
     rows: list[Row] = [note["row"] for note in kept]
     broken = [f"{note['path']}: {note['row']['reason']}" for note in kept if note["row"]["reason"]]
     left = table[len(kept) :]
@@ -119,14 +119,19 @@ def _pack_pixels(table: pd.DataFrame, file: ResumableFile, data: Data) -> list[R
     return rows
 
 
-def _unchanged(table: pd.DataFrame, file: ResumableFile) -> list[dict[str, Any]]:
+def _unchanged(table: pd.DataFrame, file: ResumableFile, data: Data) -> list[dict[str, Any]]:
     """Notes of the first images that are packed already, and are as they were then; goes back to the last of them."""
+
+    def same(note: dict[str, Any], path: str, name: str) -> bool:
+        if note["path"] != path or note["stamp"] != _stamp(name):
+            return False
+        # What could not be read may have been the disk's fault, or that of somebody who has mended it.
+        return not note["row"]["reason"] or _read(name, data)[0] == note["row"]
+
     notes = file.notes
-    same = (
-        note["path"] == path and note["stamp"] == _stamp(name)
-        for note, path, name in zip(notes, table["path"], table["file"], strict=False)
+    count = sum(
+        1 for _ in takewhile(lambda image: same(*image), zip(notes, table["path"], table["file"], strict=False))
     )
-    count = sum(1 for _ in takewhile(bool, same))
     if count < len(notes):
         file.cut(count)
     if count:
@@ -135,12 +140,12 @@ def _unchanged(table: pd.DataFrame, file: ResumableFile) -> list[dict[str, Any]]
 
 
 def _stamp(file: str) -> list[int] | None:
-    """What changes when a file does: its size in bytes and the time (ns) at which it was last written."""
+    """What changes when a file does: its size in bytes, and when (ns) its content and its rights were last changed."""
     try:
         found = os.stat(file)
     except (OSError, ValueError):
         return None
-    return [found.st_size, found.st_mtime_ns]
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def _decoded(files: list[str], data: Data) -> Iterator[Decoded]:
@@ -201,14 +206,24 @@ def _check_classes(found: pd.DataFrame, good: pd.Series) -> None:
         raise UserError(f"data.source: of the class {empty[0]!r} not a single image could be read.")
 
 
-def _check_space(folder: Path, images: int, image_size: int, written: int) -> None:
-    needed = int(images * image_size * image_size * 3 * SHAPE) - written
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"The packed pixels of {images} images take about {needed / 1e9:.1f} GB in {folder.absolute()}, where "
-            f"{free / 1e9:.1f} GB are free: make space, or choose a smaller data.image_size."
-        )
+def _check_space(file: ResumableFile, folder: Path, images: int, image_size: int) -> None:
+    """Raises UserError where the pixels will not fit on the disk they grow on, or on that of the folder they go to."""
+    whole = int(images * image_size * image_size * 3 * SHAPE)
+    elsewhere = file.path.stat().st_dev != folder.stat().st_dev
+    for where, needed in ((file.path.parent, whole - file.size), (folder, whole if elsewhere else 0)):
+        free = shutil.disk_usage(where).free
+        if needed > free:
+            raise UserError(
+                f"The packed pixels of {images} images take about {needed / 1e9:.1f} GB in {where.absolute()}, where "
+                f"{free / 1e9:.1f} GB are free: make space, or choose a smaller data.image_size."
+            )
+
+
+def _clear(folder: Path) -> None:
+    """Remove what is not whole."""
+    for left in folder.glob("*.partial*"):
+        with contextlib.suppress(OSError):
+            left.unlink()
 
 
 def _write(path: Path, text: str) -> None:

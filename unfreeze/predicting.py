@@ -40,10 +40,9 @@ def predict(model: nn.Module, batches: Iterable[Batch]) -> Probabilities:
     return torch.cat([logits.softmax(1) for logits in _outputs(model, batches)]).cpu().numpy()
 
 
-def _outputs(network: nn.Module, batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
-    """What the network makes of each batch, in full precision; it is left in eval mode."""
+def _outputs(network: nn.Module, batches: Iterable[Batch], fast: nn.Module | None = None) -> Iterator[torch.Tensor]:
+    """What the network, or a frozen copy of it, makes of each batch, in full precision; it is left in eval mode."""
     network.eval()
-    fast: nn.Module | None = None
     for inputs, _ in batches:
         fast = frozen_copy(network, inputs) if fast is None else fast
         with torch.no_grad(), autocast(inputs.device):
@@ -104,5 +103,5 @@ def backbone_activations(backbone: Backbone, loader: Loader, first: int = 0) -> 
     """
     rows = np.arange(len(loader.packed))
     [(whole, _)] = loader.plain(rows[: loader.batch_size])  # what is left may not fill a batch
-    for activations in _outputs(frozen_copy(backbone, whole), loader.plain(rows[first:])):
+    for activations in _outputs(backbone, loader.plain(rows[first:]), frozen_copy(backbone, whole)):
         yield activations.cpu().numpy()

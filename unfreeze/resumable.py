@@ -5,6 +5,7 @@ disk before their notes: whatever moment the power fails at, what is noted is th
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -15,10 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-logger = logging.getLogger("unfreeze")
+from unfreeze.interruption import SHARE
 
-SHARE = 0.02
-"""Making safe what is there takes at most this share of the time, however slow the disk: the interval grows with the cost."""
+logger = logging.getLogger("unfreeze")
 
 BLOCK = 1 << 20
 """Bytes that are read at once when a file is checked."""
@@ -80,39 +80,9 @@ class ResumableFile:
         # One operation, which a signal comes before or after.
         self._pieces.append(Piece(note, self.size + len(content), zlib.crc32(content, self._end.checksum)))
         if time.monotonic() - self._last >= max(self._seconds, self._cost / SHARE):
-            self._keep()
+            self.keep()
 
-    def cut(self, count: int) -> None:
-        """Go back to the first ``count`` pieces."""
-        del self._pieces[count:]
-        self._safe = 0, 0
-        self._keep()
-        self._file.seek(self.size)
-        self._file.truncate()
-
-    def move(self, target: Path) -> None:
-        """Put the file, which is whole, in its place."""
-        self._keep()
-        self._file.close()
-        self._noted.close()
-        shutil.move(self.path, target)
-        _notes(self.path).unlink()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._file.closed:
-            return
-        with contextlib.suppress(OSError):  # a full disk, say: what was safe already is kept
-            self._keep()
-        for file in (self._file, self._noted):
-            with contextlib.suppress(OSError):
-                file.close()
-
-    def _keep(self) -> None:
+    def keep(self) -> None:
         """Make what is there safe. Interrupted anywhere, it may be done again."""
         start = time.monotonic()
         self._file.flush()
@@ -127,6 +97,42 @@ class ResumableFile:
             self._safe = count + len(new), size + len(line)
         self._last = time.monotonic()
         self._cost = self._last - start
+
+    def cut(self, count: int) -> None:
+        """Go back to the first ``count`` pieces."""
+        del self._pieces[count:]
+        self._safe = 0, 0
+        self.keep()
+        self._file.seek(self.size)
+        self._file.truncate()
+
+    def move(self, target: Path) -> None:
+        """Put the file, which is whole, in its place, or leave there what was before. Raises OSError, on a full disk say."""
+        self.keep()
+        self._file.close()
+        self._noted.close()
+        try:
+            os.replace(self.path, target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            _copy(self.path, target)
+            self.path.unlink()
+        _notes(self.path).unlink()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file.closed:
+            return
+        with contextlib.suppress(OSError):  # a full disk, say: what was safe already is kept
+            self.keep()
+        for file in (self._file, self._noted):
+            with contextlib.suppress(OSError):
+                file.close()
 
     def _restore(self) -> None:
         """Go back to the last moment at which file and notes agree."""
@@ -155,6 +161,18 @@ class ResumableFile:
         while left > 0 and (block := self._file.read(min(left, BLOCK))):
             left, checksum = left - len(block), zlib.crc32(block, checksum)
         return left == 0 and checksum == piece.checksum
+
+
+def _copy(path: Path, target: Path) -> None:
+    """Copy a file to another disk, whole or not at all."""
+    partial = target.with_name(target.name + ".partial")
+    try:
+        shutil.copyfile(path, partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _notes(path: Path) -> Path:

@@ -1,0 +1,90 @@
+"""The step `precompute`, interrupted and gone on with."""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from flows.overrides import apply_overrides
+from tasks import precompute as module
+from tasks import resuming
+from tasks.environment import artifact
+from tasks.step import Run
+from tests.integration.project import SMALL, paint
+from unfreeze.interruption import Interrupted, Interruption
+from unfreeze.packing import pack
+from unfreeze.predicting import backbone_activations
+from unfreeze.settings import CheckpointSettings, Settings, load_settings
+from unfreeze.sources import read_source
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Of a project whose images are packed."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "params.yaml", "params.yaml")
+    apply_overrides("params.yaml", [f"{k}={v}" for k, v in (SMALL | {"data.source": "photos"}).items()])
+    paint(Path("photos"), 0)
+    found = load_settings()
+    pack(read_source("photos"), artifact("ingest", ""), found.data, 0)
+    monkeypatch.setattr(resuming, "fingerprint", lambda stage, settings: "word")
+    return found
+
+
+def run(settings: Settings) -> dict[str, float]:
+    artifact("precompute", "").mkdir(parents=True, exist_ok=True)
+    tracker: Any = None
+    execution = Run("precompute", tracker, {}, CheckpointSettings(60, None), Interruption())
+    return dict(module.precompute.function(execution, 0, settings.backbone, settings.train))
+
+
+def written() -> dict[str, bytes]:
+    return {name: artifact("precompute", name).read_bytes() for name in ("activations.npy", "baseline.npy")}
+
+
+@pytest.mark.parametrize("batches", [1, 5])
+def test_what_was_computed_is_not_computed_again(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, batches: int
+) -> None:
+    expected = run(settings), written()
+    assert np.load(artifact("precompute", "activations.npy")).shape == (48, expected[0]["features"])
+    shutil.rmtree(artifact("precompute", ""))
+
+    def cut_short(*arguments: Any) -> Iterator[NDArray[np.float32]]:
+        for number, batch in enumerate(backbone_activations(*arguments)):
+            if number == batches:
+                raise Interrupted
+            yield batch
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(module, "backbone_activations", cut_short)
+        run(settings)
+    assert not any(artifact("precompute", "").iterdir())
+    with caplog.at_level(logging.INFO, "unfreeze"):
+        assert (run(settings), written()) == expected
+    assert f"{8 * batches} of 48 images were done before an interruption" in caplog.text
+    assert not any(resuming.folder("precompute", {}).iterdir())
+
+
+def test_activations_of_other_weights_are_not_gone_on_with(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = run(settings), written()
+
+    def stop(*_: Any) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(module, "fit_baseline", stop)
+        patched.setattr(module, "checksum", lambda tensors: "others")
+        run(settings)
+    with caplog.at_level(logging.INFO, "unfreeze"):
+        assert (run(settings), written()) == expected
+    assert "before an interruption" not in caplog.text
