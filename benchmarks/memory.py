@@ -1,4 +1,4 @@
-"""Peak resident memory of an epoch against the number of packed images: it must not grow with them."""
+"""Peak resident memory of training on packed images against their number: it must not grow with them."""
 
 import json
 import resource
@@ -14,21 +14,23 @@ import numpy as np
 import pandas as pd
 
 COUNTS = (1_000, 10_000, 100_000)
+BATCH = 64
 SIZE = 160
 """Shorter side in pixels of the images, which are square."""
 
 
 def measure(say: Callable[[str], None], counts: tuple[int, ...] = COUNTS) -> dict[str, Any]:
-    """Peak resident megabytes of reading one augmented epoch, for made-up sets of each size.
+    """Peak resident megabytes of reading augmented batches, for made-up sets of each size.
 
-    Every set is read by a new process, as a step of the recipe is.
+    Every set is read by a new process, as a step of the recipe is, and as often as it takes for as many batches as an epoch
+    of the largest has: the memory that batches are kept in takes a few hundred of them to come to its size.
     """
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         for count in counts:
             _make(Path(folder), count)
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                found[str(count)] = pool.submit(_epoch, Path(folder)).result()
+                found[str(count)] = pool.submit(_read, Path(folder), max(counts) // BATCH).result()
             say(f"{count:,} packed images: {found[str(count)]:.0f} MB")
     return {"image_size": SIZE, "peak_mb": found, "growth_mb": max(found.values()) - min(found.values())}
 
@@ -62,7 +64,9 @@ def _make(folder: Path, count: int) -> None:
     (folder / "dataset.json").write_text(json.dumps(about))
 
 
-def _epoch(folder: Path) -> float:
+def _read(folder: Path, batches: int) -> float:
+    from itertools import chain, count, islice
+
     import torch
 
     from unfreeze.batches import Loader, Normalisation
@@ -73,9 +77,11 @@ def _epoch(folder: Path) -> float:
     keep_memory()
     packed = open_packed(folder)
     norm = Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    loader = Loader(packed, norm, torch.device("cpu"), 64)
+    loader = Loader(packed, norm, torch.device("cpu"), BATCH)
     augment = Augment("horizontal", 10.0, 1.1, 0.1)
-    for _ in loader.augmented(packed.rows("train"), augment, 0, 0):
+    rows = packed.rows("train")
+    epochs = (loader.augmented(rows, augment, 0, epoch) for epoch in count())
+    for _ in islice(chain.from_iterable(epochs), batches):
         pass
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6
