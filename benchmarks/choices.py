@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.ours import predict_views, prepare, stages
-from benchmarks.work import Work, make_work
+from benchmarks.ours import Activations, predict_views, prepare, stages
+from benchmarks.work import Work, classifier, make_work
 from flows.overrides import apply_overrides
 from unfreeze.device import seed_everything
 from unfreeze.predicting import Scores, score
@@ -59,7 +59,8 @@ def compare(
             source, folder / "packed", settings, found.backbone.name, found.backbone.weights, found.data.image_size
         )
         work = dataclasses.replace(work, full_epochs=epochs, views=found.evaluate.tta_views)
-        scores = [trial(work, seed, last) for seed in range(seeds)]
+        _, _, activations = prepare(work, 0)
+        scores = [trial(work, seed, last, activations) for seed in range(seeds)]
         usual = usual or scores
         lower = [sum(s[i].loss < u[i].loss for s, u in zip(scores, usual, strict=True)) for i in (0, 1)]
         plain, averaged = (
@@ -68,11 +69,11 @@ def compare(
         say(f"| {change or 'params.yaml'} | {plain} | {averaged} | {lower[0]}, {lower[1]} |")
 
 
-def trial(work: Work, seed: int, last: str) -> tuple[Scores, Scores]:
+def trial(work: Work, seed: int, last: str, activations: Activations) -> tuple[Scores, Scores]:
     """Train up to a stage; scores on the validation images, plain and with TTA."""
     seed_everything(seed)
     work = dataclasses.replace(work, settings=dataclasses.replace(work.settings, seed=seed))
-    model, loader, activations = prepare(work, seed)
+    model, loader = classifier(work, seed)
     for name in stages(work, model, loader, activations):
         if name == last:
             break

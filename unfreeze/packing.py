@@ -61,8 +61,7 @@ def pack(
     partial = {name: folder / f"{name}.partial" for name in ("images.csv", "dataset.json")}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not pixels:
-            _clear(folder)
+        _clear(folder)
         with pixels or ResumableFile(folder / "pixels.bin.partial", "", math.inf) as file:
             # A rehearsal without knowledge of duplicates: what cannot be split is refused before hours of decoding.
             assign_splits(table.assign(digest=""), data.valid, data.test, seed)
