@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from unfreeze.backbones import Backbone, create_backbone
-from unfreeze.batches import Loader, Normalisation, activation_batches, prefetch, shuffled
+from unfreeze.batches import Loader, activation_batches, prefetch, shuffled
 from unfreeze.device import to_device
 from unfreeze.errors import UserError
 from unfreeze.inference import packed_in_memory
@@ -20,10 +20,11 @@ from unfreeze.models import Classifier, Head, freeze_to, layer_groups, parameter
 from unfreeze.packed import PackedImages
 from unfreeze.predicting import backbone_activations, predict, predict_tta
 from unfreeze.recipe import fit_full, fit_head, stream
+from unfreeze.rendering import Normalisation
 from unfreeze.schedules import make_schedule
 from unfreeze.settings import Augment, Settings, load_settings
 from unfreeze.training import Listener, fit, make_optimizer, set_rate, train_batch
-from unfreeze.views import FLIPS, plain_views, random_views, tta_views
+from unfreeze.views import random_views, tta_views
 from unfreeze.weights import load_classifier, save_classifier
 
 SIZE = 16
@@ -53,51 +54,6 @@ class Body(nn.Sequential):
 def network(seed: int = 0) -> Classifier:
     torch.manual_seed(seed)
     return Classifier(Backbone(Body(), "test", 6, NORM.mean, NORM.std, SIZE), Head(6, 2, 0.3))
-
-
-def test_plain_batches_are_the_centre_squares_normalised() -> None:
-    packed = images(3, width=21)
-    [(batch, labels)] = Loader(packed, NORM, CPU, 8).plain(np.arange(3))
-    for i in range(3):
-        square = packed[i][:, 2 : 2 + SIZE] / 255
-        expected = (square - NORM.mean) / NORM.std
-        np.testing.assert_allclose(batch[i].permute(1, 2, 0).numpy(), expected, atol=1e-5)
-    assert labels.tolist() == [0, 1, 0]
-
-
-@pytest.mark.parametrize("number", range(8))
-def test_a_warp_by_a_symmetry_is_that_symmetry(number: int) -> None:
-    packed = images(1)
-    views = plain_views(np.array([0]), packed.sizes, SIZE)
-    views = dataclasses.replace(views, linear=FLIPS["dihedral"][[number]], plain=False)
-    [(batch, _)] = Loader(packed, Normalisation((0, 0, 0), (1, 1, 1)), CPU, 1).views([views])
-    x = packed[0].transpose(2, 0, 1) / 255
-    by_hand = [x, x[:, :, ::-1], x[:, ::-1], x[:, ::-1, ::-1]]
-    by_hand += [y.transpose(0, 2, 1) for y in by_hand]
-    assert min(np.abs(batch[0].numpy() - y).max() for y in by_hand) < 1e-5
-    closest = int(np.argmin([np.abs(batch[0].numpy() - y).max() for y in by_hand]))
-    assert (closest == 0) == (number == 0)
-
-
-def test_a_turned_view_is_interpolated_and_mirrored_at_the_edges() -> None:
-    """Against scipy: a rotation by 20 degrees and a zoom, of a square that reaches over the image's edge."""
-    from scipy.ndimage import map_coordinates
-
-    packed = images(2, width=SIZE + 6)
-    turn = np.deg2rad(20)
-    linear = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]], np.float32) * 0.9
-    views = plain_views(np.arange(2), packed.sizes, SIZE)
-    centre = views.centre + np.array([[2, 0], [-3, 1]], np.float32)
-    views = dataclasses.replace(views, linear=np.stack([linear, linear.T]), centre=centre, plain=False)
-    [(batch, _)] = Loader(packed, Normalisation((0, 0, 0), (1, 1, 1)), CPU, 2).views([views])
-    offset = np.arange(SIZE) - (SIZE - 1) / 2
-    for i in range(2):
-        x, y = np.einsum("ij,jyx->iyx", views.linear[i], np.stack(np.meshgrid(offset, offset)))
-        places = [y + views.centre[i, 1], x + views.centre[i, 0]]
-        assert places[0].min() < -1 or places[0].max() > SIZE
-        for channel in range(3):
-            expected = map_coordinates(packed[i][..., channel] / 255, places, order=1, mode="mirror")
-            np.testing.assert_allclose(batch[i, channel].numpy(), expected, atol=1e-4)
 
 
 def test_augmented_epochs_repeat_with_the_seed_and_differ_without(settings: Settings) -> None:
@@ -137,13 +93,13 @@ def test_prefetch_passes_on_errors() -> None:
         list(prefetch(broken()))
 
 
-@pytest.mark.parametrize("first", [0, 8, 16])
+@pytest.mark.parametrize("first", [0, 16, 32])
 def test_activations_are_the_same_whatever_image_they_begin_with(first: int) -> None:
-    loader = Loader(images(19), NORM, CPU, 8)
+    loader = Loader(images(35), NORM, CPU, 8)
     torch.manual_seed(0)
     backbone = to_device(create_backbone("timm:tf_efficientnet_lite0", "none", SIZE), CPU)
     whole = np.concatenate(list(backbone_activations(backbone, loader)))
-    assert whole.shape == (19, backbone.num_features)
+    assert whole.shape == (35, backbone.num_features)
     np.testing.assert_array_equal(np.concatenate(list(backbone_activations(backbone, loader, first))), whole[first:])
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from unfreeze.backbones import Backbone
-from unfreeze.batches import Batch, Loader, image_sizes
+from unfreeze.batches import Batch, Loader
 from unfreeze.device import autocast
 from unfreeze.frozen import frozen_copy
 from unfreeze.progress import track
@@ -37,17 +37,26 @@ def score(probabilities: Probabilities, labels: NDArray[np.int64]) -> Scores:
 
 def predict(model: nn.Module, batches: Iterable[Batch]) -> Probabilities:
     """Probabilities (N, C) of the inputs of ``batches``, in their order; the model is left in eval mode."""
-    return torch.cat([logits.softmax(1) for logits in _outputs(model, batches)]).cpu().numpy()
+    return torch.cat([logits.softmax(1) for logits, _ in through(model, batches)]).cpu().numpy()
 
 
-def _outputs(network: nn.Module, batches: Iterable[Batch], fast: nn.Module | None = None) -> Iterator[torch.Tensor]:
-    """What the network, or a frozen copy of it, makes of each batch, in full precision; it is left in eval mode."""
+def through(network: nn.Module, batches: Iterable[Batch], fast: nn.Module | None = None) -> Iterator[Batch]:
+    """What a network makes of batches, as inference.
+
+    Args:
+        network: maps inputs to one tensor; left in eval mode.
+        batches: of its inputs.
+        fast: a frozen copy of it, made for the first batch where none is given.
+
+    Yields:
+        Outputs (B, ...) float32 and class numbers (B,).
+    """
     network.eval()
-    for inputs, _ in batches:
+    for inputs, labels in batches:
         fast = frozen_copy(network, inputs) if fast is None else fast
         with torch.no_grad(), autocast(inputs.device):
             output = fast(inputs)
-        yield output.float()
+        yield output.float(), labels
 
 
 def predict_tta(
@@ -69,7 +78,7 @@ def predict_tta(
     Returns:
         (N, C) probabilities of the plain centre squares, as `predict` gives them, and (N, C) the average.
     """
-    sizes = image_sizes(loader.packed, rows)
+    sizes = loader.packed.sizes[rows]
     plans = [tta_views(size, loader.packed.image_size, augment, views) for size in sizes]
     counts = np.array([len(linear) for linear, _ in plans])
     linear = np.concatenate([linear for linear, _ in plans])
@@ -77,13 +86,13 @@ def predict_tta(
     owner = np.repeat(np.arange(len(rows)), counts)
 
     def chunks() -> Iterator[Views]:
-        for i in range(0, len(owner), loader.batch_size):
-            part = slice(i, i + loader.batch_size)
+        for i in range(0, len(owner), loader.wide):
+            part = slice(i, i + loader.wide)
             count = len(owner[part])
             ones, zeros = np.ones(count, np.float32), np.zeros(count, np.float32)
             yield Views(rows[owner[part]], linear[part], centre[part], ones, zeros)
 
-    batches = track(loader.views(chunks()), "views", -(-len(owner) // loader.batch_size))
+    batches = track(loader.views(chunks()), "views", -(-len(owner) // loader.wide))
     plain, seen = np.split(predict(model, chain(loader.plain(rows), batches)), [len(rows)])
     total = np.zeros(plain.shape)
     np.add.at(total, owner, seen)
@@ -102,6 +111,6 @@ def backbone_activations(backbone: Backbone, loader: Loader, first: int = 0) -> 
         (B, F) in the order of the images; the same whatever image it begins with.
     """
     rows = np.arange(len(loader.packed))
-    [(whole, _)] = loader.plain(rows[: loader.batch_size])  # what is left may not fill a batch
-    for activations in _outputs(backbone, loader.plain(rows[first:]), frozen_copy(backbone, whole)):
+    [(whole, _)] = loader.plain(rows[: loader.wide])  # what is left may not fill a batch
+    for activations, _ in through(backbone, loader.plain(rows[first:]), frozen_copy(backbone, whole)):
         yield activations.cpu().numpy()

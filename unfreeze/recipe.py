@@ -6,6 +6,7 @@ The steps call them one by one; the step `retrain` replays all three with what w
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,9 @@ from unfreeze.fast_training import fast_training
 from unfreeze.frozen import frozen_copy
 from unfreeze.history import History
 from unfreeze.models import Classifier, freeze_to, parameter_groups, set_train_mode
-from unfreeze.predicting import Scores, predict, score
+from unfreeze.predicting import Scores, predict, score, through
 from unfreeze.progress import track
-from unfreeze.schedules import make_schedule
+from unfreeze.schedules import Schedule, make_schedule
 from unfreeze.settings import Augment, Train, TrainAugmented, TrainFull, TrainHead, Unfreeze
 from unfreeze.training import Diverged, Listener, fit, make_optimizer, train_batch
 
@@ -103,13 +104,32 @@ def fit_augmented(
     listener: Listener | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> History:
-    """Train the head on augmented images through the frozen backbone. Arguments as for `fit_head`."""
+    """Train the head on augmented images through the frozen backbone. Arguments as for `fit_head`.
+
+    The backbone is inference, for two batches at a time, and sees the validation images once.
+    """
     freeze_to(model, HEAD)
-    frozen = Classifier(frozen_copy(model.backbone, _example(loader, train_rows)), model.head)
-    return _fit_images(
-        frozen, loader, train_rows, valid_rows, rate, settings, head_groups(model.head), augment, train,
-        stream(seed, "train_augmented"), False, listener, checkpoint,
-    )  # fmt: skip
+    own, head, size = stream(seed, "train_augmented"), model.head, loader.batch_size
+    schedule = _schedule(settings, loader, train_rows)
+    frozen = frozen_copy(model.backbone, _example(loader, train_rows, loader.wide))
+    valid: list[Batch] = []
+
+    def epochs(epoch: int, first: int) -> Iterator[Batch]:
+        skipped = first % 2  # so that the same two come together whatever batch it begins with
+        pairs = loader.augmented(train_rows, augment, own, epoch, first - skipped, together=2)
+        batches = (batch for x, y in through(frozen, pairs) for batch in zip(x.split(size), y.split(size), strict=True))
+        return _tracked(islice(batches, skipped, None), schedule, loader, train_rows, epoch, first)
+
+    def validate() -> Scores:
+        valid[:] = valid or through(frozen, loader.plain(valid_rows))
+        return score(predict(head, valid), loader.packed.labels[valid_rows])
+
+    with _named_images(loader, train_rows, own):
+        return fit(
+            head, make_optimizer(head_groups(head), train), schedule, rate, epochs,
+            train_mode=lambda: set_training(head), validate=validate if len(valid_rows) else None,
+            label_smoothing=train.label_smoothing, listener=listener, checkpoint=checkpoint,
+        )  # fmt: skip
 
 
 def fit_full(
@@ -127,10 +147,22 @@ def fit_full(
     checkpoint: Checkpoint | None = None,
 ) -> History:
     """Train the whole network with differential rates. Arguments as for `fit_head`; ``rate`` is the head's."""
-    with unfrozen(model, loader, train_rows, unfreeze) as groups:
-        return _fit_images(
-            model, loader, train_rows, valid_rows, rate, settings, groups, augment, train,
-            stream(seed, "train_full"), settings.until_overfitting, listener, checkpoint,
+    own = stream(seed, "train_full")
+    schedule = _schedule(settings, loader, train_rows)
+
+    def epochs(epoch: int, first: int) -> Iterator[Batch]:
+        batches = loader.augmented(train_rows, augment, own, epoch, first)
+        return _tracked(batches, schedule, loader, train_rows, epoch, first)
+
+    def validate() -> Scores:
+        return score(predict(model, loader.plain(valid_rows)), loader.packed.labels[valid_rows])
+
+    with unfrozen(model, loader, train_rows, unfreeze) as groups, _named_images(loader, train_rows, own):
+        return fit(
+            model, make_optimizer(groups, train), schedule, rate, epochs,
+            train_mode=lambda: set_train_mode(model), validate=validate if len(valid_rows) else None,
+            stop_when_overfitting=settings.until_overfitting, label_smoothing=train.label_smoothing,
+            listener=listener, checkpoint=checkpoint,
         )  # fmt: skip
 
 
@@ -143,57 +175,34 @@ def unfrozen(model: Classifier, loader: Loader, rows: Rows, unfreeze: Unfreeze) 
     """
     freeze_to(model, unfreeze.freeze_to, unfreeze.bn_freeze)
     set_train_mode(model)
-    with fast_training(model.backbone, _example(loader, rows)):
+    with fast_training(model.backbone, _example(loader, rows, loader.batch_size)):
         yield parameter_groups(model, unfreeze.lr_ratio)
 
 
-def _example(loader: Loader, rows: Rows) -> torch.Tensor:
-    [(images, _)] = loader.plain(rows[: loader.batch_size])
+def _example(loader: Loader, rows: Rows, count: int) -> torch.Tensor:
+    [(images, _)] = loader.plain(rows[:count])
     return images
 
 
-def _fit_images(
-    model: Classifier,
-    loader: Loader,
-    train_rows: Rows,
-    valid_rows: Rows,
-    rate: float,
-    settings: TrainAugmented | TrainFull,
-    groups: list[dict[str, Any]],
-    augment: Augment,
-    train: Train,
-    seed: int,
-    stop_when_overfitting: bool,
-    listener: Listener | None,
-    checkpoint: Checkpoint | None,
-) -> History:
-    count = batches_per_epoch(len(train_rows), loader.batch_size)
-    schedule = make_schedule(settings.schedule, settings.cycles, settings.cycle_len, settings.cycle_mult, count)
-    labels = loader.packed.labels[valid_rows]
+def _schedule(settings: TrainAugmented | TrainFull, loader: Loader, rows: Rows) -> Schedule:
+    count = batches_per_epoch(len(rows), loader.batch_size)
+    return make_schedule(settings.schedule, settings.cycles, settings.cycle_len, settings.cycle_mult, count)
 
-    def epochs(epoch: int, first: int) -> Iterator[Batch]:
-        batches = loader.augmented(train_rows, augment, seed, epoch, first)
-        return track(batches, f"epoch {epoch + 1}/{schedule.epochs}", count, first)
 
-    def validate() -> Scores:
-        return score(predict(model, loader.plain(valid_rows)), labels)
+def _tracked(
+    batches: Iterable[Batch], schedule: Schedule, loader: Loader, rows: Rows, epoch: int, first: int
+) -> Iterator[Batch]:
+    count = batches_per_epoch(len(rows), loader.batch_size)
+    return track(batches, f"epoch {epoch + 1}/{schedule.epochs}", count, first)
 
+
+@contextmanager
+def _named_images(loader: Loader, rows: Rows, seed: int) -> Iterator[None]:
+    """Name the images of the batch at which the loss became infinite or not a number."""
     try:
-        return fit(
-            model,
-            make_optimizer(groups, train),
-            schedule,
-            rate,
-            epochs,
-            train_mode=lambda: set_train_mode(model),
-            validate=validate if len(valid_rows) else None,
-            stop_when_overfitting=stop_when_overfitting,
-            label_smoothing=train.label_smoothing,
-            listener=listener,
-            checkpoint=checkpoint,
-        )
+        yield
     except Diverged as error:
-        chunk = shuffled(train_rows, loader.batch_size, seed, error.epoch)[error.batch]
+        chunk = shuffled(rows, loader.batch_size, seed, error.epoch)[error.batch]
         names = "\n  ".join(map(str, loader.packed.table["path"].iloc[chunk]))
         raise UserError(f"{error} The batch's images, should it be them:\n  {names}") from None
 

@@ -8,6 +8,7 @@ Coordinates are in pixels of the packed image, x to the right, y down, pixel cen
 maps the offset of an output pixel from the centre of the output square to a place in the image.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +58,17 @@ class Views:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+
+def joined(parts: Sequence[Views]) -> Views:
+    """Several batches of views, none of them plain, as one."""
+    return Views(
+        np.concatenate([part.rows for part in parts]),
+        np.concatenate([part.linear for part in parts]),
+        np.concatenate([part.centre for part in parts]),
+        np.concatenate([part.gain for part in parts]),
+        np.concatenate([part.shift for part in parts]),
+    )
 
 
 def plain_views(rows: NDArray[np.int64], sizes: NDArray[np.int64], image_size: int) -> Views:

@@ -1,0 +1,113 @@
+"""The recipe's trainings on a real network: what goes on after an interruption, what is computed once, what is said."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from unfreeze.backbones import create_backbone
+from unfreeze.batches import Loader, shuffled
+from unfreeze.checkpoints import Checkpoint
+from unfreeze.device import seed_everything, to_device
+from unfreeze.errors import UserError
+from unfreeze.history import History
+from unfreeze.inference import packed_in_memory
+from unfreeze.models import Classifier, Head
+from unfreeze.predicting import predict, score
+from unfreeze.recipe import fit_augmented, fit_full, stream
+from unfreeze.rendering import Normalisation
+from unfreeze.settings import Settings, TrainAugmented, TrainFull, load_settings
+from unfreeze.training import Listener
+
+SIZE, BATCH, CPU = 32, 8, torch.device("cpu")
+TRAIN, VALID = np.arange(42), np.arange(42, 60)  # five batches, and two images over
+BATCHES = 5
+
+
+class Killed(Exception):
+    """What stands for the end of the process."""
+
+
+@pytest.fixture(scope="module")
+def settings() -> Settings:
+    return load_settings(Path(__file__).parent.parent / "params.yaml")
+
+
+def material() -> tuple[Classifier, Loader]:
+    rng = np.random.default_rng(0)
+    pixels = [rng.integers(0, 256, (SIZE, SIZE + 4, 3), dtype=np.uint8) for _ in range(60)]
+    packed = packed_in_memory(pixels, ["a", "b"], SIZE)
+    packed.table["path"] = [f"image {i}.png" for i in range(60)]
+    packed = dataclasses.replace(packed, labels=np.arange(60, dtype=np.int64) % 2)
+    seed_everything(1)
+    backbone = create_backbone("timm:tf_efficientnet_lite0", "none", SIZE)
+    model = to_device(Classifier(backbone, Head(backbone.num_features, 2, 0.5)), CPU)
+    return model, Loader(packed, Normalisation(backbone.mean, backbone.std), CPU, BATCH)
+
+
+def augmented(
+    settings: Settings, checkpoint: Checkpoint | None = None, rate: float = 1e-3, **listener: Callable[..., None]
+) -> tuple[Classifier, History, Loader]:
+    model, loader = material()
+    history = fit_augmented(
+        model, loader, TRAIN, VALID, rate, TrainAugmented("sgdr", 2, 1, 1), settings.augment,
+        dataclasses.replace(settings.train, batch_size=BATCH), 7, Listener(**listener), checkpoint,
+    )  # fmt: skip
+    return model, history, loader
+
+
+@pytest.mark.parametrize("kill_at", range(2 * BATCHES))
+def test_the_augmented_head_ends_the_same_whatever_batch_it_was_killed_at(
+    tmp_path: Path, settings: Settings, kill_at: int
+) -> None:
+    """Two batches go through the backbone together; the batch after the interruption may be the second of them."""
+
+    def kill(rows: Any) -> None:
+        if rows[-1]["iteration"] >= kill_at:
+            raise Killed
+
+    model, history, _ = augmented(settings)
+    checkpoint = Checkpoint(tmp_path / "training.safetensors", "key", seconds=1e9, batches=1)
+    with pytest.raises(Killed):
+        augmented(settings, checkpoint, batches=kill)
+    again, resumed, _ = augmented(settings, checkpoint)
+    assert resumed == history
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_the_augmented_head_is_judged_as_it_predicts(settings: Settings) -> None:
+    model, history, loader = augmented(settings)
+    found = score(predict(model, loader.plain(VALID)), loader.packed.labels[VALID])
+    assert history.epochs[-1]["valid_loss"] == pytest.approx(found.loss, abs=0.01)
+    assert history.epochs[-1]["valid_accuracy"] == pytest.approx(found.accuracy, abs=1.01 / len(VALID))
+
+
+def test_only_the_head_of_the_augmented_head_changes(settings: Settings) -> None:
+    before, _ = material()
+    after, _, _ = augmented(settings)
+    for name, tensor in after.state_dict().items():
+        assert torch.equal(tensor, before.state_dict()[name]) == name.startswith("backbone."), name
+
+
+@pytest.mark.parametrize("step", ["train_augmented", "train_full"])
+def test_where_the_loss_is_no_number_the_rate_and_the_images_are_named(settings: Settings, step: str) -> None:
+    with pytest.raises(UserError) as caught:
+        if step == "train_augmented":
+            augmented(settings, rate=1e38)
+        else:
+            model, loader = material()
+            full = TrainFull("constant", 1, 1, 1, until_overfitting=False)
+            fit_full(model, loader, TRAIN, VALID, 1e38, full, settings.unfreeze, settings.augment, settings.train, 7)
+    sentence, *names = str(caught.value).split("\n  ")
+    found = re.fullmatch(
+        r"The training loss became (nan|inf) at iteration \d+ \(epoch 1, batch (\d)\) with the rate .*", sentence
+    )
+    assert found and "a lower rate" in sentence
+    rows = shuffled(TRAIN, BATCH, stream(7, step), 0)[int(found[2]) - 1]
+    assert names == [f"image {row}.png" for row in rows]
