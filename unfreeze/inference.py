@@ -80,8 +80,9 @@ def packed_in_memory(pixels: Sequence[np.ndarray], classes: list[str], image_siz
     """Images (H, W, 3), resized already, as packed images of no known class (they all count as class 0)."""
     sizes = np.array([(image.shape[1], image.shape[0]) for image in pixels])
     ends = np.cumsum(sizes.prod(1) * 3)
+    flat = np.concatenate([image.reshape(-1) for image in pixels])
     return PackedImages(
-        np.concatenate([image.reshape(-1) for image in pixels]),
+        lambda start, count: flat[start : start + count],
         pd.DataFrame({"split": [""] * len(pixels)}),
         classes,
         np.zeros(len(pixels), np.int64),

@@ -1,11 +1,13 @@
-"""Packed images: every image decoded once, its pixels in one file that is memory-mapped.
+"""Packed images: every image decoded once, its pixels in one file, of which is read what is needed.
 
 `pixels.bin` holds the images one after the other, (H, W, 3) bytes each, the shorter side `image_size`; `images.csv` says
 for every image that was found where its pixels begin, or why there are none; `dataset.json` holds what is true of all.
 """
 
 import json
-import mmap
+import os
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +21,19 @@ NUMBERS = ["width", "height", "packed_width", "packed_height", "offset"]
 """Columns of `images.csv` that are whole numbers (empty where an image was set aside); the others are text."""
 
 
+ROWS = 5_000
+"""Rows of `images.csv` read at a time: all at once would leave behind four times the table's own memory."""
+
+Read = Callable[[int, int], NDArray[np.uint8]]
+"""So many bytes of the pixels, from the given one on."""
+
+
 @dataclass(frozen=True)
 class PackedImages:
-    """Images in a memory map; ``packed[i]`` is image i, a (H, W, 3) array of bytes whose shorter side is `image_size`.
+    """Images that lie in a file; ``packed[i]`` reads image i, a (H, W, 3) array of bytes whose shorter side is `image_size`.
 
     Attributes:
-        pixels: the memory map.
+        read: how to get at the pixels.
         table: a row per image: path, label, split, group, width, height, digest and more.
         classes: sorted names; a class's number is its place here.
         labels: (N,) class numbers.
@@ -33,7 +42,7 @@ class PackedImages:
         image_size: shorter side in pixels.
     """
 
-    pixels: NDArray[np.uint8]
+    read: Read
     table: pd.DataFrame
     classes: list[str]
     labels: NDArray[np.int64]
@@ -46,13 +55,7 @@ class PackedImages:
 
     def __getitem__(self, row: int) -> NDArray[np.uint8]:
         width, height = self.sizes[row]
-        start = self.offsets[row]
-        return self.pixels[start : start + width * height * 3].reshape(height, width, 3)
-
-    def release(self) -> None:
-        """Let go of the pages that were read: they stay in the system's cache, and this process does not grow."""
-        if isinstance(self.pixels, np.memmap):
-            self.pixels._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+        return self.read(int(self.offsets[row]), int(width * height * 3)).reshape(height, width, 3)
 
     def rows(self, split: str) -> NDArray[np.int64]:
         """Row numbers of a split's images: train, valid or test."""
@@ -61,20 +64,45 @@ class PackedImages:
 
 def open_packed(folder: Path) -> PackedImages:
     """Open what `unfreeze.packing.pack` wrote. Raises UserError where it is not there, or not whole."""
+    pixels = folder / "pixels.bin"
     try:
         about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-        found = pd.read_csv(folder / "images.csv", keep_default_na=False, dtype=str)
-        pixels = np.memmap(folder / "pixels.bin", np.uint8, "r")
-        table = found[found["reason"] == ""].reset_index(drop=True).astype(dict.fromkeys(NUMBERS, np.int64))
+        parts = pd.read_csv(folder / "images.csv", keep_default_na=False, dtype=str, chunksize=ROWS)
+        table = pd.concat([_packed(part) for part in parts], ignore_index=True)
+        size = pixels.stat().st_size
         sizes = table[["packed_width", "packed_height"]].to_numpy(np.int64)
         numbers = {name: number for number, name in enumerate(about["classes"])}
         labels = table["label"].map(numbers.__getitem__).to_numpy(np.int64)
         image_size = int(about["image_size"])
+        read = _reader(pixels)
     except OSError as error:
         raise UserError(f"There are no packed images in {folder} ({error}): run the step ingest first.") from None
     except (ValueError, KeyError, TypeError) as error:
         what = str(error).partition("\n")[0]
         raise UserError(f"The packed images in {folder} are damaged ({what}): run the step ingest again.") from None
-    if len(pixels) != sizes.prod(1).sum() * 3:
-        raise UserError(f"{folder / 'pixels.bin'} does not belong to images.csv beside it: run the step ingest again.")
-    return PackedImages(pixels, table, about["classes"], labels, sizes, table["offset"].to_numpy(np.int64), image_size)
+    if size != sizes.prod(1).sum() * 3:
+        raise UserError(f"{pixels} does not belong to images.csv beside it: run the step ingest again.")
+    return PackedImages(read, table, about["classes"], labels, sizes, table["offset"].to_numpy(np.int64), image_size)
+
+
+def _packed(part: pd.DataFrame) -> pd.DataFrame:
+    """The rows of images that were not set aside."""
+    return part[part["reason"] == ""].astype(dict.fromkeys(NUMBERS, np.int64))
+
+
+def _reader(path: Path) -> Read:
+    """Reads a file piece by piece.
+
+    A memory map would count all that is near what was touched as this process's memory, some 100 MB for a batch, and end the
+    process by a signal where the file has been cut short meanwhile.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+
+    def read(start: int, count: int) -> NDArray[np.uint8]:
+        found = os.pread(descriptor, count, start)
+        if len(found) < count:
+            raise UserError(f"{path} has been cut short: run the step ingest again.")
+        return np.frombuffer(found, np.uint8)
+
+    weakref.finalize(read, os.close, descriptor)
+    return read
