@@ -1,7 +1,7 @@
 """What the machine can do: throughput of the network itself on one batch that is there already, images per second.
 
 A ceiling is the best of the ways that a person would try: full precision or bfloat16, planes or channels last, eager or
-compiled, and ours.
+compiled, and ours; without gradients in batches as they train and in batches of twice that.
 """
 
 import contextlib
@@ -29,21 +29,22 @@ FORWARD_REPEATS, STEP_REPEATS = 12, 6
 def forward(work: Work) -> Ways:
     """Images per second of the frozen network, by way."""
     device, ways = best_device(), {}
-    for name, model, batch, context in _variants(work, train=False):
-        model.eval()
+    for count in (work.settings.train.batch_size, 2 * work.settings.train.batch_size):
+        for name, model, batch, context in _variants(work, count, train=False):
+            model.eval()
 
-        def run(model: Any = model, batch: Any = batch, context: Any = context) -> None:
-            with torch.no_grad(), context():  # constants are not folded in inference mode
-                model(batch)
+            def run(model: Any = model, batch: Any = batch, context: Any = context) -> None:
+                with torch.no_grad(), context():  # constants are not folded in inference mode
+                    model(batch)
 
-        ways[name] = len(batch) / _seconds(run, FORWARD_REPEATS, device)
+            ways[f"{name}, {count} images"] = count / _seconds(run, FORWARD_REPEATS, device)
     return ways
 
 
 def training(work: Work, unfreeze: Unfreeze = WHOLE) -> Ways:
     """Images per second of a training step (forward, backward, optimizer), by way."""
     device, ways = best_device(), {}
-    for name, model, batch, context in _variants(work, train=True, unfreeze=unfreeze):
+    for name, model, batch, context in _variants(work, work.settings.train.batch_size, train=True, unfreeze=unfreeze):
         inner = getattr(model, "_orig_mod", model)
         optimizer = make_optimizer(parameter_groups(inner, unfreeze.lr_ratio), work.settings.train)
         set_rate(optimizer, 1e-6)
@@ -63,12 +64,12 @@ def training(work: Work, unfreeze: Unfreeze = WHOLE) -> Ways:
     return ways
 
 
-def _variants(work: Work, train: bool, unfreeze: Unfreeze = WHOLE) -> Any:
+def _variants(work: Work, count: int, train: bool, unfreeze: Unfreeze = WHOLE) -> Any:
     """(name, model, batch, context) for each way to run the network."""
     device = best_device()
     base, _ = classifier(work, seed=0)  # in our own way
     size = work.image_size
-    batch = torch.randn(work.settings.train.batch_size, 3, size, size, device=device)
+    batch = torch.randn(count, 3, size, size, device=device)
 
     def plain() -> Any:
         from benchmarks.work import backbone

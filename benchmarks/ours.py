@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.work import Work, classifier
-from unfreeze.batches import Batch, Loader, activation_batches, read_canvas, shuffled
+from unfreeze.batches import Batch, Loader, activation_batches, shuffled
 from unfreeze.device import seed_everything
 from unfreeze.evaluating import Candidate, choose
 from unfreeze.lr_finder import lr_find as range_test
@@ -23,6 +23,7 @@ from unfreeze.packing import pack
 from unfreeze.predicting import backbone_activations, predict_tta, score
 from unfreeze.preserve import preserved
 from unfreeze.recipe import Rows, fit_augmented, fit_full, fit_head, head_groups, sweep, unfrozen
+from unfreeze.rendering import read_canvas
 from unfreeze.settings import TrainAugmented, TrainFull, Unfreeze
 from unfreeze.sources import read_source
 from unfreeze.training import make_optimizer, set_rate
@@ -69,10 +70,11 @@ def precompute_rate(work: Work) -> float:
 
 
 def frozen_rate(work: Work) -> float:
-    """Images per second of an augmented epoch of the head through the frozen network, without validation."""
+    """Images per second of training the augmented head for as many epochs as the recipe does, without validation."""
     model, loader = _classifier(work)
-    trained = _trained(loader)
-    return trained / _timed(lambda: _augmented(work, model, loader, 1, 1e-4, validate=False))
+    epochs = work.settings.train_augmented.epochs
+    trained = epochs * _trained(loader)
+    return trained / _timed(lambda: _augmented(work, model, loader, epochs, 1e-4, validate=False))
 
 
 def full_rate(work: Work) -> float:
