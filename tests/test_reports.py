@@ -34,7 +34,15 @@ def packed_images(count: int, classes: list[str], splits: tuple[str, ...] = ("tr
     )
     pixels = rng.integers(0, 256, count * SIDE * SIDE * 3).astype(np.uint8)
     sizes = np.full((count, 2), SIDE)
-    return PackedImages(pixels, frame, classes, labels, sizes, np.arange(count) * SIDE * SIDE * 3, SIDE)
+    return PackedImages(
+        lambda start, size: pixels[start : start + size],
+        frame,
+        classes,
+        labels,
+        sizes,
+        np.arange(count) * SIDE * SIDE * 3,
+        SIDE,
+    )
 
 
 def duplicate_pairs(*rows: tuple[int, int, str, bool, bool]) -> pd.DataFrame:
