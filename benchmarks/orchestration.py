@@ -7,11 +7,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+DAY = 86_400
 SMALL = {
     "data.image_size": "32",
     "backbone.name": "timm:test_efficientnet",
@@ -26,26 +28,30 @@ SMALL = {
 
 
 def measure(say: Callable[[str], None], repeats: int) -> dict[str, Any]:
-    """Seconds: the overhead of each executed step, a flow and a `dvc repro` with nothing to do."""
+    """Seconds: the overhead of each executed step and how much of it is before its work, a pass with nothing to do."""
     with tempfile.TemporaryDirectory() as base:
         folder = Path(base) / "project"
         subprocess.run(["git", "clone", "-q", str(ROOT), str(folder)], check=True)
         words = [word for key, value in SMALL.items() for word in ("-S", f"{key}={value}")]
         whole, log = _run(folder, "flows.cli", "run", *words)
-        work = _useful(folder)
-        steps = _steps(log)
-        overheads = {step: steps[step] - work[step] for step in steps}
+        turns, work, begun = _turns(log), *_useful(folder)
+        overheads = {step: seconds - work[step] for step, (_, seconds) in turns.items()}
+        waits = {step: (begun[step] - turn) % DAY for step, (turn, _) in turns.items()}
         nothing = [_run(folder, "flows.cli", "run")[0] for _ in range(repeats)]
         repro = [_run(folder, "dvc", "repro")[0] for _ in range(repeats)]
     result = {
         "whole": whole,
         "useful": work,
         "overheads": overheads,
+        "waits": waits,
         "overhead_per_step": sum(overheads.values()) / len(overheads),
         "flow_with_nothing_to_do": nothing,
         "dvc_repro_with_nothing_to_do": repro,
     }
     say(f"overhead per executed step: {result['overhead_per_step']:.1f} s, at most {max(overheads.values()):.1f} s")
+    say(
+        f"from a step's turn to the begin of its work: {median(waits.values()):.1f} s, at most {max(waits.values()):.1f} s"
+    )
     say(f"a small recipe takes {whole:.1f} s, of which {sum(work.values()):.1f} s are the steps' own work")
     say(f"nothing to do: unfreeze run {median(nothing):.1f} s, dvc repro {median(repro):.1f} s")
     return result
@@ -67,21 +73,29 @@ def _run(folder: Path, *words: str) -> tuple[float, str]:
     return time.perf_counter() - start, done.stdout + done.stderr
 
 
-def _steps(log: str) -> dict[str, float]:
-    """Seconds from the end of one step to that of the next, as the flow's log has them; the first from its begin."""
+def _turns(log: str) -> dict[str, tuple[float, float]]:
+    """When each step's turn came, as seconds of the day, and how many it took, as the flow's log has them.
+
+    A step's turn comes when the one before has ended, the first's when the flow begins.
+    """
     ends = re.findall(
         r"^(\d+):(\d+):([\d.]+) \| .*?(?:Beginning flow|Task run '(\w+)' - Finished in state)", log, re.MULTILINE
     )
     at = [int(hours) * 3600 + int(minutes) * 60 + float(seconds) for hours, minutes, seconds, _ in ends]
-    return {end[3]: (late - early) % 86400 for end, early, late in zip(ends[1:], at, at[1:], strict=False)}
+    return {end[3]: (early, (late - early) % DAY) for end, early, late in zip(ends[1:], at, at[1:], strict=False)}
 
 
-def _useful(folder: Path) -> dict[str, float]:
-    """Seconds of each step's own function, as MLflow has them."""
+def _useful(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """How long each step's own function took and when it began, as seconds of the day, as MLflow has them."""
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
     experiment = client.get_experiment_by_name("unfreeze")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id], "tags.`unfreeze.stage` != ''")
-    return {run.data.tags["unfreeze.stage"]: run.data.metrics["seconds"] for run in runs}
+    named = {run.data.tags["unfreeze.stage"]: run for run in runs}
+    began = {step: datetime.fromtimestamp(run.info.start_time / 1000) for step, run in named.items()}
+    return (
+        {step: run.data.metrics["seconds"] for step, run in named.items()},
+        {step: (at - datetime.combine(at, datetime.min.time())).total_seconds() for step, at in began.items()},
+    )

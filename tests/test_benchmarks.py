@@ -62,14 +62,15 @@ def test_memory_does_not_grow_with_the_images() -> None:
     assert found["growth_mb"] < 50 < 2_000 * memory.SIZE**2 * 3 / 1e6
 
 
-def test_seconds_of_steps_from_the_flows_log() -> None:
+def test_turns_of_steps_from_the_flows_log() -> None:
     log = (
         "23:59:58.500 | INFO    | Flow run 'a' - Beginning flow run 'a' for flow 'recipe'\n"
         "23:59:59.100 | INFO    | Task run 'ingest' - Finished in the middle of a sentence\n"
         "00:00:02.000 | INFO    | Task run 'ingest' - Finished in state Completed('ingest: done')\n"
         "00:00:03.250 | INFO    | Task run 'explore' - Finished in state Completed('explore: done')\n"
     )
-    assert orchestration._steps(log) == {"ingest": pytest.approx(3.5), "explore": pytest.approx(1.25)}
+    turns = orchestration._turns(log)
+    assert turns == {"ingest": (86_398.5, pytest.approx(3.5)), "explore": (2.0, pytest.approx(1.25))}
 
 
 def test_a_figure_of_what_was_found(tmp_path: Path) -> None:
