@@ -49,7 +49,7 @@ def written() -> dict[str, bytes]:
     return {name: artifact("precompute", name).read_bytes() for name in ("activations.npy", "baseline.npy")}
 
 
-@pytest.mark.parametrize("batches", [1, 5])
+@pytest.mark.parametrize("batches", [1, 2])
 def test_what_was_computed_is_not_computed_again(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, batches: int
 ) -> None:
@@ -69,7 +69,7 @@ def test_what_was_computed_is_not_computed_again(
     assert not any(artifact("precompute", "").iterdir())
     with caplog.at_level(logging.INFO, "unfreeze"):
         assert (run(settings), written()) == expected
-    assert f"{8 * batches} of 48 images were done before an interruption" in caplog.text
+    assert f"{16 * batches} of 48 images were done before an interruption" in caplog.text
     assert not any(resuming.folder("precompute", {}).iterdir())
 
 
