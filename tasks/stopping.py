@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -61,8 +62,16 @@ def end_in_time() -> None:
 
 
 def identity(process: psutil.Process) -> str:
-    """A process in a word that no later process will have."""
-    return f"{process.pid}-{process.create_time():.2f}"
+    """A process in a word that no later process will have.
+
+    When it started is the kernel's own count, where there is one: the time of day is another after the clock has been set,
+    and whoever compares would take the process for gone.
+    """
+    try:
+        started = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        started = f"{process.create_time():.2f}"
+    return f"{process.pid}-{started}"
 
 
 def dvc_above() -> psutil.Process | None:

@@ -28,7 +28,7 @@ from tasks.files import write_json
 from tasks.journal import ROOT, Busy, Journal, Record, pass_folder, read_json, waiting
 from tasks.masking import mask
 from tasks.publishing import address, client, metrics, reaching, reason, send
-from tasks.stopping import dvc_above
+from tasks.stopping import dvc_above, identity
 
 logger = logging.getLogger("unfreeze")
 
@@ -47,7 +47,7 @@ def current_pass() -> tuple[str, str]:
     if key := os.environ.get("UNFREEZE_PASS"):
         return key, os.environ.get("UNFREEZE_DOOR", "flow")
     if above := dvc_above():
-        return f"dvc-{above.pid}-{above.create_time():.0f}", "dvc repro"
+        return f"dvc-{identity(above)}", "dvc repro"
     return f"step-{os.getpid()}-{time.time():.0f}", "step"
 
 

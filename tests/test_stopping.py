@@ -36,6 +36,16 @@ def test_an_identity_is_of_one_process_only() -> None:
     assert not alive(word)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the time of a start is kept as it was")
+def test_a_clock_that_is_set_makes_no_other_process_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel counts from the boot, whose time of day moves with the clock."""
+    before, word = psutil.Process().create_time(), identity(psutil.Process())
+    booted = psutil.boot_time()
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: booted + 1.0)
+    assert psutil.Process().create_time() == pytest.approx(before + 1)
+    assert identity(psutil.Process()) == word and alive(word)
+
+
 def test_a_process_dies_softly_with_whom_it_works_for() -> None:
     with subprocess.Popen(SLEEP) as master:
         code = (
