@@ -19,7 +19,7 @@ from unfreeze.inference import packed_in_memory
 from unfreeze.models import Classifier, Head, freeze_to, layer_groups, parameter_groups, set_train_mode
 from unfreeze.packed import PackedImages
 from unfreeze.predicting import backbone_activations, predict, predict_tta
-from unfreeze.recipe import fit_full, fit_head, stream
+from unfreeze.recipe import fit_full, fit_head
 from unfreeze.rendering import Normalisation
 from unfreeze.schedules import make_schedule
 from unfreeze.settings import Augment, Settings, load_settings
@@ -216,30 +216,6 @@ def test_a_loss_that_is_no_number_stops_with_rate_and_iteration() -> None:
 
     with pytest.raises(UserError, match="iteration 0.*rate"):
         fit(model, optimizer, make_schedule("constant", 1, 1, 1, 1), 0.1, epochs, train_mode=model.train)
-
-
-def test_a_loss_that_is_no_number_names_its_images(settings: Settings) -> None:
-    model = network()
-    with torch.no_grad():
-        model.head[2].weight.fill_(float("nan"))
-    packed = images(16)
-    packed = dataclasses.replace(packed, table=packed.table.assign(path=[f"{i}.png" for i in range(16)]))
-    loader, rows = Loader(packed, NORM, CPU, 4), np.arange(16)
-    with pytest.raises(UserError, match="epoch 1, batch 1") as error:
-        fit_full(
-            model,
-            loader,
-            rows,
-            rows[:0],
-            0.01,
-            settings.train_full,
-            settings.unfreeze,
-            settings.augment,
-            settings.train,
-            5,
-        )
-    first = shuffled(rows, 4, stream(5, "train_full"), 0)[0]
-    assert str(error.value).endswith("\n  ".join(["", *loader.packed.table["path"].iloc[first]]))
 
 
 def test_same_seed_same_weights_other_seed_others(settings: Settings) -> None:
