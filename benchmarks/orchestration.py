@@ -50,7 +50,7 @@ def measure(say: Callable[[str], None], repeats: int) -> dict[str, Any]:
     }
     say(f"overhead per executed step: {result['overhead_per_step']:.1f} s, at most {max(overheads.values()):.1f} s")
     say(
-        f"from a step's turn to the begin of its work: {median(waits.values()):.1f} s, at most {max(waits.values()):.1f} s"
+        f"from a step's turn to the beginning of its work: {median(waits.values()):.1f} s, at most {max(waits.values()):.1f} s"
     )
     say(f"a small recipe takes {whole:.1f} s, of which {sum(work.values()):.1f} s are the steps' own work")
     say(f"nothing to do: unfreeze run {median(nothing):.1f} s, dvc repro {median(repro):.1f} s")

@@ -85,7 +85,7 @@ def full_rate(work: Work) -> float:
 
 
 def read_rate(work: Work) -> float:
-    """Images per second of reading packed pixels into batches, as an augmented epoch needs them."""
+    """Images per second of reading packed pixels into batches for a GPU; on a processor reading and warping are one."""
     _, loader = _classifier(work)
     chunks = shuffled(loader.packed.rows("train"), loader.batch_size, 0, 0)
     views = [

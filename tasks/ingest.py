@@ -1,6 +1,6 @@
 """Read every source image once; validate, split, pack pixels.
 
-The only step that touches a JPEG: every later one reads packed pixels from a memory map. Images that cannot be read are
+The only step that touches a JPEG: every later one reads packed pixels. Images that cannot be read are
 set aside with a reason. Backbone and weights are looked for here already, before work that would end at a typo.
 """
 

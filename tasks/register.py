@@ -25,7 +25,10 @@ from tasks.step import Run, step
 from unfreeze.plotting import confusion_plot, save_png
 from unfreeze.settings import Register
 
-REQUIREMENTS = ("torch", "torchvision", "timm", "safetensors", "numpy", "pillow", "pandas", "pyyaml", "tqdm")
+REQUIREMENTS = (
+    "torch", "torchvision", "timm", "safetensors", "numpy", "opencv-python-headless", "pillow", "pandas", "pyyaml", "tqdm",
+)  # fmt: skip
+"""Packages that a served model is installed with."""
 
 
 @step

@@ -64,11 +64,13 @@ def end_in_time() -> None:
 def identity(process: psutil.Process) -> str:
     """A process in a word that no later process will have.
 
-    When it started is the kernel's own count, where there is one: the time of day is another after the clock has been set,
-    and whoever compares would take the process for gone.
+    When it started is the kernel's own count since the boot, where there is one: the time of day is another after the clock
+    has been set, and whoever compares would take the process for gone.
     """
     try:
-        started = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        stat = Path(f"/proc/{process.pid}/stat").read_bytes()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        started = f"{stat.rpartition(b')')[2].split()[19].decode()}-{boot[:8]}"
     except OSError:
         started = f"{process.create_time():.2f}"
     return f"{process.pid}-{started}"

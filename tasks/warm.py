@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 from tasks.stopping import GRACE
 
 ADDRESS = "UNFREEZE_WARM"
-IMPORTS = ("torch", "torch._dynamo", "timm", "pandas", "sklearn.linear_model", "matplotlib.figure", "mlflow")
+IMPORTS = ("torch", "torch._dynamo", "timm", "pandas", "sklearn.linear_model", "matplotlib.figure", "mlflow", "cv2")
 PR_SET_PDEATHSIG = 1
 
 

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from unfreeze import recipe
 from unfreeze.backbones import create_backbone
 from unfreeze.batches import Loader, shuffled
 from unfreeze.checkpoints import Checkpoint
 from unfreeze.device import seed_everything, to_device
 from unfreeze.errors import UserError
+from unfreeze.frozen import frozen_copy
 from unfreeze.history import History
 from unfreeze.inference import packed_in_memory
 from unfreeze.models import Classifier, Head
@@ -86,6 +88,22 @@ def test_the_augmented_head_is_judged_as_it_predicts(settings: Settings) -> None
     found = score(predict(model, loader.plain(VALID)), loader.packed.labels[VALID])
     assert history.epochs[-1]["valid_loss"] == pytest.approx(found.loss, abs=0.01)
     assert history.epochs[-1]["valid_accuracy"] == pytest.approx(found.accuracy, abs=1.01 / len(VALID))
+
+
+def test_the_frozen_network_sees_two_batches_at_once_and_validation_images_once(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def watched(*arguments: Any) -> Any:
+        frozen = frozen_copy(*arguments)
+        frozen.register_forward_hook(lambda module, images, output: seen.append(len(images[0])))
+        return frozen
+
+    monkeypatch.setattr(recipe, "frozen_copy", watched)
+    augmented(settings)
+    epoch = [2 * BATCH, 2 * BATCH, BATCH]
+    assert seen == [*epoch, 2 * BATCH, len(VALID) - 2 * BATCH, *epoch]
 
 
 def test_only_the_head_of_the_augmented_head_changes(settings: Settings) -> None:

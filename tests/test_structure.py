@@ -2,12 +2,15 @@
 
 import ast
 import importlib
+import importlib.metadata
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tasks import STAGES
+from tasks.register import REQUIREMENTS
 from tasks.step import Step
 
 ROOT = Path(__file__).parent.parent
@@ -114,3 +117,24 @@ def test_walls(package: str, banned: set[str]) -> None:
 def test_params_have_a_section_for_every_step_that_has_settings() -> None:
     sections = set(yaml.safe_load((ROOT / "params.yaml").read_text()))
     assert {section for stage in DVC.values() for section in stage["params"]} | {"checkpoint"} == sections
+
+
+def test_a_served_model_is_installed_with_all_that_it_imports() -> None:
+    seen, waiting, names = {"tasks/serving.py"}, ["tasks/serving.py"], set()
+    while waiting:
+        file = waiting.pop()
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names.add(node.module.split(".")[0])
+            elif isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+        new = imported(file) - seen
+        seen |= new
+        waiting += new
+    others = names - sys.stdlib_module_names - {"tasks", "unfreeze", "mlflow"}  # MLflow adds itself
+    packages = {canonical(importlib.metadata.packages_distributions()[name][0]) for name in others}
+    assert "unfreeze/rendering.py" in seen and packages <= set(REQUIREMENTS)
+
+
+def canonical(package: str) -> str:
+    return package.lower().replace("_", "-")

@@ -71,7 +71,7 @@ class Loader:
 
     @property
     def wide(self) -> int:
-        """Images in a batch that leaves no gradients: twice as many need less memory and take less than twice the time."""
+        """Images in a batch that leaves no gradients: twice those of a training batch, in less than twice the time."""
         return 2 * self.batch_size
 
     def plain(self, rows: NDArray[np.int64]) -> Iterator[Batch]:
@@ -86,17 +86,17 @@ class Loader:
         """One epoch of ``rows``, shuffled and augmented, from the batch number ``first`` on.
 
         Chance is a function of seed, epoch and batch alone, so that any batch of any epoch can be made again.
-        ``together`` so many batches come as one.
+        So many batches as ``together`` says come as one.
         """
         chunks = shuffled(rows, self.batch_size, seed, epoch)
 
-        def view(number: int) -> Views:
+        def views_of(number: int) -> Views:
             chunk, rng = chunks[number], np.random.default_rng([seed, epoch, number + 1])
             return random_views(chunk, self.packed.sizes[chunk], self.packed.image_size, augment, rng)
 
         numbers = range(first, len(chunks))
         return self.views(
-            joined([view(number) for number in numbers[i : i + together]]) for i in range(0, len(numbers), together)
+            joined([views_of(number) for number in numbers[i : i + together]]) for i in range(0, len(numbers), together)
         )
 
     def views(self, batches: Iterable[Views]) -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""Packed images: every image decoded once, its pixels in one file, of which is read what is needed.
+"""Packed images: every image decoded once, its pixels in one file that is read image by image.
 
 `pixels.bin` holds the images one after the other, (H, W, 3) bytes each, the shorter side `image_size`; `images.csv` says
 for every image that was found where its pixels begin, or why there are none; `dataset.json` holds what is true of all.
@@ -25,7 +25,7 @@ ROWS = 5_000
 """Rows of `images.csv` read at a time: all at once would leave behind four times the table's own memory."""
 
 Read = Callable[[int, int], NDArray[np.uint8]]
-"""So many bytes of the pixels, from the given one on."""
+"""``read(start, count)``: so many bytes of all pixels, from that one on."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,8 @@ def _reader(path: Path) -> Read:
 
     def read(start: int, count: int) -> NDArray[np.uint8]:
         found = os.pread(descriptor, count, start)
+        while len(found) < count and (more := os.pread(descriptor, count - len(found), start + len(found))):
+            found += more  # some file systems give less than there is
         if len(found) < count:
             raise UserError(f"{path} has been cut short: run the step ingest again.")
         return np.frombuffer(found, np.uint8)

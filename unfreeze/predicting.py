@@ -93,7 +93,8 @@ def predict_tta(
             yield Views(rows[owner[part]], linear[part], centre[part], ones, zeros)
 
     batches = track(loader.views(chunks()), "views", -(-len(owner) // loader.wide))
-    plain, seen = np.split(predict(model, chain(loader.plain(rows), batches)), [len(rows)])
+    # The views come first: of them there are most, and the first batch says how weights are laid out.
+    seen, plain = np.split(predict(model, chain(batches, loader.plain(rows))), [len(owner)])
     total = np.zeros(plain.shape)
     np.add.at(total, owner, seen)
     return plain, ((plain + total / counts[:, None]) / 2).astype(np.float32)

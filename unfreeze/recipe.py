@@ -111,17 +111,21 @@ def fit_augmented(
     freeze_to(model, HEAD)
     own, head, size = stream(seed, "train_augmented"), model.head, loader.batch_size
     schedule = _schedule(settings, loader, train_rows)
-    frozen = frozen_copy(model.backbone, _example(loader, train_rows, loader.wide))
+    frozen = frozen_copy(
+        model.backbone, _example(loader, train_rows, min(2, batches_per_epoch(len(train_rows), size)) * size)
+    )
     valid: list[Batch] = []
 
     def epochs(epoch: int, first: int) -> Iterator[Batch]:
         skipped = first % 2  # so that the same two come together whatever batch it begins with
         pairs = loader.augmented(train_rows, augment, own, epoch, first - skipped, together=2)
-        batches = (batch for x, y in through(frozen, pairs) for batch in zip(x.split(size), y.split(size), strict=True))
+        batches = (
+            batch for x, y in through(frozen, pairs, frozen) for batch in zip(x.split(size), y.split(size), strict=True)
+        )
         return _tracked(islice(batches, skipped, None), schedule, loader, train_rows, epoch, first)
 
     def validate() -> Scores:
-        valid[:] = valid or through(frozen, loader.plain(valid_rows))
+        valid[:] = valid or through(frozen, loader.plain(valid_rows), frozen)
         return score(predict(head, valid), loader.packed.labels[valid_rows])
 
     with _named_images(loader, train_rows, own):

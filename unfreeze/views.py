@@ -1,7 +1,7 @@
 """Views: which square of an image the network sees, as one affine map per image.
 
 Flip, quarter turns, rotation, zoom and crop of a view are composed into a single matrix before any pixel is touched,
-so that a batch is warped once (`unfreeze.batches`), not once per transform. Everything here is drawn with NumPy
+so that a view is warped once (`unfreeze.rendering`), not once per transform. Everything here is drawn with NumPy
 from a generator the caller seeds: the same seed gives the same views on every device.
 
 Coordinates are in pixels of the packed image, x to the right, y down, pixel centres at whole numbers. A view's matrix
