@@ -122,7 +122,7 @@ def fit_augmented(
         batches = (
             batch for x, y in through(frozen, pairs, frozen) for batch in zip(x.split(size), y.split(size), strict=True)
         )
-        return _tracked(islice(batches, skipped, None), schedule, loader, train_rows, epoch, first)
+        return _tracked(islice(batches, skipped, None), schedule, epoch, first)
 
     def validate() -> Scores:
         valid[:] = valid or through(frozen, loader.plain(valid_rows), frozen)
@@ -156,7 +156,7 @@ def fit_full(
 
     def epochs(epoch: int, first: int) -> Iterator[Batch]:
         batches = loader.augmented(train_rows, augment, own, epoch, first)
-        return _tracked(batches, schedule, loader, train_rows, epoch, first)
+        return _tracked(batches, schedule, epoch, first)
 
     def validate() -> Scores:
         return score(predict(model, loader.plain(valid_rows)), loader.packed.labels[valid_rows])
@@ -193,11 +193,8 @@ def _schedule(settings: TrainAugmented | TrainFull, loader: Loader, rows: Rows) 
     return make_schedule(settings.schedule, settings.cycles, settings.cycle_len, settings.cycle_mult, count)
 
 
-def _tracked(
-    batches: Iterable[Batch], schedule: Schedule, loader: Loader, rows: Rows, epoch: int, first: int
-) -> Iterator[Batch]:
-    count = batches_per_epoch(len(rows), loader.batch_size)
-    return track(batches, f"epoch {epoch + 1}/{schedule.epochs}", count, first)
+def _tracked(batches: Iterable[Batch], schedule: Schedule, epoch: int, first: int) -> Iterator[Batch]:
+    return track(batches, f"epoch {epoch + 1}/{schedule.epochs}", len(schedule.factors) // schedule.epochs, first)
 
 
 @contextmanager
