@@ -50,24 +50,28 @@ def speed(work: Work, repeats: int, say: Callable[[str], None]) -> dict[str, Any
 def _shares(work: Work, us: ProcessPoolExecutor, ceiling: ProcessPoolExecutor, repeats: int) -> dict[str, Any]:
     """Throughput of ours without validation, as a share of the fastest way to run the network on one batch.
 
-    Ceiling and ours take turns; a share is the median of the turns' shares.
+    Ceilings and ours take turns; a share is the median of the turns' shares.
     """
     parts = {
-        "precompute": (ours.precompute_rate, ceilings.forward),
-        "augmented frozen epoch": (ours.frozen_rate, ceilings.forward),
-        "epoch of the whole network": (ours.full_rate, ceilings.training),
-        "reading packed pixels": (ours.read_rate, ceilings.forward),
+        ceilings.forward: {
+            "precompute": ours.precompute_rate,
+            "augmented frozen epoch": ours.frozen_rate,
+            "reading packed pixels": ours.read_rate,
+        },
+        ceilings.training: {"epoch of the whole network": ours.full_rate},
     }
-    found = {}
-    for name, (rate, top) in parts.items():
-        turns: list[dict[str, Any]] = []
+    turns: dict[str, list[dict[str, Any]]] = {name: [] for rates in parts.values() for name in rates}
+    for top, rates in parts.items():
         for _ in range(repeats):
             ways = ceiling.submit(top, work).result()
             way = max(ways, key=lambda w: ways[w])
-            mine = us.submit(rate, work).result()
-            turns.append({"rate": mine, "share": mine / ways[way], "way": way, "ways": ways})
-        middle = sorted(turns, key=lambda turn: turn["share"])[len(turns) // 2]
-        found[name] = {**middle, "shares": [turn["share"] for turn in turns]}
+            for name, rate in rates.items():
+                mine = us.submit(rate, work).result()
+                turns[name].append({"rate": mine, "share": mine / ways[way], "way": way, "ways": ways})
+    found = {}
+    for name, taken in turns.items():
+        middle = sorted(taken, key=lambda turn: turn["share"])[(len(taken) - 1) // 2]
+        found[name] = {**middle, "shares": [turn["share"] for turn in taken]}
     return found
 
 

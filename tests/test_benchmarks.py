@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import checkpoints, choices, compare, memory, orchestration, ours
-from benchmarks.figure import draw
+from benchmarks import checkpoints, choices, compare, figure, memory, orchestration, ours
 from benchmarks.work import Work, files, make_work
 from tests.integration.project import paint
 
@@ -74,9 +74,22 @@ def test_turns_of_steps_from_the_flows_log() -> None:
 
 
 def test_a_figure_of_what_was_found(tmp_path: Path) -> None:
-    shares = {name: {"share": 0.9} for name in ("precompute", "augmented frozen epoch", "epoch of the whole network")}
+    shares = {name: {"share": 0.9} for name in figure.SHARES}
     cases = {name: {"ratio": 3.0} for name in compare.CASES}
-    for name in ("one", "two"):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"speed": {"cases": cases, "shares": shares}}))
-    draw(tmp_path, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+    def about(source: str) -> dict[str, Any]:
+        return {"settings": {"backbone": {"name": "timm:lite"}, "data": {"source": source, "image_size": 160}}}
+
+    drawn = []
+    for name, source, found in (
+        ("one", "sample:elpv", {"speed": {"cases": cases, "shares": shares}}),
+        ("two", "photos", {"speed": {"cases": cases, "shares": shares}}),
+        ("three", "photos", {"accuracy": {"ratio": 8.0}}),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"about": about(source), **found}))
+        figure.draw(tmp_path, tmp_path / "figure.png")
+        drawn.append((tmp_path / "figure.png").read_bytes())
+    assert all(png.startswith(b"\x89PNG") for png in drawn) and len(set(drawn)) == 3
+    (tmp_path / "memory.json").write_text(json.dumps({"growth_mb": 3}))  # nothing of the figure's
+    figure.draw(tmp_path, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes() == drawn[-1]
