@@ -7,7 +7,8 @@ compiled, and ours; without gradients in batches as they train and in batches of
 import contextlib
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,7 +24,10 @@ from unfreeze.settings import Unfreeze
 from unfreeze.training import make_optimizer, set_rate
 
 Ways = dict[str, float]
+Variant = tuple[str, Any, torch.Tensor, Any]
 FORWARD_REPEATS, STEP_REPEATS = 12, 6
+_for_good = contextlib.ExitStack()
+"""What stays as it is until the process ends."""
 
 
 def forward(work: Work) -> Ways:
@@ -31,7 +35,6 @@ def forward(work: Work) -> Ways:
     device, ways = best_device(), {}
     for count in (work.settings.train.batch_size, 2 * work.settings.train.batch_size):
         for name, model, batch, context in _variants(work, count, train=False):
-            model.eval()
 
             def run(model: Any = model, batch: Any = batch, context: Any = context) -> None:
                 with torch.no_grad(), context():  # constants are not folded in inference mode
@@ -45,7 +48,7 @@ def training(work: Work, unfreeze: Unfreeze = WHOLE) -> Ways:
     """Images per second of a training step (forward, backward, optimizer), by way."""
     device, ways = best_device(), {}
     for name, model, batch, context in _variants(work, work.settings.train.batch_size, train=True, unfreeze=unfreeze):
-        inner = getattr(model, "_orig_mod", model)
+        inner: Any = getattr(model, "_orig_mod", model)
         optimizer = make_optimizer(parameter_groups(inner, unfreeze.lr_ratio), work.settings.train)
         set_rate(optimizer, 1e-6)
         labels = torch.zeros(len(batch), dtype=torch.long, device=device)
@@ -64,8 +67,14 @@ def training(work: Work, unfreeze: Unfreeze = WHOLE) -> Ways:
     return ways
 
 
-def _variants(work: Work, count: int, train: bool, unfreeze: Unfreeze = WHOLE) -> Any:
-    """(name, model, batch, context) for each way to run the network."""
+@cache
+def _variants(work: Work, count: int, train: bool, unfreeze: Unfreeze = WHOLE) -> list[Variant]:
+    """(name, model, batch, context) for each way to run the network; kept, as compiling takes longer than measuring."""
+    return list(_each_variant(work, count, train, unfreeze))
+
+
+def _each_variant(work: Work, count: int, train: bool, unfreeze: Unfreeze) -> Iterator[Variant]:
+    torch._dynamo.config.recompile_limit = 64  # they share their code
     device = best_device()
     base, _ = classifier(work, seed=0)  # in our own way
     size = work.image_size
@@ -80,7 +89,7 @@ def _variants(work: Work, count: int, train: bool, unfreeze: Unfreeze = WHOLE) -
     def prepared(model: Any) -> Any:
         freeze_to(model, unfreeze.freeze_to if train else 2, unfreeze.bn_freeze)
         set_train_mode(model)
-        return model
+        return model if train else model.eval()
 
     def half() -> Any:
         return torch.autocast(device.type, dtype=torch.bfloat16)
@@ -92,16 +101,15 @@ def _variants(work: Work, count: int, train: bool, unfreeze: Unfreeze = WHOLE) -
             yield f"{precision}, {where}", prepared(plain().to(memory_format=layout)), _laid(batch, layout), context
         last = _laid(batch, torch.channels_last)
         model = prepared(plain().to(memory_format=torch.channels_last))
-        torch._dynamo.reset()
-        yield f"{precision}, channels last, compiled", torch.compile(model), last, context
+        yield f"{precision}, channels last, compiled", torch.compile(model, dynamic=False), last, context
     context = list(precisions.values())[-1]
     ours = prepared(to_device(plain(), device))
-    with fast_training(ours.backbone, last) if train else contextlib.nullcontext():
-        yield "unfreeze", ours, last, context
+    if train:
+        _for_good.enter_context(fast_training(ours.backbone, last))
+    yield "unfreeze", ours, last, context
     if not train:
-        yield "unfreeze, folded", frozen_copy(prepared(to_device(plain(), device)).eval(), last), last, context
-        torch._dynamo.reset()
-        frozen = _constant(prepared(plain().to(memory_format=torch.channels_last)).eval(), last, context)
+        yield "unfreeze, folded", frozen_copy(prepared(to_device(plain(), device)), last), last, context
+        frozen = _constant(prepared(plain().to(memory_format=torch.channels_last)), last, context)
         if frozen is not None:
             yield "compiled with its weights as constants", frozen, last, context
 
@@ -112,7 +120,7 @@ def _constant(model: Any, batch: torch.Tensor, context: Any) -> Any:
 
     torch._inductor.config.freezing = True
     try:
-        compiled = torch.compile(model)
+        compiled = torch.compile(model, dynamic=False)
         with torch.no_grad(), context():
             compiled(batch)
         return compiled

@@ -8,6 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from unfreeze import rendering
 from unfreeze.inference import packed_in_memory
 from unfreeze.packed import PackedImages
 from unfreeze.rendering import Normalisation, read_canvas, render, render_here
@@ -19,13 +20,17 @@ RAW = Normalisation((0, 0, 0), (1, 1, 1))
 Way = Callable[[PackedImages, Views, Normalisation], torch.Tensor]
 
 
+def here(packed: PackedImages, views: Views, norm: Normalisation) -> torch.Tensor:
+    return render_here(packed, views, norm, torch.float32)
+
+
 def as_on_a_gpu(packed: PackedImages, views: Views, norm: Normalisation) -> torch.Tensor:
     sizes = packed.sizes[views.rows]
     return render(read_canvas(packed, views), views, sizes, packed.image_size, norm, torch.device("cpu"))
 
 
-WAYS = pytest.mark.parametrize("way", [render_here, as_on_a_gpu])
-ROUNDING = {render_here: 0.5 / 255, as_on_a_gpu: 0.0}
+WAYS = pytest.mark.parametrize("way", [here, as_on_a_gpu])
+ROUNDING: dict[Way, float] = {here: 0.5 / 255, as_on_a_gpu: 0.0}
 """OpenCV rounds to whole steps of 255."""
 
 
@@ -120,5 +125,24 @@ def test_joined_views_are_the_views_one_after_the_other() -> None:
         random_views(rows, packed.sizes[rows], SIZE, augment, np.random.default_rng(len(rows)))
         for rows in (np.array([4, 1, 3]), np.array([0]), np.array([5, 2]))
     ]
-    together = render_here(packed, joined(parts), RAW)
-    assert torch.equal(together, torch.cat([render_here(packed, part, RAW) for part in parts]))
+    together = here(packed, joined(parts), RAW)
+    assert torch.equal(together, torch.cat([here(packed, part, RAW) for part in parts]))
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_pieces_of_a_batch_are_the_batch_and_half_precision_is_rounded_once(
+    plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed, norm = images(5, width=21), Normalisation((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+    augment = Augment("both", 10, 1.2, 0.2)
+    rows = np.arange(5)
+    views = (
+        plain_views(rows, packed.sizes, SIZE)
+        if plain
+        else random_views(rows, packed.sizes, SIZE, augment, np.random.default_rng(0))
+    )
+    whole = here(packed, views, norm)
+    for images_in_a_piece in (1, 2, 5):
+        monkeypatch.setattr(rendering, "PIECE", images_in_a_piece * SIZE * SIZE * 3)
+        assert torch.equal(here(packed, views, norm), whole)
+        assert torch.equal(render_here(packed, views, norm, torch.bfloat16), whole.bfloat16())

@@ -125,7 +125,7 @@ def test_head_on_activations_is_head_through_the_frozen_backbone() -> None:
         torch.manual_seed(5)
         with torch.autocast("cpu", enabled=False):
             for inputs, labels in batches:
-                loss = nn.functional.cross_entropy(model(inputs), labels)
+                loss = nn.functional.cross_entropy(model(inputs.float()), labels)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from unfreeze.device import precision
 from unfreeze.packed import PackedImages
 from unfreeze.progress import track
 from unfreeze.rendering import Normalisation, read_canvas, render, render_here, upload
@@ -107,7 +108,7 @@ class Loader:
     def _rendered(self, batches: Iterable[Views]) -> Iterator[tuple[Views, torch.Tensor]]:
         if self.device.type == "cpu":  # which has no time to spare that a thread could use
             for views in batches:
-                yield views, render_here(self.packed, views, self.norm)
+                yield views, render_here(self.packed, views, self.norm, precision(self.device))
             return
         for views, canvas in prefetch((views, read_canvas(self.packed, views)) for views in batches):
             sizes = self.packed.sizes[views.rows]

@@ -28,11 +28,14 @@ def native_bf16(device: torch.device) -> bool:
     return False
 
 
+def precision(device: torch.device) -> torch.dtype:
+    """What a network computes in there: bfloat16 where it is native, full precision elsewhere, as emulated it is slower."""
+    return torch.bfloat16 if native_bf16(device) else torch.float32
+
+
 def autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Mixed precision where it is native, full precision elsewhere: emulated bfloat16 is slower than float32."""
-    if native_bf16(device):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
+    """Mixed precision where it is native (`precision`)."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if native_bf16(device) else contextlib.nullcontext()
 
 
 def seed_everything(seed: int) -> None:

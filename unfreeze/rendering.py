@@ -18,6 +18,8 @@ from unfreeze.packed import PackedImages
 from unfreeze.views import Views
 
 LINEAR = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+PIECE = 400_000
+"""Values that are warped and lit together on a processor: a core's cache holds them as floats."""
 
 
 @dataclass(frozen=True)
@@ -28,21 +30,31 @@ class Normalisation:
     std: tuple[float, float, float]
 
 
-def render_here(packed: PackedImages, views: Views, norm: Normalisation) -> torch.Tensor:
-    """Render a batch on the processor: (B, 3, S, S) float32, channels last."""
-    size = packed.image_size
+def render_here(packed: PackedImages, views: Views, norm: Normalisation, dtype: torch.dtype) -> torch.Tensor:
+    """Render a batch on the processor: (B, 3, S, S) of that type, channels last."""
+    count, size = len(views), packed.image_size
     low, high = _rectangles(packed, views)
-    pixels = np.empty((len(views), size, size, 3), np.uint8)
     # Where the first pixel of each output looks in its rectangle, and the steps from there.
     corner = views.centre - views.linear.sum(2) * ((size - 1) / 2) - low
     maps = np.concatenate([views.linear, corner[:, :, None]], 2)
-    for target, row, (x0, y0), (x1, y1), map_ in zip(pixels, views.rows, low, high, maps, strict=True):
-        image = packed[row][y0:y1, x0:x1]
-        if views.plain:
-            target[:] = image
-        else:
-            cv2.warpAffine(image, map_, (size, size), target, LINEAR, cv2.BORDER_REFLECT_101)
-    return light(torch.from_numpy(pixels), views, norm, torch.device("cpu"))
+    scale, offset = _lighting(views, norm, size, torch.device("cpu"))
+    images = torch.empty((count, size, size * 3), dtype=dtype)
+    few = max(1, PIECE // (size * size * 3))
+    pixels, lit = np.empty((few, size, size, 3), np.uint8), torch.empty((few, size, size * 3))
+    for first in range(0, count, few):
+        part = slice(first, min(first + few, count))
+        for target, row, (x0, y0), (x1, y1), map_ in zip(
+            pixels, views.rows[part], low[part], high[part], maps[part], strict=False
+        ):
+            image = packed[row][y0:y1, x0:x1]
+            if views.plain:
+                target[:] = image
+            else:
+                cv2.warpAffine(image, map_, (size, size), target, LINEAR, cv2.BORDER_REFLECT_101)
+        there = slice(0, part.stop - first)
+        lit[there] = torch.from_numpy(pixels[there]).flatten(2)
+        images[part] = torch.addcmul(offset[part], lit[there], scale[part], out=lit[there])
+    return images.unflatten(2, (size, 3)).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,11 @@ def render(
     Returns:
         (B, 3, S, S) float32, channels last.
     """
-    images = light(canvas.pixels, views, norm, device)
+    width = canvas.pixels.shape[2]
+    scale, offset = _lighting(views, norm, width, device)
+    # Before the warp, which averages.
+    rows = torch.addcmul(offset, upload(canvas.pixels, device).flatten(2).float(), scale)
+    images = rows.unflatten(2, (width, 3)).permute(0, 3, 1, 2)
     if not views.plain:
         images = F.grid_sample(
             images, _grid(canvas, views, sizes, image_size, device), padding_mode="border", align_corners=False
@@ -99,17 +115,16 @@ def render(
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def light(pixels: torch.Tensor, views: Views, norm: Normalisation, device: torch.device) -> torch.Tensor:
-    """Light and normalise a batch of bytes on the device: (B, 3, H, W) float32, channels last, of (B, H, W, 3) uint8."""
+def _lighting(views: Views, norm: Normalisation, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What lights and normalises rows of bytes, in which the channels lie side by side: a factor and a term, (B, 1, 3 W) each.
+
+    ((p/255 - 1/2) * gain + 1/2 + shift - mean) / std as one multiply-add; of whole rows, which takes half the time of
+    pixels of three values.
+    """
     mean, std = (torch.tensor(v, device=device) for v in (norm.mean, norm.std))
     gain, shift = (upload(torch.from_numpy(v), device)[:, None] for v in (views.gain, views.shift))
-    # ((p/255 - 1/2) * gain + 1/2 + shift - mean) / std as one multiply-add, of whole rows, in which the channels lie side by
-    # side: half the time of pixels of three values. Before the warp, which averages.
     scale, offset = gain / (255 * std), (0.5 - 0.5 * gain + shift - mean) / std
-    width = pixels.shape[2]
-    scale, offset = (v.repeat(1, width)[:, None] for v in (scale, offset))
-    rows = torch.addcmul(offset, upload(pixels, device).flatten(2).float(), scale)
-    return rows.unflatten(2, (width, 3)).permute(0, 3, 1, 2)
+    return scale.repeat(1, width)[:, None], offset.repeat(1, width)[:, None]
 
 
 def _grid(

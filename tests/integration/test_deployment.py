@@ -1,6 +1,7 @@
 """The third door: a deployment on a work pool, with a real Prefect server, worker and MLflow server."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -97,23 +98,44 @@ def test_a_deployment_on_the_gpu_pool_runs_the_recipe(make_project: Callable[[],
         for key in ("mlflow-run", "lr-find-plot", "evaluate-plot"):
             assert key in links
 
-        # The worker is killed in the middle of a pass: what it started ends with it.
+        # A person cancels a pass in Prefect's pages: its step ends, the worker goes on, and nothing says that it failed.
         with started(project, worker_log, "prefect", "worker", "start", "--pool", "gpu") as worker:
-            project.run("prefect", "deployment", "run", "recipe/nightly", "--param", 'settings={"seed": 7}')
-            family = kill_at_work(worker.pid)
+            seven = ("--param", 'settings={"seed": 7}')
+            printed = project.run("prefect", "deployment", "run", "recipe/nightly", *seven)
+            family = at_work(worker.pid)
+            run = re.findall(r"UUID: (\S+)", printed)[0]
+            project.run("prefect", "flow-run", "cancel", run)
+            _, left = psutil.wait_procs(family, timeout=90)
+            assert not left, [process.cmdline() for process in left]
+            assert worker.poll() is None, worker_log.read_text()
+            assert "CANCELLED" in wait_until(lambda: project.run("prefect", "flow-run", "inspect", run), "CANCELLED")
+            ends = {(run.info.run_name, run.info.status) for run in mlflow.search_runs([experiment.experiment_id])}
+            assert {status for _, status in ends} == {"FINISHED", "KILLED"}, ends
+
+            # Then the worker itself is killed in the middle of a pass: what it started ends with it.
+            project.run("prefect", "deployment", "run", "recipe/nightly", *seven)
+            family = at_work(worker.pid)
+            worker.kill()
             gone, left = psutil.wait_procs(family, timeout=60)
             assert gone and not left, [process.cmdline() for process in left]
 
 
-def kill_at_work(pid: int) -> list[psutil.Process]:
-    """SIGKILL a worker as soon as a step of its flow is at work; returns all processes that it had started."""
-    worker = psutil.Process(pid)
+def at_work(pid: int) -> list[psutil.Process]:
+    """Wait until a step of a worker's flow is at work; returns all processes that the worker has started."""
     for _ in range(1200):
-        family = worker.children(recursive=True)
+        family = psutil.Process(pid).children(recursive=True)
         for process in family:
             with suppress(psutil.Error):
                 if "tasks" in process.cmdline():  # python -m tasks <step>
-                    worker.kill()
                     return family
         time.sleep(0.1)
     raise AssertionError("no step began")
+
+
+def wait_until(look: Callable[[], str], word: str) -> str:
+    """Look until the word is there, for half a minute; returns what was seen last."""
+    for _ in range(15):
+        if word in (seen := look()):
+            break
+        time.sleep(2)
+    return seen
