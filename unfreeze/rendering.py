@@ -19,7 +19,7 @@ from unfreeze.views import Views
 
 LINEAR = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
 PIECE = 400_000
-"""Values that are warped and lit together on a processor: a core's cache holds them as floats."""
+"""Values that are lit together on a processor: a core's cache holds them as floats."""
 
 
 @dataclass(frozen=True)
@@ -37,23 +37,22 @@ def render_here(packed: PackedImages, views: Views, norm: Normalisation, dtype: 
     # Where the first pixel of each output looks in its rectangle, and the steps from there.
     corner = views.centre - views.linear.sum(2) * ((size - 1) / 2) - low
     maps = np.concatenate([views.linear, corner[:, :, None]], 2)
+    pixels = np.empty((count, size, size, 3), np.uint8)
+    for target, row, (x0, y0), (x1, y1), map_ in zip(pixels, views.rows, low, high, maps, strict=True):
+        image = packed[row][y0:y1, x0:x1]
+        if views.plain:
+            target[:] = image
+        else:
+            cv2.warpAffine(image, map_, (size, size), target, LINEAR, cv2.BORDER_REFLECT_101)
+    # Not image by image with the warp: OpenCV's threads and torch's would wait for one another.
     scale, offset = _lighting(views, norm, size, torch.device("cpu"))
     images = torch.empty((count, size, size * 3), dtype=dtype)
     few = max(1, PIECE // (size * size * 3))
-    pixels, lit = np.empty((few, size, size, 3), np.uint8), torch.empty((few, size, size * 3))
+    lit = torch.empty((few, size, size * 3))
     for first in range(0, count, few):
-        part = slice(first, min(first + few, count))
-        for target, row, (x0, y0), (x1, y1), map_ in zip(
-            pixels, views.rows[part], low[part], high[part], maps[part], strict=False
-        ):
-            image = packed[row][y0:y1, x0:x1]
-            if views.plain:
-                target[:] = image
-            else:
-                cv2.warpAffine(image, map_, (size, size), target, LINEAR, cv2.BORDER_REFLECT_101)
-        there = slice(0, part.stop - first)
-        lit[there] = torch.from_numpy(pixels[there]).flatten(2)
-        images[part] = torch.addcmul(offset[part], lit[there], scale[part], out=lit[there])
+        part = slice(first, first + few)
+        piece = lit[: len(images[part])].copy_(torch.from_numpy(pixels[part]).flatten(2))
+        images[part] = torch.addcmul(offset[part], piece, scale[part], out=piece)
     return images.unflatten(2, (size, 3)).permute(0, 3, 1, 2)
 
 
