@@ -118,16 +118,14 @@ def _constant(model: Any, batch: torch.Tensor, context: Any) -> Any:
     """The network compiled for inference with constants folded, or None where that is not to be had here."""
     import torch._inductor.config
 
-    torch._inductor.config.freezing = True
     try:
-        compiled = torch.compile(model, dynamic=False)
-        with torch.no_grad(), context():
+        # Said twice: to tell it apart from what was compiled of the same code, and to have it so from the beginning.
+        compiled = torch.compile(model, dynamic=False, options={"freezing": True})
+        with torch._inductor.config.patch(freezing=True), torch.no_grad(), context():
             compiled(batch)
         return compiled
     except Exception:
         return None
-    finally:
-        torch._inductor.config.freezing = False
 
 
 def _laid(batch: torch.Tensor, layout: torch.memory_format) -> torch.Tensor:
