@@ -22,6 +22,15 @@ CASES = {
     "tta": "TTA of the validation images",
 }
 """Functions that both sides have, and what they are."""
+PARTS = {
+    ceilings.forward: {
+        "precompute": ours.precompute_rate,
+        "augmented frozen epoch": ours.frozen_rate,
+        "reading packed pixels": ours.read_rate,
+    },
+    ceilings.training: {"epoch of the whole network": ours.full_rate},
+}
+"""What of ours is held against which ceiling."""
 
 
 def speed(work: Work, repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -52,16 +61,8 @@ def _shares(work: Work, us: ProcessPoolExecutor, ceiling: ProcessPoolExecutor, r
 
     Ceilings and ours take turns; a share is the median of the turns' shares.
     """
-    parts = {
-        ceilings.forward: {
-            "precompute": ours.precompute_rate,
-            "augmented frozen epoch": ours.frozen_rate,
-            "reading packed pixels": ours.read_rate,
-        },
-        ceilings.training: {"epoch of the whole network": ours.full_rate},
-    }
-    turns: dict[str, list[dict[str, Any]]] = {name: [] for rates in parts.values() for name in rates}
-    for top, rates in parts.items():
+    turns: dict[str, list[dict[str, Any]]] = {name: [] for rates in PARTS.values() for name in rates}
+    for top, rates in PARTS.items():
         for _ in range(repeats):
             ways = ceiling.submit(top, work).result()
             way = max(ways, key=lambda w: ways[w])

@@ -104,7 +104,7 @@ def render(
     """
     width = canvas.pixels.shape[2]
     scale, offset = _lighting(views, norm, width, device)
-    # Before the warp, which averages.
+    # Lit before it is warped, which comes to the same, as a warp averages.
     rows = torch.addcmul(offset, upload(canvas.pixels, device).flatten(2).float(), scale)
     images = rows.unflatten(2, (width, 3)).permute(0, 3, 1, 2)
     if not views.plain:
