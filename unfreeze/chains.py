@@ -1,10 +1,11 @@
 """How a network's convolutions work: what follows each, and the zeros around what it sees."""
 
-from collections import Counter
+import dataclasses
+import operator
 from typing import Any, TypeGuard
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 POST_OPS: dict[type[nn.Module], tuple[str, list[float]]] = {
@@ -20,59 +21,144 @@ TOLERANCE = 1e-3
 """Largest difference from the network's own activations in full precision that a faster way may make, as a share of the
 largest."""
 
-Chain = tuple[nn.Conv2d, _BatchNorm | None, nn.Module | None, tuple[int, ...]]
+ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+"""Functions and methods that a residual block may call."""
 
 
-def chains(network: nn.Module, images: torch.Tensor) -> list[Chain]:
-    """Convolutions with the BatchNorm and the activation that follow each (or None), and the shape of its input."""
-    calls: Counter[nn.Module] = Counter()
-    made_by: dict[tuple[int, int], list[Any]] = {}  # by id and version of a tensor, as some are added to in place
-    alive: list[torch.Tensor] = []  # an id stays a tensor's own while the tensor lives
+@dataclasses.dataclass
+class Chain:
+    """Calls of a `traced` network that follow one another, where nothing else sees what is between them.
 
-    def see(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        if not isinstance(module, known):
-            if isinstance(output, torch.Tensor) and inputs and output is inputs[0] and type(module) is not nn.Identity:
-                made_by.pop((id(output), output._version), None)  # a dropout, which does something in training
-            return
-        calls[module] += 1
-        version = inputs[0]._version - getattr(module, "inplace", False)  # before the module itself raised it
-        chain = made_by.get((id(inputs[0]), version))
-        if isinstance(module, nn.Conv2d):
-            chain = [module, None, None, tuple(inputs[0].shape)]
-            found.append(chain)
-        elif chain is None or chain[2] is not None:
-            return
-        elif isinstance(module, _BatchNorm) and chain[1] is None and module.track_running_stats:
-            chain[1] = module
-        elif type(module) in POST_OPS:
-            chain[2] = module
-        else:
-            return
-        alive.append(output)
-        made_by[id(output), output._version] = chain
+    Attributes:
+        calls: a convolution's, and of what follows, each at most once and in this order: a BatchNorm, the addition of a
+            tensor of the same shape, an activation.
+        conv: the convolution, which computes with its weights as they are.
+        norm: the BatchNorm, which has kept statistics.
+        act: the activation, of a type in `POST_OPS`; after an addition a ReLU.
+        adds: whether there is an addition.
+    """
 
-    found: list[list[Any]] = []
-    known = (nn.Conv2d, _BatchNorm, *(kind for kind in POST_OPS if kind is not nn.Identity))
-    hooks = [module.register_forward_hook(see) for module in network.modules()]
+    calls: list[fx.Node]
+    conv: nn.Conv2d
+    norm: _BatchNorm | None = None
+    act: nn.Module | None = None
+    adds: bool = False
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """What goes in: what is convolved and, if anything, what is added."""
+        given = [node for call in self.calls for node in call.all_input_nodes]
+        return [node for node in given if node not in self.calls]
+
+
+def traced(network: nn.Module, images: torch.Tensor, trains: bool) -> fx.GraphModule | None:
+    """A network as the list of the calls that it makes for any images.
+
+    Args:
+        network: in eval mode.
+        images: (B, 3, S, S), which are run through it once.
+        trains: whether the calls of training count as well: else those that do nothing here, as a dropout's, are left out.
+
+    Returns:
+        A module made of the network's own ones, where each call has the ``shape`` of what it makes in its ``meta``. None
+        where the calls depend on the images.
+    """
     try:
-        network(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    # A module that is called in several places cannot be taken out of one.
-    return [
-        (conv, norm, act if calls[act] == 1 else None, shape)
-        for conv, norm, act, shape in found
-        if plain(conv) and calls[conv] == 1 and calls[norm] in (0, 1)
-    ]
+        graph = fx.GraphModule(network, _Tracer().trace(network))
+        seen = _Seen(graph)
+        seen.run(images)
+    except Exception:  # of any kind, as the network's own code runs, on what is no tensor
+        return None
+    for call in seen.idle:
+        if not trains or type(called(graph, call)) is nn.Identity:
+            call.replace_all_uses_with(call.all_input_nodes[0])
+            graph.graph.erase_node(call)
+    return graph
 
 
-def plain(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+class _Tracer(fx.Tracer):
+    """Looks into modules that have others inside; how the others compute is their own affair."""
+
+    def __init__(self) -> None:
+        from timm.layers import get_notrace_functions, get_notrace_modules
+
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        self._closed = (_BatchNorm, *get_notrace_modules())
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, self._closed) or not any(True for _ in m.children())
+
+
+class _Seen(fx.Interpreter):
+    """Notes what calls make, and which give back what they were given."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.idle: list[fx.Node] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        given = [self.env[node] for node in n.all_input_nodes]
+        versions = [tensor._version for tensor in given if isinstance(tensor, torch.Tensor)]
+        made = super().run_node(n)
+        if isinstance(made, torch.Tensor):
+            n.meta["shape"] = tuple(made.shape)
+            if n.op == "call_module" and len(given) == 1 and made is given[0] and [made._version] == versions:
+                self.idle.append(n)
+        return made
+
+
+def called(graph: fx.GraphModule, call: fx.Node) -> nn.Module | None:
+    """The module that is called, where it is one."""
+    return graph.get_submodule(str(call.target)) if call.op == "call_module" else None
+
+
+def chains(graph: fx.GraphModule) -> list[Chain]:
+    """The chains of a `traced` network; each call is in one at most."""
+    found: list[Chain] = []
+    for call in graph.graph.nodes:
+        conv = called(graph, call)
+        if plain(conv):
+            chain = Chain([call], conv)
+            while _lengthened(chain, graph, found):
+                pass
+            found.append(chain)
+    return found
+
+
+def _lengthened(chain: Chain, graph: fx.GraphModule, others: list[Chain]) -> bool:
+    """Whether the call that alone sees what a chain makes could become its last."""
+    users = list(chain.calls[-1].users)
+    if len(users) != 1:
+        return False
+    [user] = users
+    module, alone = called(graph, user), chain.act is None and not chain.adds
+    if isinstance(module, _BatchNorm) and module.track_running_stats and alone and chain.norm is None:
+        chain.norm = module
+    elif _adds(user) and alone and all(user not in other.calls for other in others):
+        chain.adds = True
+    elif type(module) in (POST_OPS if alone else (nn.ReLU,)) and chain.act is None:
+        chain.act = module
+    else:
+        return False
+    chain.calls.append(user)
+    return True
+
+
+def _adds(call: fx.Node) -> bool:
+    """Whether a call adds two tensors of one shape, and nothing else."""
+    shapes = [node.meta.get("shape") for node in call.all_input_nodes]
+    if call.op == "call_module" or call.target not in ADDITIONS or call.kwargs:
+        return False
+    return len(shapes) == 2 and None is not shapes[0] == shapes[1]
+
+
+def plain(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
     """Whether a module is a convolution that computes with its weights as they are: some standardise them on the way."""
     from timm.layers import Conv2dSame
 
-    own = "forward" in vars(module)
-    return type(module) in (nn.Conv2d, Conv2dSame) and module.padding_mode == "zeros" and not own
+    if not isinstance(module, nn.Conv2d) or type(module) not in (nn.Conv2d, Conv2dSame):
+        return False
+    return module.padding_mode == "zeros" and "forward" not in vars(module)
 
 
 def edges(conv: nn.Conv2d, size: tuple[int, ...]) -> tuple[int, int, int, int]:

@@ -6,6 +6,7 @@ follow by the chain rule. Layers that are frozen whole are inference (`unfreeze.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,10 +17,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from unfreeze.chains import POST_OPS, TOLERANCE, Chain, chains, edges, plain
+from unfreeze.chains import POST_OPS, TOLERANCE, called, chains, edges, plain, traced
 from unfreeze.depthwise import depthwise, slow_in_half, slow_to_train
 from unfreeze.device import native_bf16
 from unfreeze.frozen import ConvAct, Forward, OneDNNConvAct, StandIn
+
+Chain = tuple[nn.Conv2d, _BatchNorm | None, nn.Module | None, tuple[int, ...]]
+"""A convolution with the BatchNorm and the activation that follow it, if any, and the shape of its input."""
 
 
 @contextmanager
@@ -61,7 +65,7 @@ def _forwards(network: nn.Module, images: torch.Tensor) -> dict[nn.Module, Forwa
     network.eval()
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         with _loud(network):
-            expected, found = network(images), chains(network, images)
+            expected, found = network(images), _chains(network, images)
             forwards = dict(alone)
             for conv, norm, _, _ in found:
                 if norm is not None and norm not in training:
@@ -75,6 +79,19 @@ def _forwards(network: nn.Module, images: torch.Tensor) -> dict[nn.Module, Forwa
     for module in network.modules():
         module.training = module in training
     return forwards
+
+
+def _chains(network: nn.Module, images: torch.Tensor) -> list[Chain]:
+    """The chains of the network whose modules are called nowhere else, as a module computes the same wherever it is called."""
+    graph = traced(network, images, trains=True)
+    if graph is None:
+        return []
+    calls = Counter(called(graph, call) for call in graph.graph.nodes)
+    return [
+        (c.conv, c.norm, c.act if calls[c.act] == 1 and not c.adds else None, c.inputs[0].meta["shape"])
+        for c in chains(graph)
+        if calls[c.conv] == 1 and (c.norm is None or calls[c.norm] == 1)
+    ]
 
 
 @contextmanager

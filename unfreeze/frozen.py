@@ -8,18 +8,17 @@ computes convolution and activation in one pass over memory, with weights laid o
 import copy
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from unfreeze.chains import POST_OPS, TOLERANCE, chains, edges
+from unfreeze.chains import POST_OPS, TOLERANCE, chains, edges, traced
 from unfreeze.device import native_bf16
 
-Model = TypeVar("Model", bound=nn.Module)
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -50,15 +49,16 @@ class StandIn:
 
 
 class ConvAct(nn.Module):
-    """A convolution and the activation that follows it."""
+    """A convolution, what is added to it, if anything, and the activation that follows."""
 
     def __init__(self, conv: nn.Conv2d, act: nn.Module) -> None:
         super().__init__()
         self.conv, self.act = conv, act
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Activations (B, O, H', W') of (B, C, H, W)."""
-        return self.act(self.conv(x))
+    def forward(self, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+        """Activations (B, O, H', W') of (B, C, H, W), and of what is added to them before the activation."""
+        y = self.conv(x)
+        return self.act(y if other is None else y + other)
 
 
 class OneDNNConvAct(nn.Module):
@@ -89,22 +89,28 @@ class OneDNNConvAct(nn.Module):
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().bfloat16(), requires_grad=False)
         self.post = POST_OPS[type(of.act)]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Activations (B, O, H', W'), bfloat16, of (B, C, H, W)."""
+    def forward(self, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+        """Activations (B, O, H', W'), bfloat16, of (B, C, H, W), as of `ConvAct`."""
         x = x.bfloat16()
         if any(self.edges):
             x = F.pad(x, self.edges)
-        return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.arguments, *self.post, "")
+        convolved = torch.ops.mkldnn._convolution_pointwise
+        if other is None:
+            return convolved(x, self.weight, self.bias, *self.arguments, *self.post, "")
+        act = None if self.post[0] == "none" else self.post[0]
+        return convolved.binary(
+            x, other.bfloat16(), self.weight, self.bias, *self.arguments, "add", 1, act, self.post[1], ""
+        )
 
 
-def frozen_copy(network: Model, images: torch.Tensor) -> Model:
+def frozen_copy(network: nn.Module, images: torch.Tensor) -> nn.Module:
     """A copy of a network that predicts the same, faster, and cannot be trained.
 
-    Which modules follow one another is seen by running the network once; a copy whose output differs all the same
-    (something else in it uses what was between them) is discarded.
+    The copy makes the network's calls, of which those that follow one another are one. A copy whose output differs all the
+    same is discarded.
 
     Args:
-        network: maps the images to anything with one tensor; as it stands in eval mode is what the copy predicts.
+        network: maps the images to one tensor; as it stands in eval mode is what the copy predicts.
         images: (B, 3, S, S) normalised, on the network's device: a batch as the copy is for. Two of them are computed.
 
     Returns:
@@ -113,56 +119,56 @@ def frozen_copy(network: Model, images: torch.Tensor) -> Model:
     kinds = {type(module) for module in network.modules()}
     if OneDNNConvAct in kinds or not any(issubclass(kind, nn.Conv2d) for kind in kinds):
         return network
-    folded = _eval_copy(network)
     batch, images = len(images), images[:2].float()
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        expected = folded(images)
-        shapes = _fold(folded, images)
+        copied = _eval_copy(network)
+        expected = copied(images)
+        folded = traced(copied, images, trains=False)
+        if folded is None:
+            return _eval_copy(network)
+        shapes = _fold(folded)
         found = folded(images)
     if not torch.allclose(found, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max())):
         return _eval_copy(network)
     if images.device.type == "cpu" and native_bf16(images.device):
-        for name, module in list(folded.named_modules()):
-            if name in shapes and type(module) is ConvAct and type(module.act) in POST_OPS:
-                count, *shape = shapes[name]
-                folded.set_submodule(name, OneDNNConvAct(module, (count * batch // len(images), *shape)))
-            elif isinstance(module, nn.Linear):
+        for name, (count, *shape) in shapes.items():
+            joined: Any = folded.get_submodule(name)
+            folded.set_submodule(name, OneDNNConvAct(joined, (count * batch // len(images), *shape)))
+        for module in folded.modules():
+            if isinstance(module, nn.Linear):
                 module.weight.data = module.weight.data.bfloat16()  # as autocast would, but once
     return folded
 
 
-def _eval_copy(network: Model) -> Model:
+def _eval_copy(network: nn.Module) -> nn.Module:
     # By way of training mode, as some attention keeps what it computed in eval mode, with weights of that time, until then.
     plain = copy.deepcopy(network).train().eval().requires_grad_(False)
-    for module in plain.modules():
+    for name, module in list(plain.named_modules()):
         StandIn.take_back(module)
+        if isinstance(module, _BatchNorm) and isinstance(getattr(module, "act", None), nn.Module):
+            plain.set_submodule(name, _split(module))  # timm's BatchNorm with drop and activation inside
     return plain
 
 
-def _fold(network: nn.Module, images: torch.Tensor) -> dict[str, tuple[int, ...]]:
-    """Fold every BatchNorm into the convolution before it and join convolutions with the activation after them.
+def _fold(graph: fx.GraphModule) -> dict[str, tuple[int, ...]]:
+    """Make each chain of a traced network one call: of a `ConvAct`, whose convolution does the BatchNorm's work.
 
     Returns:
         Shape (B, C, H, W) of the input of each `ConvAct`, by its name.
     """
-    for name, module in list(network.named_modules()):
-        if isinstance(module, _BatchNorm) and isinstance(getattr(module, "act", None), nn.Module):
-            network.set_submodule(name, _split(module))  # timm's BatchNorm with drop and activation inside
-
-    names = {module: name for name, module in network.named_modules()}
-    shapes = {}
-    for conv, norm, act, shape in chains(network, images):
-        if norm is not None:
-            assert norm.running_mean is not None and norm.running_var is not None
-            conv.weight, conv.bias = fuse_conv_bn_weights(
-                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-            )
-            conv.requires_grad_(False)
-            network.set_submodule(names[norm], nn.Identity())
-        if act is not None:
-            network.set_submodule(names[act], nn.Identity())
-        network.set_submodule(names[conv], ConvAct(conv, act or nn.Identity()))
-        shapes[names[conv]] = shape
+    shapes: dict[str, tuple[int, ...]] = {}
+    for chain in chains(graph):
+        conv = chain.conv if chain.norm is None else fuse_conv_bn_eval(chain.conv, chain.norm)
+        name, inputs = f"chain_{len(shapes)}", tuple(chain.inputs)
+        shapes[name] = inputs[0].meta["shape"]
+        graph.add_submodule(name, ConvAct(conv, chain.act or nn.Identity()))
+        with graph.graph.inserting_before(chain.calls[-1]):
+            call = graph.graph.call_module(name, inputs)
+        chain.calls[-1].replace_all_uses_with(call, propagate_meta=True)
+        for done in reversed(chain.calls):
+            graph.graph.erase_node(done)
+    graph.recompile()
+    graph.delete_all_unused_submodules()
     return shapes
 
 
