@@ -20,7 +20,7 @@ from benchmarks.work import make_work
 from flows.overrides import apply_overrides, read_overrides
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("speed", "accuracy", "checkpoints", "orchestration", "memory")
+PARTS = ("speed", "shares", "accuracy", "checkpoints", "orchestration", "memory")
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
     today = datetime.date.today().isoformat()
-    if {"speed", "accuracy", "checkpoints"} & set(chosen.parts):
+    if {"speed", "shares", "accuracy", "checkpoints"} & set(chosen.parts):
         with tempfile.TemporaryDirectory() as folder:
             settings = Path(folder) / "params.yaml"
             shutil.copy(ROOT / "params.yaml", settings)
@@ -50,6 +50,8 @@ def main() -> None:
             result = _read(file) | {"date": today, "about": compare.about(work)}
             if "speed" in chosen.parts:
                 result["speed"] = compare.speed(work, chosen.repeats, _say)
+            if "shares" in chosen.parts:
+                result["shares"] = compare.shares(work, chosen.repeats, _say)
             if "accuracy" in chosen.parts:
                 result["accuracy"] = compare.accuracy(work, chosen.seeds, _say)
             if "checkpoints" in chosen.parts:

@@ -34,45 +34,45 @@ PARTS = {
 
 
 def speed(work: Work, repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Seconds of each case on both sides, their medians and ratios, and our shares of the ceilings."""
-    packed = open_packed(work.folder)
-    images = {split: len(packed.rows(split)) for split in ("train", "valid", "test")}
+    """Seconds of each case on both sides, and their ratios by the medians."""
+    result: dict[str, Any] = {}
     with ExitStack() as stack:
-        us, them, ceiling = (stack.enter_context(_process()) for _ in range(3))
-        result: dict[str, Any] = {"images": images, "cases": {}}
+        us, them = (stack.enter_context(_process()) for _ in range(2))
         for name in CASES:
             times: dict[str, list[float]] = {"unfreeze": [], "fastai": []}
             for _ in range(repeats):
                 times["unfreeze"].append(us.submit(getattr(ours, name), work).result())
                 times["fastai"].append(them.submit(getattr(peer, name), work).result())
             ratio = median(times["fastai"]) / median(times["unfreeze"])
-            result["cases"][name] = {**times, "ratio": ratio}
+            result[name] = {**times, "ratio": ratio}
             say(
                 f"{CASES[name]}: {median(times['unfreeze']):.1f} s, fastai {median(times['fastai']):.1f} s: {ratio:.1f} x"
             )
-        shares = _shares(work, us, ceiling, repeats)
-        for name, share in shares.items():
-            say(f"{name}: {share['rate']:.0f} images/s, {share['share']:.0%} of the ceiling ({share['way']})")
-    return {**result, "shares": shares}
+    return result
 
 
-def _shares(work: Work, us: ProcessPoolExecutor, ceiling: ProcessPoolExecutor, repeats: int) -> dict[str, Any]:
+def shares(work: Work, repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Throughput of ours without validation, as a share of the fastest way to run the network on one batch.
 
-    Ceilings and ours take turns; a share is the median of the turns' shares.
+    Ceilings and ours take turns; a share is the median of the turns' shares. Ours are in a process of their own for each
+    ceiling, as steps are: in one that has trained before, its memory is in pieces. A first run of each does not count.
     """
-    turns: dict[str, list[dict[str, Any]]] = {name: [] for rates in PARTS.values() for name in rates}
+    found: dict[str, Any] = {}
     for top, rates in PARTS.items():
-        for _ in range(repeats):
-            ways = ceiling.submit(top, work).result()
-            way = max(ways, key=lambda w: ways[w])
-            for name, rate in rates.items():
-                mine = us.submit(rate, work).result()
-                turns[name].append({"rate": mine, "share": mine / ways[way], "way": way, "ways": ways})
-    found = {}
-    for name, taken in turns.items():
-        middle = sorted(taken, key=lambda turn: turn["share"])[(len(taken) - 1) // 2]
-        found[name] = {**middle, "shares": [turn["share"] for turn in taken]}
+        turns: dict[str, list[dict[str, Any]]] = {name: [] for name in rates}
+        with _process() as us, _process() as ceiling:
+            for rate in rates.values():
+                us.submit(rate, work).result()
+            for _ in range(repeats):
+                ways = ceiling.submit(top, work).result()
+                way = max(ways, key=lambda w: ways[w])
+                for name, rate in rates.items():
+                    mine = us.submit(rate, work).result()
+                    turns[name].append({"rate": mine, "share": mine / ways[way], "way": way, "ways": ways})
+        for name, taken in turns.items():
+            middle = sorted(taken, key=lambda turn: turn["share"])[(len(taken) - 1) // 2]
+            found[name] = {**middle, "shares": [turn["share"] for turn in taken]}
+            say(f"{name}: {middle['rate']:.0f} images/s, {middle['share']:.0%} of the ceiling ({middle['way']})")
     return found
 
 
@@ -109,8 +109,10 @@ def about(work: Work) -> dict[str, Any]:
     processor = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
     settings = dataclasses.asdict(work.settings)
     settings["data"]["source"] = Path(work.source).name  # where it lies is nobody's business
+    packed = open_packed(work.folder)
     return {
         "settings": settings,
+        "images": {split: len(packed.rows(split)) for split in ("train", "valid", "test")},
         "views": work.views,
         "fastai_workers": work.workers,
         "packages": packages,

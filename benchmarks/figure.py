@@ -14,11 +14,11 @@ from unfreeze.plotting import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, save_
 Result = dict[str, Any]
 COLOURS, MARKERS = (BLUE, SKY, RED, ORANGE, GREEN, PURPLE), "osD^v"
 Rows = dict[str, tuple[str, ...]]
-RATIOS: Rows = {what: ("speed", "cases", case, "ratio") for case, what in CASES.items()} | {
+RATIOS: Rows = {what: ("speed", case, "ratio") for case, what in CASES.items()} | {
     "images to evaluated model": ("accuracy", "ratio")
 }
 SHARES: Rows = {
-    name: ("speed", "shares", name, "share")
+    name: ("shares", name, "share")
     for rates in PARTS.values()
     for name in rates
     if name != "reading packed pixels"  # many times the ceiling
@@ -32,7 +32,7 @@ def draw(results: Path, path: Path) -> None:
     A row for each case, a point for each comparison that has it: coloured by network and size, shaped by the images.
     """
     read = [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
-    found = [result for result in read if {"speed", "accuracy"} & set(result)]
+    found = [result for result in read if {"speed", "shares", "accuracy"} & set(result)]
     if not found:
         return
     colours = dict(zip(sorted({_network(result) for result in found}), COLOURS, strict=False))

@@ -82,8 +82,8 @@ def test_a_figure_of_what_was_found(tmp_path: Path) -> None:
 
     drawn = []
     for name, source, found in (
-        ("one", "sample:elpv", {"speed": {"cases": cases, "shares": shares}}),
-        ("two", "photos", {"speed": {"cases": cases, "shares": shares}}),
+        ("one", "sample:elpv", {"speed": cases, "shares": shares}),
+        ("two", "photos", {"speed": cases, "shares": shares}),
         ("three", "photos", {"accuracy": {"ratio": 8.0}}),
     ):
         (tmp_path / f"{name}.json").write_text(json.dumps({"about": about(source), **found}))
