@@ -51,7 +51,7 @@ def precompute(run: Run, seed: int, backbone: Backbone, train: Train) -> dict[st
 
         np.save(run.path("baseline.npy"), baseline.astype(np.float32))
         save_backbone(network.cpu(), run.path("backbone.safetensors"))
-        file.move(run.path("activations.npy"))
+        file.put(run.path("activations.npy"))
     return {"images": len(packed), "features": activations.shape[1], "valid_baseline_accuracy": accuracy}
 
 

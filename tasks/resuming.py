@@ -1,8 +1,8 @@
 """Where a step keeps its checkpoints, and what they depend on.
 
 They lie outside of DVC's outputs, which DVC removes before it runs a step. A training that has finished leaves its last
-ones: only when a later step begins is it certain that DVC has taken what it wrote. Files that grow there are moved to the
-outputs when all else is done.
+ones, and a file that grew there stays beside the output that it became: only when a later step begins is it certain that
+DVC has taken what was written.
 """
 
 import hashlib

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,17 @@ def same_as_never_interrupted(photos: Path, pixels: ResumableFile) -> None:
     pack(read_source(str(photos)), photos.parent / "anew", data(photos), 0)
     for name in ("pixels.bin", "images.csv", "dataset.json"):
         assert (photos.parent / "out" / name).read_bytes() == (photos.parent / "anew" / name).read_bytes()
-    assert not os.listdir(pixels.path.parent)
+    assert sorted(os.listdir(photos.parent / "out")) == ["dataset.json", "images.csv", "pixels.bin"]
+
+
+def test_a_packing_that_dvc_had_not_taken_yet_is_not_done_again(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch, out = photos.parent / "scratch/pixels.bin", photos.parent / "out"
+    pack(read_source(str(photos)), out, data(photos), 0, ResumableFile(scratch, "a", 1000))
+    shutil.rmtree(out)  # as DVC does, before it runs the step again
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "_read", None)
+        pack(read_source(str(photos)), out, data(photos), 0, ResumableFile(scratch, "a", 1000))
+    same_as_never_interrupted(photos, ResumableFile(scratch, "a", 1000))
 
 
 @pytest.mark.parametrize("after", [1, 5, 20])

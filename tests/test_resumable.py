@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from unfreeze import resumable
 from unfreeze.resumable import ResumableFile
 
 PIECES = [bytes([n]) * (n * 37 % 11) for n in range(12)]
@@ -26,12 +27,13 @@ def write(path: Path, count: int = len(PIECES), key: str = "a", seconds: float =
         for n in range(len(there), count):
             file.append(PIECES[n], n)
         if count == len(PIECES):
-            file.move(path.with_name("whole"))
+            file.put(path.with_name("whole"))
     return there
 
 
 def whole(path: Path) -> bool:
-    return path.with_name("whole").read_bytes() == b"".join(PIECES) and not list(path.parent.glob(f"{path.name}*"))
+    there = path.read_bytes() == path.with_name("whole").read_bytes() == b"".join(PIECES)
+    return there and set(os.listdir(path.parent)) == {"file", "file.notes", "whole"}
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1000.0])
@@ -103,15 +105,45 @@ def test_moved_to_another_disk_it_is_there_whole_or_what_was_before(
     with ResumableFile(tmp_path / "file", "a", 0.0) as file:
         file.append(bytes(10_000 if space else 1_000_000), 0)
         if space:
-            file.move(target)
-            assert target.read_bytes() == bytes(10_000) and not list(tmp_path.glob("file*"))
+            file.put(target)
+            assert target.read_bytes() == bytes(10_000) and os.listdir(target.parent) == ["whole"]
         else:
             with pytest.raises(OSError) as caught:
-                file.move(target)
+                file.put(target)
             assert caught.value.errno == errno.ENOSPC
             assert os.listdir(target.parent) == ["whole"] and target.read_bytes() == b"before"
             with ResumableFile(tmp_path / "file", "a", 0.0) as again:
                 assert again.notes == [0]
+
+
+@pytest.mark.parametrize("key", ["a", "b"])
+def test_whoever_begins_again_finds_it_whole_and_changes_no_output(tmp_path: Path, key: str) -> None:
+    path, cached = tmp_path / "work/file", tmp_path / "cached"
+    write(path)
+    path.with_name("whole").replace(cached)  # as DVC may, which removes outputs before it runs a step again
+    cached.chmod(0o444)
+    there = write(path, key=key)
+    assert there == (list(range(len(PIECES))) if key == "a" else [])
+    assert whole(path)
+    with ResumableFile(path, "another", 0.0) as file:
+        file.append(b"something else", 0)
+    assert cached.read_bytes() == path.with_name("whole").read_bytes() == b"".join(PIECES)
+
+
+@pytest.mark.parametrize("trouble", ["no second names", "no room"])
+def test_where_it_cannot_have_two_names_it_has_the_outputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    if trouble == "no room":
+        monkeypatch.setattr(resumable, "COPIES", 1e30)
+    else:
+        monkeypatch.setattr(os, "link", refused)
+    path = tmp_path / "file"
+    write(path)
+    assert os.listdir(tmp_path) == ["whole"] and (tmp_path / "whole").read_bytes() == b"".join(PIECES)
 
 
 ENDLESS = """

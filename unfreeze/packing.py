@@ -80,7 +80,7 @@ def pack(
             }
             _write(partial["images.csv"], found.to_csv(index=False, lineterminator="\n"))
             _write(partial["dataset.json"], json.dumps(about, indent=2, ensure_ascii=False) + "\n")
-            file.move(folder / "pixels.bin")
+            file.put(folder / "pixels.bin")
         for name, whole in partial.items():
             os.replace(whole, folder / name)
     except OSError as error:

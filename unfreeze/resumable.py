@@ -5,7 +5,6 @@ disk before their notes: whatever moment the power fails at, what is noted is th
 """
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -22,6 +21,8 @@ logger = logging.getLogger("unfreeze")
 
 BLOCK = 1 << 20
 """Bytes that are read at once when a file is checked."""
+COPIES = 3
+"""Times its size that has to be free for a file to keep a second name: DVC copies it into its cache, and from there."""
 
 
 class Piece(NamedTuple):
@@ -54,6 +55,8 @@ class ResumableFile:
         self._key, self._seconds, self._cost = key, seconds, 0.0
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
+        if path.stat().st_nlink > 1 or not os.access(path, os.W_OK):
+            _copy(path, path)  # what it is a second name of may not change: an output, perhaps in DVC's cache
         self._file, self._noted = path.open("r+b"), _notes(path).open("a+b")
         self._pieces: list[Piece] = []
         self._safe = 0, 0  # pieces that are noted, and the bytes of their notes
@@ -106,19 +109,27 @@ class ResumableFile:
         self._file.seek(self.size)
         self._file.truncate()
 
-    def move(self, target: Path) -> None:
-        """Put the file, which is whole, in its place, or leave there what was before. Raises OSError, on a full disk say."""
+    def put(self, target: Path) -> None:
+        """Put the file, which is whole, in its place, or leave there what was before. Raises OSError, on a full disk say.
+
+        It is here as well from then on, as a second name of the same file where the disk knows such: whoever has to begin
+        again, because DVC had not taken it yet, finds it whole. Not where the disk is too full for the copies of DVC.
+        """
         self.keep()
         self._file.close()
         self._noted.close()
-        try:
-            os.replace(self.path, target)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            _copy(self.path, target)
-            self.path.unlink()
-        _notes(self.path).unlink()
+        room = shutil.disk_usage(target.parent).free > COPIES * self.size
+        for way in (_link, os.replace, _copy) if room else (os.replace, _copy):
+            try:
+                way(self.path, target)
+                break
+            except OSError:
+                if way is _copy:
+                    raise
+        if not room:
+            self.path.unlink(missing_ok=True)
+        if not self.path.exists():
+            _notes(self.path).unlink()
 
     def __enter__(self) -> Self:
         return self
@@ -163,9 +174,20 @@ class ResumableFile:
         return left == 0 and checksum == piece.checksum
 
 
+def _link(path: Path, target: Path) -> None:
+    """Give a file a second name."""
+    partial = _partial(target)
+    partial.unlink(missing_ok=True)
+    os.link(path, partial)
+    try:
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)  # it is still there where the second name was the target's already
+
+
 def _copy(path: Path, target: Path) -> None:
     """Copy a file to another disk, whole or not at all."""
-    partial = target.with_name(target.name + ".partial")
+    partial = _partial(target)
     try:
         shutil.copyfile(path, partial)
         with partial.open("rb") as file:
@@ -173,6 +195,10 @@ def _copy(path: Path, target: Path) -> None:
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(target.name + ".partial-put")
 
 
 def _notes(path: Path) -> Path:
