@@ -9,6 +9,7 @@ from flows.links import run_address
 from flows.stage import Outcome, Plan
 from tasks.journal import Journal, waiting
 from tasks.masking import mask
+from tasks.powercut import settle
 from tasks.tracking import Delivery, begin_journal, conclude
 from unfreeze.settings import flatten, load_settings
 
@@ -29,6 +30,8 @@ def finish(outcomes: Mapping[str, Outcome], plan: Plan, status: str) -> None:
         conclude(journal, tuple(outcomes), status)
     elif status == "FINISHED":
         log.info("Nothing to run: all %d steps are up to date.", len(outcomes))
+    if ran and status == "FINISHED":
+        settle()  # what the last step's DVC has taken
     if waiting():
         Delivery(journal, log.warning).close()
     if ran and (address := run_address()):

@@ -17,6 +17,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.representer import RoundTripRepresenter
 from ruamel.yaml.scalarstring import FoldedScalarString, LiteralScalarString
 
+from unfreeze.durable import put_in_place
 from unfreeze.errors import UserError
 from unfreeze.settings import Settings, flatten, parse_text, read_text
 from unfreeze.yaml12 import read_yaml
@@ -132,7 +133,7 @@ def _replace(path: Path, text: str) -> None:
     try:
         partial.write_text(text, encoding="utf-8")
         shutil.copymode(path, partial)
-        os.replace(partial, path)
+        put_in_place(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None

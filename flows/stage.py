@@ -22,6 +22,7 @@ from flows.links import publish_links
 from flows.watched import check_watchable
 from tasks import STAGES
 from tasks.masking import mask
+from tasks.powercut import TORN, drop_torn
 from tasks.step import USER_ERROR
 from tasks.stopping import PARENT, die_with, identity
 from unfreeze.settings import load_settings
@@ -69,6 +70,8 @@ def begin() -> Plan:
         UserError: a setting is wrong, or DVC cannot watch the images.
     """
     check_watchable(load_settings().data.source)
+    for path in drop_torn():
+        get_run_logger().warning(TORN, path)
     try:
         stale = dvc.stale_stages()
     except dvc.DamagedLock as error:

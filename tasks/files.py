@@ -1,13 +1,12 @@
 """Small files that are written whole or not at all."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from unfreeze.durable import write_whole
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, for people to read as well, whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

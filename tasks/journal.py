@@ -11,7 +11,6 @@ ends. So a journal that nobody holds is to be sent to its end, and one without a
 
 import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from urllib.parse import quote
 
 from tasks.files import write_json
 from tasks.masking import mask
+from unfreeze.durable import sync
 from unfreeze.errors import UserError
 
 ROOT = Path(".unfreeze/tracking")
@@ -96,11 +96,7 @@ class Journal:
         """Have what waits survive a loss of power, as far as the system can tell."""
         for path in (*self.folder.rglob("*"), self.folder, self.folder.parent):
             with suppress(OSError):
-                opened = os.open(path, os.O_RDONLY)
-                try:
-                    os.fsync(opened)
-                finally:
-                    os.close(opened)
+                sync(path)
 
 
 def pass_folder(key: str) -> Path:

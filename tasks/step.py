@@ -23,6 +23,7 @@ from tasks import resuming
 from tasks.environment import artifact, set_environment
 from tasks.files import write_json
 from tasks.masking import mask
+from tasks.powercut import TORN, drop_torn, settle
 from tasks.publishing import Unreachable
 from tasks.stopping import die_with, step_works_for, stop_when_asked
 from tasks.tracking import Tracker
@@ -136,6 +137,9 @@ class Step:
         chosen = {section: getattr(settings, section) for section in self.sections}
         artifact(self.name, "").mkdir(parents=True, exist_ok=True)
         tracker = Tracker(self.name, flatten(settings), flatten(chosen))
+        for path in drop_torn():
+            logger.warning(TORN, path)
+        settle()
         resuming.clear_earlier(self.name)
         run = Run(self.name, tracker, flatten(chosen), settings.checkpoint, interruption)
         status, metrics, start = "FAILED", {}, time.perf_counter()

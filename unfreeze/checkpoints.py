@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from unfreeze.chance import chance, set_chance
+from unfreeze.durable import sync
 from unfreeze.history import History
 from unfreeze.interruption import SHARE, Interrupted, Interruption
 from unfreeze.weights import checksum
@@ -133,18 +134,12 @@ class Checkpoint:
         content = save(tensors, {"key": self.key, "numbers": text, "checksum": checksum(tensors, text)})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = _partial(self.path)
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        partial.write_bytes(content)
+        sync(partial)
         if self.path.exists():
             os.replace(self.path, _before(self.path))
         os.replace(partial, self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync(self.path.parent)
 
 
 class _Refused(Exception):

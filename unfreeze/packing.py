@@ -19,6 +19,7 @@ import pandas as pd
 from PIL import Image
 
 from unfreeze.decoding import BrokenImage, decode, resize_shorter
+from unfreeze.durable import sync
 from unfreeze.errors import UserError
 from unfreeze.packed import NUMBERS
 from unfreeze.progress import track
@@ -78,11 +79,14 @@ def pack(
                 "source": data.source,
                 "fingerprint": _fingerprint(found[good]),
             }
-            _write(partial["images.csv"], found.to_csv(index=False, lineterminator="\n"))
-            _write(partial["dataset.json"], json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+            partial["images.csv"].write_bytes(found.to_csv(index=False, lineterminator="\n").encode())
+            partial["dataset.json"].write_bytes((json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode())
+            for whole in partial.values():
+                sync(whole)
             file.put(folder / "pixels.bin")
         for name, whole in partial.items():
             os.replace(whole, folder / name)
+        sync(folder)
     except OSError as error:
         raise UserError(
             f"The packed pixels could not be written to {folder.absolute()}: {error.strerror}. Make space, or see who may "
@@ -223,11 +227,3 @@ def _clear(folder: Path) -> None:
     for left in folder.glob("*.partial*"):
         with contextlib.suppress(OSError):
             left.unlink()
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file of which the disk keeps what was written should the power fail."""
-    with path.open("wb") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from unfreeze.durable import sync
 from unfreeze.interruption import SHARE
 
 logger = logging.getLogger("unfreeze")
@@ -126,6 +127,7 @@ class ResumableFile:
             except OSError:
                 if way is _copy:
                     raise
+        sync(target.parent)
         if not room:
             self.path.unlink(missing_ok=True)
         if not self.path.exists():
@@ -190,8 +192,7 @@ def _copy(path: Path, target: Path) -> None:
     partial = _partial(target)
     try:
         shutil.copyfile(path, partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(partial)
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from unfreeze.backbones import Backbone, create_backbone
+from unfreeze.durable import write_whole
 from unfreeze.errors import UserError
 from unfreeze.models import Classifier, Head
 from unfreeze.settings import Augment, parse_section
@@ -100,13 +100,8 @@ def _save(module: nn.Module, path: Path, meta: Mapping[str, Any]) -> None:
     from safetensors.torch import save
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    partial = path.with_name(path.name + ".partial")
-    try:
-        # Not by safetensors' own hand, whose errors do not say which file it was, nor that the disk is full.
-        partial.write_bytes(save(tensors, {"unfreeze": json.dumps(meta)}))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    # Not by safetensors' own hand, whose errors do not say which file it was, nor that the disk is full.
+    write_whole(path, save(tensors, {"unfreeze": json.dumps(meta)}))
 
 
 def _load(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], Meta]:

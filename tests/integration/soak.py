@@ -1,6 +1,7 @@
 """Kill the recipe at random moments, start it again, and see that nothing is lost.
 
     python -m tests.integration.soak --kills 50
+    python -m tests.integration.soak --kills 20 --power    # by cutting the power; takes the right to mount a disk
 
 It runs the recipe once undisturbed on a piece of the sample, and then again in a second project where every so often a
 process of it, or all, get SIGKILL, SIGTERM or Ctrl-C; each time nothing may be left running. When it has come to its end,
@@ -9,7 +10,9 @@ too.
 """
 
 import argparse
+import contextlib
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -24,7 +27,8 @@ from pathlib import Path
 import psutil
 from mlflow import MlflowClient
 
-from tasks import STAGES
+from tasks import STAGES, powercut
+from tests.disk import Disk
 from tests.integration.project import SMALL, Project, make_project
 from unfreeze.samples import elpv
 
@@ -47,14 +51,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--power", action="store_true", help="cut the power of the disk that the project lies on")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
-        soak(Path(name), chosen.kills, random.Random(chosen.seed))
+        disk = Disk(Path(name) / "machine", 2048) if chosen.power else None
+        try:
+            soak(Path(name), chosen.kills, random.Random(chosen.seed), disk)
+        finally:
+            if disk is not None:
+                disk.remove()
 
 
-def soak(base: Path, kills: int, chance: random.Random) -> None:
-    """Kill ``kills`` times in as many passes as that takes, and check each pass that came to its end."""
-    calm, wild = (project(base / name) for name in ("calm", "wild"))
+def soak(base: Path, kills: int, chance: random.Random, disk: Disk | None = None) -> None:
+    """Kill ``kills`` times in as many passes as that takes, and check each pass that came to its end.
+
+    With a disk the project lies on it, and each time everything is killed and the disk forgets what it had not written yet.
+    """
+    calm, wild = project(base / "calm"), project((disk.folder if disk else base) / "wild")
     start = time.monotonic()
     calm.run("flows.cli", "run")
     length = time.monotonic() - start
@@ -69,7 +82,8 @@ def soak(base: Path, kills: int, chance: random.Random) -> None:
             code = process.wait(moment)
         except subprocess.TimeoutExpired:
             done += 1
-            print(f"{done}: {' '.join(door)} after {moment:.1f} s, {strike(wild, process, chance)}", flush=True)
+            struck = cut(wild, process, disk) if disk else strike(wild, process, chance)
+            print(f"{done}: {' '.join(door)} after {moment:.1f} s, {struck}", flush=True)
             code = process.wait(GONE_WITHIN)
             nothing_left(wild)
             if done < kills and code:
@@ -130,6 +144,20 @@ def strike(wild: Project, process: subprocess.Popen[bytes], chance: random.Rando
     except (psutil.NoSuchProcess, ProcessLookupError):
         name = "what was gone already"
     return f"{number.name} to {name}"
+
+
+def cut(wild: Project, process: subprocess.Popen[bytes], disk: Disk) -> str:
+    """Cut the power; says that it was done."""
+    for one in [process, *at_work(wild)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait()
+    nothing_left(wild)
+    disk.cut()
+    note = wild.folder / powercut.NOTE
+    if note.exists():  # the machine has started anew
+        note.write_text(json.dumps(json.loads(note.read_text()) | {"boot": "another"}))
+    return "the power failed"
 
 
 def nothing_left(wild: Project) -> None:

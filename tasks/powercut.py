@@ -1,0 +1,82 @@
+"""What DVC has taken is made to survive a loss of power, and after one what did not is found.
+
+DVC waits for no disk. Of what it took shortly before the power failed, its cache may have the name and the rights and not
+the content; and it takes what has a name there for whole, puts it over an output that is right, and `dvc status` sees
+nothing wrong.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+from tasks.files import write_json
+from tasks.workspace import FOLDER
+
+NOTE = FOLDER / "on-disk.json"
+"""Up to which moment all that was written is on the disk, and the boot that this was noted in."""
+
+PATIENCE = 10.0
+"""Seconds to wait for the disks: one that is slow, or a network's that is gone, holds up no step."""
+
+TORN = "%s was not on the disk yet when the machine stopped: it is removed from DVC's cache, and made again."
+
+MARGIN = 60.0
+"""Seconds by which the clock may have been set back meanwhile."""
+
+
+def settle() -> None:
+    """Wait until what has been written is on the disk, and note that it is. To be called after `drop_torn`."""
+    now = time.time()
+    waiting = threading.Thread(target=os.sync, daemon=True)
+    waiting.start()
+    waiting.join(PATIENCE)
+    if not waiting.is_alive():
+        FOLDER.mkdir(exist_ok=True)
+        write_json(NOTE, {"boot": _boot(), "until": now})
+
+
+def drop_torn() -> list[Path]:
+    """After another boot, remove from DVC's cache what was not on the disk yet and is not what its name says.
+
+    Returns:
+        What was removed. DVC restores it from its remote, or has it made again.
+    """
+    try:
+        noted = json.loads(NOTE.read_text(encoding="utf-8"))
+        until = float(noted["until"]) - MARGIN
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # nothing was ever made here
+    if noted["boot"] == _boot():
+        return []
+    torn = [
+        path for path in (_cache() / "files" / "md5").glob("??/*") if path.stat().st_mtime >= until and not _whole(path)
+    ]
+    for path in torn:
+        path.unlink(missing_ok=True)
+    return torn
+
+
+def _cache() -> Path:
+    found = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], capture_output=True, text=True, check=True)
+    return Path(found.stdout.strip())
+
+
+def _whole(path: Path) -> bool:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "md5").hexdigest()
+    return digest == (path.parent.name + path.name).removesuffix(".dir")
+
+
+def _boot() -> str:
+    """The boot in a word that no other has."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return f"{psutil.boot_time():.0f}"

@@ -1,0 +1,131 @@
+"""The power fails: what was said to be written is there, on a real file system that keeps in memory what it may."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from flows.overrides import apply_overrides
+from tasks import powercut
+from tasks.files import write_json
+from tests.disk import Disk
+from tests.test_packed import data, draw_photos
+from unfreeze.checkpoints import Checkpoint, Progress
+from unfreeze.history import History
+from unfreeze.models import Head
+from unfreeze.packing import pack
+from unfreeze.resumable import ResumableFile
+from unfreeze.sources import read_source
+from unfreeze.weights import save_head
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """A disk that gets what is waited for, and nothing else for minutes."""
+    try:
+        made = Disk(tmp_path / "machine", 64, "commit=300,noauto_da_alloc")
+    except OSError as error:
+        pytest.skip(f"no disk of its own: {error}")
+    yield made
+    made.remove()
+
+
+def weights(folder: Path, version: int) -> None:
+    torch.manual_seed(version)
+    save_head(Head(300, 20, 0.5), folder / "written")
+
+
+def metrics(folder: Path, version: int) -> None:
+    write_json(folder / "written", {"version": version})
+
+
+def settings(folder: Path, version: int) -> None:
+    if version == 1:
+        shutil.copy("params.yaml", folder / "written")
+        os.sync()
+    apply_overrides(folder / "written", [f"seed={version}"])
+
+
+def checkpoint(folder: Path, version: int) -> None:
+    model = nn.Linear(300, 20)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    progress = Progress(history=History([], [], None), best={}, epoch=version, batch=0, iteration=0, done=False)
+    Checkpoint(folder / "written", "key", seconds=0).save(dict(model.named_parameters()), optimizer, progress)
+
+
+def grown(folder: Path, version: int) -> None:
+    with ResumableFile(folder / "scratch", f"{version}", 1e9) as file:
+        file.append(os.urandom(100_000), version)
+        file.put(folder / "written")
+
+
+def packed(folder: Path, version: int) -> None:
+    pack(read_source(str(folder.parent.parent / "photos")), folder, data(folder), version)
+
+
+@pytest.mark.parametrize("write", [weights, metrics, settings, checkpoint, grown, packed])
+def test_what_was_written_is_there(write: Callable[[Path, int], None], disk: Disk, tmp_path: Path) -> None:
+    draw_photos(tmp_path / "photos")
+    for version in (1, 2):
+        write(disk.folder, version)
+        written = {path: path.read_bytes() for path in disk.folder.rglob("*") if path.is_file()}
+        disk.cut()
+        assert written and {path: path.read_bytes() for path in written} == written
+
+
+def test_this_disk_does_lose_what_nobody_waits_for(disk: Disk) -> None:
+    (disk.folder / "before").write_bytes(b"before")
+    os.sync()
+    (disk.folder / "partial").write_bytes(bytes(100_000))
+    (disk.folder / "partial").replace(disk.folder / "before")
+    (disk.folder / "new").write_bytes(b"new")
+    disk.cut()
+    assert os.listdir(disk.folder) == ["lost+found", "before"] and (disk.folder / "before").read_bytes() == b"before"
+
+
+def test_pieces_are_there_up_to_the_last_that_was_kept(disk: Disk) -> None:
+    with ResumableFile(disk.folder / "file", "a", 1e9) as file:
+        for n in range(10):
+            file.append(bytes([n]) * 5000, n)
+            if n == 6:
+                file.keep()
+        disk.cut()
+    with ResumableFile(disk.folder / "file", "a", 1e9) as file:
+        assert file.notes == list(range(7))
+
+
+def test_what_is_torn_in_dvcs_cache_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], check=True)
+
+    def cached(content: bytes, torn: bool) -> Path:
+        name = hashlib.md5(content).hexdigest()
+        path = tmp_path / ".dvc/cache/files/md5" / name[:2] / name[2:]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"" if torn else content)
+        path.chmod(0o444)
+        return path
+
+    assert powercut.drop_torn() == []
+    old = cached(b"damaged long before", torn=True)
+    os.utime(old, (0, 0))
+    powercut.settle()
+    whole, torn, listed = cached(b"whole", False), cached(b"torn", True), cached(b"empty", False)
+    empty = cached(b"", torn=False)
+    assert powercut.drop_torn() == [] and torn.exists()
+    note = json.loads(powercut.NOTE.read_text())
+    powercut.NOTE.write_text(json.dumps(note | {"boot": "another"}))
+    assert powercut.drop_torn() == [torn] and not torn.exists()
+    assert all(path.exists() for path in (old, whole, listed, empty))
+    powercut.settle()
+    assert powercut.drop_torn() == []
+    powercut.NOTE.write_text("")
+    assert powercut.drop_torn() == []
