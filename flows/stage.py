@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -53,6 +54,13 @@ class Plan:
 
 _without_remote: set[str] = set()
 """Passes on whose way the remote went away: that is said once, and not tried again."""
+
+
+KILLED = (
+    "It was killed, as the system does when memory runs out: a smaller train.batch_size or data.image_size takes less. "
+    "Started again, it goes on from its last checkpoint."
+)
+"""What to say of a step that got SIGKILL."""
 
 
 class StageFailed(Exception):
@@ -167,6 +175,8 @@ def _run(stage: str, pull: bool) -> bool:
             _without_remote.add(os.environ["UNFREEZE_PASS"])
             return _run(stage, pull=False)
         retry = not any(re.search(rf"exited with {USER_ERROR}\b", line) for line in tail)
+        if any(re.search(rf"exited with -{signal.SIGKILL:d}\b", line) for line in tail):
+            tail.append(KILLED)
         raise StageFailed(stage, list(tail), retry) from None
     publish_links(stage)
     return ran
