@@ -137,6 +137,32 @@ def test_what_is_added_otherwise_stays_so() -> None:
         assert (frozen_copy(network, images)(images) - expected).norm() < 0.01 * expected.norm()
 
 
+class SeenLater(nn.Module):
+    """Adds what is seen once more afterwards, what it convolves, and what nobody sees later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = self.convs[0](x)
+        second = self.convs[1](first) + first
+        third = self.convs[2](second) + second  # the last to see it, but it is convolved as well
+        fourth = self.convs[4](self.convs[3](third)) + third  # the last to see it
+        return (fourth * self.convs[5](first)).mean((2, 3))
+
+
+@requires_bf16
+def test_a_sum_takes_the_memory_of_what_nobody_sees_later() -> None:
+    torch.manual_seed(0)
+    network, images = SeenLater().eval(), torch.randn(4, 3, 16, 16)
+    fast = frozen_copy(network, images)
+    assert [m.into for m in fast.modules() if isinstance(m, OneDNNConvAct)] == [False] * 4 + [True, False]
+    with torch.no_grad():
+        expected = network(images)
+        assert (fast(images) - expected).norm() < 0.02 * expected.norm()
+
+
 class Branching(nn.Module):
     """The convolution's output is used twice, which module calls alone do not show."""
 

@@ -7,6 +7,7 @@ computes convolution and activation in one pass over memory, with weights laid o
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -49,11 +50,15 @@ class StandIn:
 
 
 class ConvAct(nn.Module):
-    """A convolution, what is added to it, if anything, and the activation that follows."""
+    """A convolution, what is added to it, if anything, and the activation that follows.
+
+    Attributes:
+        into: whether the result may take the memory of what is added.
+    """
 
     def __init__(self, conv: nn.Conv2d, act: nn.Module) -> None:
         super().__init__()
-        self.conv, self.act = conv, act
+        self.conv, self.act, self.into = conv, act, False
 
     def forward(self, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
         """Activations (B, O, H', W') of (B, C, H, W), and of what is added to them before the activation."""
@@ -70,7 +75,7 @@ class OneDNNConvAct(nn.Module):
 
     def __init__(self, of: ConvAct, shape: tuple[int, ...]) -> None:
         super().__init__()
-        conv = of.conv
+        conv, self.into = of.conv, of.into
         weight = conv.weight.detach()
         self.edges = edges(conv, shape[2:])
         before, after = self.edges[::2][::-1], self.edges[1::2][::-1]  # of height and width
@@ -98,9 +103,10 @@ class OneDNNConvAct(nn.Module):
         if other is None:
             return convolved(x, self.weight, self.bias, *self.arguments, *self.post, "")
         act = None if self.post[0] == "none" else self.post[0]
-        return convolved.binary(
-            x, other.bfloat16(), self.weight, self.bias, *self.arguments, "add", 1, act, self.post[1], ""
-        )
+        rest = (self.weight, self.bias, *self.arguments, "add", 1, act, self.post[1], "")
+        if self.into:
+            return torch.ops.mkldnn._convolution_pointwise_.binary(other.bfloat16(), x, *rest)
+        return convolved.binary(x, other.bfloat16(), *rest)
 
 
 def frozen_copy(network: nn.Module, images: torch.Tensor) -> nn.Module:
@@ -167,9 +173,20 @@ def _fold(graph: fx.GraphModule) -> dict[str, tuple[int, ...]]:
         chain.calls[-1].replace_all_uses_with(call, propagate_meta=True)
         for done in reversed(chain.calls):
             graph.graph.erase_node(done)
+    _overwrite(graph, {call: turn for turn, call in enumerate(graph.graph.nodes) if call.target in shapes})
     graph.recompile()
     graph.delete_all_unused_submodules()
     return shapes
+
+
+def _overwrite(graph: fx.GraphModule, turns: dict[fx.Node, int]) -> None:
+    """Let a sum take the memory of what is added, where a `ConvAct` made that, and none sees it later; by the turns of their
+    calls."""
+    for call in turns:
+        other = call.all_input_nodes[-1]
+        if len(call.args) == 2 and other in turns and other is not call.args[0]:
+            module: Any = graph.get_submodule(str(call.target))
+            module.into = all(turns.get(user, math.inf) <= turns[call] for user in other.users)
 
 
 def _split(module: Any) -> nn.Sequential:
