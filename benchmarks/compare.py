@@ -54,7 +54,8 @@ def speed(work: Work, repeats: int, say: Callable[[str], None]) -> dict[str, Any
 def shares(work: Work, repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Throughput of ours without validation, as a share of the fastest way to run the network on one batch.
 
-    Ceilings and ours take turns; a share is the median of the turns' shares. Ours are in a process of their own for each
+    Ceilings and ours take turns; a share is the median of the turns' shares. As ours is among the ways as well, and mostly the
+    fastest, there is the share of the best of the others beside it. Ours are in a process of their own for each
     ceiling, as steps are: in one that has trained before, its memory is in pieces. A first run of each does not count.
     """
     found: dict[str, Any] = {}
@@ -66,13 +67,18 @@ def shares(work: Work, repeats: int, say: Callable[[str], None]) -> dict[str, An
             for _ in range(repeats):
                 ways = ceiling.submit(top, work).result()
                 way = max(ways, key=lambda w: ways[w])
+                others = max(rate for name, rate in ways.items() if not name.startswith("unfreeze"))
                 for name, rate in rates.items():
                     mine = us.submit(rate, work).result()
-                    turns[name].append({"rate": mine, "share": mine / ways[way], "way": way, "ways": ways})
+                    share = {"share": mine / ways[way], "of_others": mine / others}
+                    turns[name].append({"rate": mine, **share, "way": way, "ways": ways})
         for name, taken in turns.items():
             middle = sorted(taken, key=lambda turn: turn["share"])[(len(taken) - 1) // 2]
             found[name] = {**middle, "shares": [turn["share"] for turn in taken]}
-            say(f"{name}: {middle['rate']:.0f} images/s, {middle['share']:.0%} of the ceiling ({middle['way']})")
+            say(
+                f"{name}: {middle['rate']:.0f} images/s, {middle['share']:.0%} of the ceiling ({middle['way']}), "
+                f"{middle['of_others']:.0%} of the best without unfreeze"
+            )
     return found
 
 
