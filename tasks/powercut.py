@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,9 @@ from tasks.workspace import FOLDER
 
 NOTE = FOLDER / "on-disk.json"
 """Up to which moment all that was written is on the disk, and the boot that this was noted in."""
+
+RWLOCK = Path(".dvc/tmp/rwlock")
+"""Where DVC notes by number which processes are at which files: after another boot the numbers are those of others."""
 
 PATIENCE = 10.0
 """Seconds to wait for the disks: one that is slow, or a network's that is gone, holds up no step."""
@@ -43,10 +47,10 @@ def settle() -> None:
 
 
 def drop_torn() -> list[Path]:
-    """After another boot, remove from DVC's cache what was not on the disk yet and is not what its name says.
+    """After another boot, remove from DVC's cache what was not on the disk yet and is not what its name says, and its locks.
 
     Returns:
-        What was removed. DVC restores it from its remote, or has it made again.
+        What was removed from the cache. DVC restores it from its remote, or has it made again.
     """
     try:
         noted = json.loads(NOTE.read_text(encoding="utf-8"))
@@ -55,17 +59,18 @@ def drop_torn() -> list[Path]:
         return []  # nothing was ever made here
     if noted["boot"] == _boot():
         return []
-    torn = [
-        path for path in (_cache() / "files" / "md5").glob("??/*") if path.stat().st_mtime >= until and not _whole(path)
-    ]
+    RWLOCK.unlink(missing_ok=True)
+    torn = [path for path in _cached() if path.stat().st_mtime >= until and not _whole(path)]
     for path in torn:
         path.unlink(missing_ok=True)
     return torn
 
 
-def _cache() -> Path:
-    found = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], capture_output=True, text=True, check=True)
-    return Path(found.stdout.strip())
+def _cached() -> Iterator[Path]:
+    """All that DVC's cache has; nothing where a step runs without DVC."""
+    found = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], capture_output=True, text=True)
+    if found.returncode == 0:
+        yield from Path(found.stdout.strip(), "files", "md5").glob("??/*")
 
 
 def _whole(path: Path) -> bool:

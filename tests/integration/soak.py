@@ -148,11 +148,14 @@ def strike(wild: Project, process: subprocess.Popen[bytes], chance: random.Rando
 
 def cut(wild: Project, process: subprocess.Popen[bytes], disk: Disk) -> str:
     """Cut the power; says that it was done."""
-    for one in [process, *at_work(wild)]:
+    killed = [process, *at_work(wild)]
+    for one in killed:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
     process.wait()
     nothing_left(wild)
+    while any(psutil.pid_exists(one.pid) for one in killed):
+        time.sleep(0.1)
     disk.cut()
     note = wild.folder / powercut.NOTE
     if note.exists():  # the machine has started anew
