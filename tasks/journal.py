@@ -11,6 +11,7 @@ ends. So a journal that nobody holds is to be sent to its end, and one without a
 
 import fcntl
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -56,6 +57,7 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX)
             write_json(new / "head.json", self.head)
             self.folder = new.rename(new.with_name(name))  # from now on it is seen
+            sync(self.folder.parent)  # before a server knows of it: nobody else would end the run there
         except OSError as error:
             raise UserError(f"What MLflow is to be told cannot be written to {new.parent}: {error.strerror}.") from None
         self._size, self._left = 0, b""
@@ -88,7 +90,9 @@ class Journal:
         return str(copy.relative_to(self.folder))
 
     def close(self) -> None:
-        """End writing; what is written can be sent by anyone."""
+        """End writing; what is written can be sent by anyone, also after a loss of power."""
+        with suppress(OSError):
+            os.fsync(self._file.fileno())
         fcntl.flock(self._file, fcntl.LOCK_UN)  # closing would not do where a forked process has inherited it
         self._file.close()
 
@@ -136,6 +140,11 @@ def read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError):
         return {}
+
+
+def remove(folder: Path) -> None:
+    """Remove a journal that is sent to its end, at once: half of one would be taken for a whole."""
+    shutil.rmtree(folder.rename(folder.with_name(f".sent-{folder.name}")))
 
 
 @contextmanager

@@ -8,7 +8,6 @@ that it has), and files, tags and states are put in the place of themselves.
 import contextlib
 import logging
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from itertools import islice
@@ -24,6 +23,7 @@ from tasks.journal import (
     pass_folder,
     read,
     read_json,
+    remove,
     sending,
     waiting,
 )
@@ -161,7 +161,7 @@ def _send(client: Any, folder: Path, is_written: bool) -> Iterator[float]:
         yield from _kill(client, folder, sent["runs"])
         ended = True
     if ended:
-        shutil.rmtree(folder)
+        remove(folder)
 
 
 def _open(client: Any, head: Mapping[str, Any]) -> Generator[float, None, dict[str, str]]:

@@ -16,6 +16,7 @@ from torch import nn
 from flows.overrides import apply_overrides
 from tasks import powercut
 from tasks.files import write_json
+from tasks.journal import Journal, read, remove, waiting
 from tests.disk import Disk
 from tests.test_packed import data, draw_photos
 from unfreeze.checkpoints import Checkpoint, Progress
@@ -104,6 +105,24 @@ def test_pieces_are_there_up_to_the_last_that_was_kept(disk: Disk) -> None:
         disk.cut()
     with ResumableFile(disk.folder / "file", "a", 1e9) as file:
         assert file.notes == list(range(7))
+
+
+def test_a_journal_is_there_before_a_server_knows_of_it_and_its_end_before_it_is_sent(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(disk.folder)
+    journal = Journal({"pass": "a", "stage": "ingest"})
+    disk.cut()
+    monkeypatch.chdir(disk.folder)
+    assert [folder.name for folder in waiting()] == [journal.folder.name]
+    journal = Journal({"pass": "a", "stage": "explore"})
+    journal.write({"closed": True})
+    journal.close()
+    disk.cut()
+    monkeypatch.chdir(disk.folder)
+    assert [record for record, _ in read(waiting()[-1], 0)] == [{"closed": True}]
+    remove(waiting()[0])
+    assert [folder.name for folder in waiting()] == [journal.folder.name]
 
 
 def test_what_is_torn_in_dvcs_cache_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
