@@ -136,7 +136,7 @@ def _send(client: Any, folder: Path, is_written: bool) -> Iterator[float]:
     if "runs" not in sent:
         sent = {"offset": 0, "runs": (yield from _open(client, head))}
         write_json(folder / "sent.json", sent)
-    ended = False
+    ended = sent.get("ended", False)  # and yet there: the power failed before its removal was on the disk
     for record, end in _batches(read(folder, sent["offset"])):
         run = sent["runs"].get(record.get("run"))
         if "metrics" in record:
@@ -155,8 +155,8 @@ def _send(client: Any, folder: Path, is_written: bool) -> Iterator[float]:
             yield PATIENCE
             _ask("a state", client.set_terminated, run, record["status"], record["when"])
         ended = "closed" in record
-        write_json(folder / "sent.json", sent | {"offset": end})
-        sent["offset"] = end
+        sent |= {"offset": end, "ended": ended}
+        write_json(folder / "sent.json", sent)
     if not ended and not is_written:
         yield from _kill(client, folder, sent["runs"])
         ended = True

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tasks import publishing
 from tasks.journal import Journal, is_being_written, read, waiting
 from unfreeze.errors import UserError
 
@@ -57,3 +58,21 @@ def test_where_nothing_can_be_written_that_is_said_in_a_sentence() -> None:
     Path(".unfreeze").touch()
     with pytest.raises(UserError, match="cannot be written to .unfreeze/tracking"):
         Journal(HEAD)
+
+
+def test_one_that_is_back_after_it_was_sent_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a loss of power, before which its removal had not got to the disk."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    head = {"pass": "a", "door": "flow", "stage": "ingest", "execution": "1", "address": publishing.address()}
+    params: dict[str, dict[str, str]] = {"parent": {}, "child": {}}
+    journal = Journal(head | {"experiment": "unfreeze", "name": "a", "when": 1, "params": params})
+    journal.write(*({"run": run, "status": "FINISHED", "when": 2} for run in ("child", "parent")), {"closed": True})
+    journal.close()
+    client = publishing.client()
+    for removes in (False, True):
+        with monkeypatch.context() as patch:
+            if not removes:
+                patch.setattr(publishing, "remove", lambda folder: None)
+            list(publishing.send(client))
+        runs = client.search_runs([client.get_experiment_by_name("unfreeze").experiment_id])
+        assert [run.info.status for run in runs] == ["FINISHED"] * 2 and bool(waiting()) != removes

@@ -207,6 +207,7 @@ def forget(wild: Project) -> None:
     for name in ("artifacts", ".dvc/cache", ".dvc/tmp", ".unfreeze"):
         shutil.rmtree(wild.folder / name, ignore_errors=True)
     (wild.folder / "dvc.lock").unlink(missing_ok=True)
+    os.sync()  # or else some of it would be back after the next cut
 
 
 if __name__ == "__main__":
