@@ -1,5 +1,6 @@
 """A disk of its own, whose power can be cut: a file system in a file, of which a copy is what the disk had at that moment."""
 
+import filecmp
 import shutil
 import subprocess
 from pathlib import Path
@@ -29,8 +30,13 @@ class Disk:
 
     def cut(self) -> None:
         """Cut the power and switch it on again: of what was written, the disk has what it had at this moment."""
-        saved = self._file.with_suffix(".cut")
+        saved, again = self._file.with_suffix(".cut"), self._file.with_suffix(".again")
         _run("cp", "--sparse=always", str(self._file), str(saved))
+        while _run("cp", "--sparse=always", str(self._file), str(again)) or not filecmp.cmp(
+            saved, again, shallow=False
+        ):
+            again.replace(saved)  # the system wrote while it was copied: of no moment at all
+        again.unlink()
         self.remove()
         saved.replace(self._file)
         self._mount()

@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--power", action="store_true", help="cut the power of the disk that the project lies on")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
-        disk = Disk(Path(name) / "machine", 2048) if chosen.power else None
+        disk = Disk(Path(name) / "machine", 1024) if chosen.power else None
         try:
             soak(Path(name), chosen.kills, random.Random(chosen.seed), disk)
         finally:
