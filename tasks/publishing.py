@@ -6,6 +6,7 @@ that it has), and files, tags and states are put in the place of themselves.
 """
 
 import contextlib
+import json
 import logging
 import os
 import warnings
@@ -135,7 +136,7 @@ def _send(client: Any, folder: Path, is_written: bool) -> Iterator[float]:
     head, sent = read_json(folder / "head.json"), read_json(folder / "sent.json")
     if "runs" not in sent:
         sent = {"offset": 0, "runs": (yield from _open(client, head))}
-        write_json(folder / "sent.json", sent)
+        _note(folder, sent)
     ended = sent.get("ended", False)  # and yet there: the power failed before its removal was on the disk
     for record, end in _batches(read(folder, sent["offset"])):
         run = sent["runs"].get(record.get("run"))
@@ -156,12 +157,19 @@ def _send(client: Any, folder: Path, is_written: bool) -> Iterator[float]:
             _ask("a state", client.set_terminated, run, record["status"], record["when"])
         ended = "closed" in record
         sent |= {"offset": end, "ended": ended}
-        write_json(folder / "sent.json", sent)
+        _note(folder, sent)
     if not ended and not is_written:
         yield from _kill(client, folder, sent["runs"])
         ended = True
     if ended:
         remove(folder)
+
+
+def _note(folder: Path, sent: Mapping[str, Any]) -> None:
+    """Write down how far the server has taken a journal; no waiting for the disk, as what is sent again changes nothing."""
+    partial = folder / "sent.partial"
+    partial.write_text(json.dumps(sent), encoding="utf-8")
+    partial.replace(folder / "sent.json")
 
 
 def _open(client: Any, head: Mapping[str, Any]) -> Generator[float, None, dict[str, str]]:
