@@ -22,8 +22,8 @@ from unfreeze.depthwise import depthwise, slow_in_half, slow_to_train
 from unfreeze.device import native_bf16
 from unfreeze.frozen import ConvAct, Forward, OneDNNConvAct, StandIn
 
-Chain = tuple[nn.Conv2d, _BatchNorm | None, nn.Module | None, tuple[int, ...]]
-"""A convolution with the BatchNorm and the activation that follow it, if any, and the shape of its input."""
+Layer = tuple[nn.Conv2d, _BatchNorm | None, nn.Module | None, tuple[int, ...]]
+"""A convolution to train with the BatchNorm and the activation that follow it, if any, and the shape of its input."""
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def _forwards(network: nn.Module, images: torch.Tensor) -> dict[nn.Module, Forwa
     network.eval()
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         with _loud(network):
-            expected, found = network(images), _chains(network, images)
+            expected, found = network(images), _layers(network, images)
             forwards = dict(alone)
             for conv, norm, _, _ in found:
                 if norm is not None and norm not in training:
@@ -81,8 +81,8 @@ def _forwards(network: nn.Module, images: torch.Tensor) -> dict[nn.Module, Forwa
     return forwards
 
 
-def _chains(network: nn.Module, images: torch.Tensor) -> list[Chain]:
-    """The chains of the network whose modules are called nowhere else, as a module computes the same wherever it is called."""
+def _layers(network: nn.Module, images: torch.Tensor) -> list[Layer]:
+    """The layers of the network whose modules are called nowhere else, as a module computes the same wherever it is called."""
     graph = traced(network, images, trains=True)
     if graph is None:
         return []
@@ -109,10 +109,10 @@ def _loud(network: nn.Module) -> Iterator[None]:
             p.data = data
 
 
-def _joined(frozen: list[Chain], forwards: dict[nn.Module, Forward], batch: int | None) -> dict[nn.Module, Forward]:
+def _joined(frozen: list[Layer], forwards: dict[nn.Module, Forward], batch: int | None) -> dict[nn.Module, Forward]:
     joined = dict(forwards)
-    for chain in frozen:
-        joined |= _frozen(chain, forwards, batch)
+    for layer in frozen:
+        joined |= _frozen(layer, forwards, batch)
     return joined
 
 
@@ -155,9 +155,9 @@ def _after(norm: Any) -> Forward:
     return (lambda x: norm.act(norm.drop(x))) if _has_act(norm) else _same
 
 
-def _frozen(chain: Chain, forwards: dict[nn.Module, Forward], batch: int | None) -> dict[nn.Module, Forward]:
-    """A chain that is frozen whole as one operation of oneDNN, which has no gradient; without a batch size, the same slowly."""
-    conv, norm, act, (_, *shape) = chain
+def _frozen(layer: Layer, forwards: dict[nn.Module, Forward], batch: int | None) -> dict[nn.Module, Forward]:
+    """A layer that is frozen whole as one operation of oneDNN, which has no gradient; without a batch size, the same slowly."""
+    conv, norm, act, (_, *shape) = layer
     parts = [conv] if norm is None else [conv, norm]
     if any(part not in forwards or any(p.requires_grad for p in part.parameters()) for part in parts):
         return {}

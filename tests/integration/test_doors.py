@@ -186,7 +186,7 @@ def test_a_pass_goes_on_when_prefects_server_is_away_from_the_start(flow_project
 def test_a_pass_goes_on_when_prefects_server_dies(flow_project: Project, tmp_path: Path) -> None:
     port, log = free_port(), tmp_path / "server.log"
     address = f"http://127.0.0.1:{port}/api"
-    environment = flow_project.environment | {"PREFECT_API_URL": address, "PREFECT_CLIENT_MAX_RETRIES": "0"}
+    environment = flow_project.environment | {"PREFECT_API_URL": address, "PREFECT_CLIENT_MAX_RETRIES": "2"}
     make_stale(flow_project)
     server = ("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-services")
     with started(flow_project, log, *server):
