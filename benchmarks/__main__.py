@@ -11,6 +11,7 @@ import datetime
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +49,19 @@ def main() -> None:
                 work = dataclasses.replace(work, workers=workers)
             file = results / f"{chosen.name or _name(chosen)}.json"
             result = _read(file) | {"date": today, "about": compare.about(work)}
-            if "speed" in chosen.parts:
-                result["speed"] = compare.speed(work, chosen.repeats, _say)
-            if "shares" in chosen.parts:
-                result["shares"] = compare.shares(work, chosen.repeats, _say)
-            if "accuracy" in chosen.parts:
-                result["accuracy"] = compare.accuracy(work, chosen.seeds, _say)
-            if "checkpoints" in chosen.parts:
-                result["checkpoints"] = checkpoints.measure(work, _say)
-            _write(file, result)
-    for name, part in (("orchestration", orchestration), ("memory", memory)):
+            measured: dict[str, Callable[[], Any]] = {
+                "speed": lambda: compare.speed(work, chosen.repeats, _say),
+                "shares": lambda: compare.shares(work, chosen.repeats, _say),
+                "accuracy": lambda: compare.accuracy(work, chosen.seeds, _say),
+                "checkpoints": lambda: checkpoints.measure(work, _say),
+            }
+            for part, measure in measured.items():
+                if part in chosen.parts:
+                    result[part] = measure()
+                    _write(file, result)  # a part takes minutes, and the next may be stopped
+    for name, module in (("orchestration", orchestration), ("memory", memory)):
         if name in chosen.parts:
-            found = part.measure(_say, chosen.repeats) if part is orchestration else memory.measure(_say)
+            found = module.measure(_say, chosen.repeats) if module is orchestration else memory.measure(_say)
             _write(results / f"{name}.json", {"date": today, **found})
     draw(results, ROOT / "docs" / "performance.png")
 
