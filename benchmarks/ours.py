@@ -16,17 +16,16 @@ from benchmarks.work import Work, classifier
 from unfreeze.batches import Batch, Loader, activation_batches, shuffled
 from unfreeze.device import seed_everything
 from unfreeze.evaluating import Candidate, choose
-from unfreeze.lr_finder import lr_find as range_test
 from unfreeze.lr_finder import pick_rate, suggest
 from unfreeze.models import Classifier, Head
 from unfreeze.packing import pack
 from unfreeze.predicting import backbone_activations, predict_tta, score
-from unfreeze.preserve import preserved
-from unfreeze.recipe import Rows, fit_augmented, fit_full, fit_head, head_groups, sweep, unfrozen
+from unfreeze.range_test import range_test
+from unfreeze.recipe import Rows, fit_augmented, fit_full, fit_head, head_groups, unfrozen
 from unfreeze.rendering import read_canvas
 from unfreeze.settings import TrainAugmented, TrainFull, Unfreeze
 from unfreeze.sources import read_source
-from unfreeze.training import make_optimizer, set_rate
+from unfreeze.training import make_optimizer
 from unfreeze.views import random_views
 
 Activations = NDArray[np.float32]
@@ -138,9 +137,9 @@ def stages(work: Work, model: Classifier, loader: Loader, activations: Activatio
     settings, packed = work.settings, loader.packed
     train, valid = _rows(loader, validate=True)
 
-    def on_activations(epoch: int) -> Iterator[Batch]:
+    def on_activations(epoch: int, first: int) -> Iterator[Batch]:
         order = shuffled(train, settings.train.batch_size, settings.seed, epoch)
-        return activation_batches(activations, packed.labels, order, loader.device)
+        return activation_batches(activations, packed.labels, order[first:], loader.device)
 
     rate = _pick(work, model.head, head_groups(model.head), on_activations, settings.lr_find.iterations)
     fit_head(
@@ -181,23 +180,23 @@ def _rows(loader: Loader, validate: bool) -> tuple[Rows, Rows]:
 
 def _find(work: Work, model: Classifier, loader: Loader, unfreeze: Unfreeze, batches: int) -> float:
     rows = loader.packed.rows("train")
+
+    def augmented(epoch: int, first: int) -> Iterator[Batch]:
+        return loader.augmented(rows, work.settings.augment, work.settings.seed, epoch, first)
+
     with unfrozen(model, loader, rows, unfreeze) as groups:
-        return _pick(
-            work, model, groups, lambda epoch: loader.augmented(rows, work.settings.augment, work.settings.seed, epoch),
-            batches,
-        )  # fmt: skip
+        return _pick(work, model, groups, augmented, batches)
 
 
-def _pick(work: Work, model: Any, groups: Any, batches: Callable[[int], Iterator[Batch]], iterations: int) -> float:
+def _pick(
+    work: Work, model: Any, groups: Any, batches: Callable[[int, int], Iterator[Batch]], iterations: int
+) -> float:
     optimizer = make_optimizer(groups, work.settings.train)
     sweeping = work.settings.lr_find if isinstance(model, Head) else work.settings.unfreeze_lr_find
     if sweeping.rate is not None:
         return sweeping.rate
-    with preserved(model, optimizer):
-        curve = range_test(
-            sweep(model, optimizer, batches, work.settings.train), lambda rate: set_rate(optimizer, rate),
-            sweeping.start, sweeping.end, iterations,
-        )  # fmt: skip
+    sweeping = dataclasses.replace(sweeping, iterations=iterations)
+    curve = range_test(model, optimizer, batches, sweeping, work.settings.train)
     return pick_rate(suggest(curve["rate"].to_numpy(), curve["loss"].to_numpy()), sweeping.pick)
 
 

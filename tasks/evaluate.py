@@ -26,17 +26,19 @@ def evaluate(run: Run, seed: int, augment: Augment, train: Train, evaluate: Eval
     valid = packed.rows("valid")
     baseline = precomputed("baseline.npy")
 
-    def judge(network: Classifier, split: str) -> tuple[Predictions, dict[str, float]]:
-        rows = packed.rows(split)
-        return evaluate_split(network, loader, rows, baseline[rows], augment, evaluate.tta_views)
-
     models = {
         name: Classifier(model.backbone, load_head(artifact(name, "head.safetensors")).to(loader.device))
         for name in ("train_head", "train_augmented")
     }
     full, _ = load_classifier(artifact("train_full", "model.safetensors"))
     models["train_full"] = to_device(full, loader.device)
-    judged = {name: judge(network, "valid") for name, network in models.items()}
+
+    def judge(name: str, split: str) -> tuple[Predictions, dict[str, float]]:
+        rows = packed.rows(split)
+        with run.resumable(f"{name}-{split}") as kept:
+            return evaluate_split(models[name], loader, rows, baseline[rows], augment, evaluate.tta_views, kept)
+
+    judged = {name: judge(name, "valid") for name in models}
     candidates = [Candidate(name, found.tta, packed.labels[valid]) for name, (found, _) in judged.items()]
     best, reason = choose(candidates)
     run.log("%s", reason)
@@ -44,7 +46,7 @@ def evaluate(run: Run, seed: int, augment: Augment, train: Train, evaluate: Eval
     model = models[best.name]
     splits = {"valid": judged[best.name]}
     if len(packed.rows("test")):
-        splits["test"] = judge(model, "test")
+        splits["test"] = judge(best.name, "test")
     metrics = {f"{split}_{name}": value for split, (_, scores) in splits.items() for name, value in scores.items()}
     predictions = {split: found for split, (found, _) in splits.items()}
     for split, (_, scores) in splits.items():

@@ -1,44 +1,39 @@
 """What the two learning-rate finders have in common: sweep, pick, plot."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
 from tasks.step import Run
-from unfreeze.lr_finder import lr_find, pick_rate, suggest
+from unfreeze.batches import Batch
+from unfreeze.lr_finder import pick_rate, suggest
 from unfreeze.plotting import lr_find_plot, save_png
-from unfreeze.preserve import preserved
-from unfreeze.settings import LRFind, UnfreezeLRFind
-from unfreeze.training import set_rate
+from unfreeze.range_test import range_test
+from unfreeze.settings import LRFind, Train
 
 
 def find_rate(
     run: Run,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    train_batch: Callable[[], float],
-    settings: LRFind | UnfreezeLRFind,
+    batches: Callable[[int, int], Iterable[Batch]],
+    settings: LRFind,
+    train: Train,
 ) -> dict[str, float]:
     """Sweep the rate over training batches, pick one, keep curve and plot.
 
     Args:
         run: the step's execution.
         model, optimizer: what is trained during the sweep and left as it was.
-        train_batch: trains on the next batch and returns its loss.
+        batches: those of epoch n (from 0), from batch i (from 0) on.
         settings: the sweep's ends, its length, and the rule that picks.
+        train: label smoothing.
 
     Returns:
         Metrics: the rate to train with, and the points of the curve it was chosen among.
     """
-    with preserved(model, optimizer):
-        curve = lr_find(
-            train_batch,
-            lambda rate: set_rate(optimizer, rate),
-            settings.start,
-            settings.end,
-            settings.iterations,
-        )
+    curve = range_test(model, optimizer, batches, settings, train, run.checkpoint("sweep"))
     for i, (at, loss, smoothed) in enumerate(curve.itertuples(index=False, name=None)):
         run.tracker.curve({"rate": at, "loss": loss, "smoothed": smoothed}, i)
     picks = suggest(curve["rate"].to_numpy(), curve["loss"].to_numpy())

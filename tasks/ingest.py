@@ -6,7 +6,6 @@ set aside with a reason. Backbone and weights are looked for here already, befor
 
 from tasks.step import Run, step
 from unfreeze.packing import pack
-from unfreeze.resumable import ResumableFile
 from unfreeze.settings import Data, load_settings
 from unfreeze.sources import read_source
 
@@ -19,7 +18,7 @@ def ingest(run: Run, seed: int, data: Data) -> dict[str, float]:
     check_backbone(backbone.name, backbone.weights)
     table = read_source(data.source)
     run.log("%d images in %s, %d classes", len(table), data.source, table["label"].nunique())
-    pixels = ResumableFile(run.scratch / "pixels.bin", run.scratch.name, run.often.seconds)
+    pixels = run.resumable("pixels.bin")
     metrics = pack(table, run.path(""), data, seed, pixels)
     run.log("packed %d images, set %d aside", metrics["images"], metrics["broken"])
     return metrics

@@ -10,7 +10,7 @@ from unfreeze.batches import Batch, activation_batches, shuffled
 from unfreeze.device import best_device, seed_everything
 from unfreeze.models import Head
 from unfreeze.packed import open_packed
-from unfreeze.recipe import head_groups, stream, sweep
+from unfreeze.recipe import head_groups, stream
 from unfreeze.settings import Head as HeadSettings
 from unfreeze.settings import LRFind, Train
 from unfreeze.training import make_optimizer
@@ -26,11 +26,11 @@ def lr_find(run: Run, seed: int, head: HeadSettings, train: Train, lr_find: LRFi
     optimizer = make_optimizer(head_groups(model), train)
     rows = packed.rows("train")
 
-    def batches(epoch: int) -> Iterator[Batch]:
+    def batches(epoch: int, first: int) -> Iterator[Batch]:
         order = shuffled(rows, train.batch_size, stream(seed, "lr_find"), epoch)
-        return activation_batches(activations, packed.labels, order, device)
+        return activation_batches(activations, packed.labels, order[first:], device)
 
-    return find_rate(run, model, optimizer, sweep(model, optimizer, batches, train), lr_find)
+    return find_rate(run, model, optimizer, batches, lr_find, train)
 
 
 if __name__ == "__main__":

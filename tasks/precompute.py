@@ -17,7 +17,6 @@ from unfreeze.batches import Loader, Normalisation
 from unfreeze.device import best_device, seed_everything, to_device
 from unfreeze.packed import open_packed
 from unfreeze.predicting import backbone_activations, score
-from unfreeze.resumable import ResumableFile
 from unfreeze.settings import Backbone, Train
 from unfreeze.weights import checksum, save_backbone
 
@@ -32,7 +31,7 @@ def precompute(run: Run, seed: int, backbone: Backbone, train: Train) -> dict[st
     weights = checksum(network.state_dict())
     to_device(network, device)
     # Written as they come: for a hundred thousand images they are half a gigabyte.
-    with ResumableFile(run.scratch / "activations.npy", f"{run.scratch.name} {weights}", run.often.seconds) as file:
+    with run.resumable("activations.npy", weights) as file:
         if not file.notes:
             file.append(_header(len(packed), network.num_features), 0)
         elif done := sum(file.notes):

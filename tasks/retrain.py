@@ -19,7 +19,7 @@ from unfreeze.device import seed_everything
 from unfreeze.evaluating import Predictions, evaluate_split
 from unfreeze.recipe import fit_augmented, fit_full, fit_head
 from unfreeze.settings import Augment, Evaluate, Head, Train, TrainAugmented, TrainFull, TrainHead, Unfreeze
-from unfreeze.weights import save_classifier
+from unfreeze.weights import checksum, save_classifier
 
 
 @step
@@ -68,7 +68,10 @@ def retrain(
     if len(test):
         baseline = fit_baseline(activations[rows], packed.labels[rows])
         probabilities = baseline_probabilities(baseline, activations[test], len(packed.classes))
-        predictions["test"], scores = evaluate_split(model, loader, test, probabilities, augment, evaluate.tta_views)
+        with run.resumable("test", checksum(model.state_dict())) as kept:
+            predictions["test"], scores = evaluate_split(
+                model, loader, test, probabilities, augment, evaluate.tta_views, kept
+            )
         metrics |= {f"test_{name}": value for name, value in scores.items()}
         run.log(
             "test: accuracy %.4f, with TTA %.4f, logistic regression %.4f",

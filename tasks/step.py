@@ -34,6 +34,7 @@ from unfreeze.settings import CheckpointSettings, flatten, load_settings
 
 if TYPE_CHECKING:
     from unfreeze.checkpoints import Checkpoint
+    from unfreeze.resumable import ResumableFile
 
 logger = logging.getLogger("unfreeze")
 
@@ -89,6 +90,12 @@ class Run:
 
         path = self.scratch / f"{name}.safetensors"
         return Checkpoint(path, self.scratch.name, self.often.seconds, self.often.batches, self.interruption)
+
+    def resumable(self, name: str, *depends: str) -> "ResumableFile":
+        """A file of this name that grows, and on what it depends beside settings, images and code; to be used as a context."""
+        from unfreeze.resumable import ResumableFile
+
+        return ResumableFile(self.scratch / name, " ".join((self.scratch.name, *depends)), self.often.seconds)
 
     def read_metrics(self, stage: str) -> dict[str, float]:
         """The metrics of an earlier step."""

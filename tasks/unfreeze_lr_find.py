@@ -7,7 +7,7 @@ from tasks.materials import frozen_classifier
 from tasks.step import Run, step
 from unfreeze.batches import Batch
 from unfreeze.device import seed_everything
-from unfreeze.recipe import stream, sweep, unfrozen
+from unfreeze.recipe import stream, unfrozen
 from unfreeze.settings import Augment, Train, Unfreeze, UnfreezeLRFind
 from unfreeze.training import make_optimizer
 
@@ -20,12 +20,12 @@ def unfreeze_lr_find(
     model, loader = frozen_classifier("train_augmented", train.batch_size)
     rows = loader.packed.rows("train")
 
-    def batches(epoch: int) -> Iterator[Batch]:
-        return loader.augmented(rows, augment, stream(seed, "unfreeze_lr_find"), epoch)
+    def batches(epoch: int, first: int) -> Iterator[Batch]:
+        return loader.augmented(rows, augment, stream(seed, "unfreeze_lr_find"), epoch, first)
 
     with unfrozen(model, loader, rows, unfreeze) as groups:
         optimizer = make_optimizer(groups, train)
-        return find_rate(run, model, optimizer, sweep(model, optimizer, batches, train), unfreeze_lr_find)
+        return find_rate(run, model, optimizer, batches, unfreeze_lr_find, train)
 
 
 if __name__ == "__main__":

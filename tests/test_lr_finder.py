@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -159,17 +160,15 @@ def test_smoothing_keeps_what_is_flat_and_does_not_lag() -> None:
     assert smooth(np.ones(10_000)).shape == (10_000,)
 
 
-def test_sweep_sets_every_rate_once_before_its_batch() -> None:
+def test_sweep_trains_once_at_every_rate() -> None:
     given: list[float] = []
-    seen: list[float] = []
 
-    def train_batch() -> float:
-        seen.append(given[-1])
-        return float(dip()[len(seen) - 1])
+    def train_at(rate: float) -> float:
+        given.append(rate)
+        return float(dip()[len(given) - 1])
 
-    curve = lr_find(train_batch, given.append, 1e-5, 10, 100)
+    curve = lr_find(train_at, 1e-5, 10, 100)
     np.testing.assert_allclose(given, RATES)
-    assert given == seen
     np.testing.assert_allclose(curve["rate"], RATES)
     np.testing.assert_allclose(curve["loss"], dip())
     np.testing.assert_allclose(curve["smoothed"], smooth(dip()))
@@ -178,7 +177,24 @@ def test_sweep_sets_every_rate_once_before_its_batch() -> None:
 def sweep(losses: Floats) -> int:
     """Batches that a sweep with these losses takes."""
     line = iter(losses)
-    return len(lr_find(lambda: float(next(line)), lambda rate: None, 1e-5, 10, len(losses)))
+    return len(lr_find(lambda rate: float(next(line)), 1e-5, 10, len(losses)))
+
+
+@pytest.mark.parametrize("bad", [math.nan, 50.0])
+@pytest.mark.parametrize("before", [0, 1, 30, 59, 60, 61])
+def test_sweep_goes_on_after_the_losses_that_are_there(before: int, bad: float) -> None:
+    losses = [0.5, 0.4] * 30 + [bad] + [0.5] * 39
+    line = iter(losses[before:])
+    given: list[float] = []
+
+    def train_at(rate: float) -> float:
+        given.append(rate)
+        return next(line)
+
+    found = lr_find(train_at, 1e-5, 10, 100, losses[:before])
+    line = iter(losses)
+    pd.testing.assert_frame_equal(found, lr_find(lambda rate: next(line), 1e-5, 10, 100))
+    assert given == RATES[before:61].tolist()
 
 
 def test_sweep_stops_when_the_loss_diverges() -> None:
@@ -208,7 +224,7 @@ def test_sweep_of_a_good_network_does_not_take_a_single_mistake_for_divergence(s
 def test_a_sweep_that_diverges_at_once_is_told(losses: list[float]) -> None:
     line = iter(losses)
     with pytest.raises(UserError, match=r"diverged at once.*lower lr_find\.start \(or unfreeze_lr_find\.start\)"):
-        lr_find(lambda: next(line), lambda rate: None, 1e-2, 10, 100)
+        lr_find(lambda rate: next(line), 1e-2, 10, 100)
 
 
 class Net(nn.Module):
@@ -252,6 +268,16 @@ def training(device: str = "cpu") -> tuple[Net, torch.optim.Optimizer, Callable[
     return model, optimizer, train_batch
 
 
+def at_a_rate(optimizer: torch.optim.Optimizer, train_batch: Callable[[], float]) -> Callable[[float], float]:
+    """Trains on the next batch at a rate."""
+
+    def train_at(rate: float) -> float:
+        set_rate(optimizer, rate)
+        return train_batch()
+
+    return train_at
+
+
 def everything(model: Net, optimizer: torch.optim.Optimizer) -> dict[str, object]:
     """All that a sweep could change."""
     return copy.deepcopy(
@@ -290,7 +316,7 @@ def test_a_sweep_leaves_no_trace(device: str) -> None:
     model, optimizer, train_batch = training(device)
     before = everything(model, optimizer)
     with preserved(model, optimizer):
-        curve = lr_find(train_batch, lambda rate: set_rate(optimizer, rate), 1e-5, 1, 30)
+        curve = lr_find(at_a_rate(optimizer, train_batch), 1e-5, 1, 30)
         during = everything(model, optimizer)
     assert len(curve) > 10
     assert same(everything(model, optimizer), before)
@@ -306,7 +332,7 @@ def test_training_goes_on_as_if_there_had_been_no_sweep(device: str) -> None:
         model, optimizer, train_batch = training(device)
         if sweeps:
             with preserved(model, optimizer):
-                lr_find(train_batch, lambda rate: set_rate(optimizer, rate), 1e-5, 1, 20)
+                lr_find(at_a_rate(optimizer, train_batch), 1e-5, 1, 20)
         return [train_batch() for _ in range(5)]
 
     assert losses(sweeps=True) == losses(sweeps=False)
@@ -342,5 +368,5 @@ def test_groups_keep_their_share_of_the_rate() -> None:
         seen.append([group["lr"] for group in optimizer.param_groups])
         return 1.0
 
-    lr_find(train_batch, lambda rate: set_rate(optimizer, rate), 1e-4, 1, 10)
+    lr_find(at_a_rate(optimizer, train_batch), 1e-4, 1, 10)
     np.testing.assert_allclose(seen, np.outer(exponential_rates(1e-4, 1, 10), [0.1, 1.0]))

@@ -1,8 +1,9 @@
 """The recipe's trainings on a real network: what goes on after an interruption, what is computed once, what is said."""
 
 import dataclasses
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from unfreeze import recipe
+from unfreeze import predicting, recipe
 from unfreeze.backbones import create_backbone
-from unfreeze.batches import Loader, shuffled
+from unfreeze.batches import Batch, Loader, shuffled
 from unfreeze.checkpoints import Checkpoint
 from unfreeze.device import seed_everything, to_device
 from unfreeze.errors import UserError
@@ -20,11 +21,13 @@ from unfreeze.frozen import frozen_copy
 from unfreeze.history import History
 from unfreeze.inference import packed_in_memory
 from unfreeze.models import Classifier, Head
-from unfreeze.predicting import predict, score
-from unfreeze.recipe import fit_augmented, fit_full, stream
+from unfreeze.predicting import predict, predict_tta, score
+from unfreeze.range_test import range_test
+from unfreeze.recipe import fit_augmented, fit_full, stream, unfrozen
 from unfreeze.rendering import Normalisation
-from unfreeze.settings import Settings, TrainAugmented, TrainFull, load_settings
-from unfreeze.training import Listener
+from unfreeze.resumable import ResumableFile
+from unfreeze.settings import LRFind, Settings, TrainAugmented, TrainFull, load_settings
+from unfreeze.training import Listener, make_optimizer
 
 SIZE, BATCH, CPU = 32, 8, torch.device("cpu")
 TRAIN, VALID = np.arange(42), np.arange(42, 60)  # five batches, and two images over
@@ -81,6 +84,79 @@ def test_the_augmented_head_ends_the_same_whatever_batch_it_was_killed_at(
     assert resumed == history
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("kill_at", [1, 2, BATCHES, BATCHES + 1, 2 * BATCHES, 13])
+def test_a_range_test_ends_the_same_whatever_batch_it_was_killed_at(
+    tmp_path: Path, settings: Settings, kill_at: int
+) -> None:
+    """Over several epochs, with dropout, an optimizer that remembers, and weights that differ from what they were."""
+
+    def sweep(checkpoint: Checkpoint | None = None, last: int | None = None) -> tuple[list[float], list[float], int]:
+        model, loader = material()
+        seen = 0
+
+        def batches(epoch: int, first: int) -> Iterator[Batch]:
+            nonlocal seen
+            for batch in loader.augmented(TRAIN, settings.augment, 0, epoch, first):
+                if seen == last:
+                    raise Killed
+                seen += 1
+                yield batch
+
+        with unfrozen(model, loader, TRAIN, settings.unfreeze) as groups:
+            optimizer = make_optimizer(groups, settings.train)
+            short = LRFind(1e-5, 0.1, 14, "minimum", None)
+            before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            curve = range_test(model, optimizer, batches, short, settings.train, checkpoint)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, before[name]), name
+        return curve["rate"].tolist(), curve["loss"].tolist(), seen
+
+    checkpoint = Checkpoint(tmp_path / "sweep.safetensors", "key", seconds=1e9, batches=1)
+    *curve, whole = sweep()
+    with pytest.raises(Killed):
+        sweep(checkpoint, kill_at)
+    *again, rest = sweep(checkpoint)
+    assert again == curve
+    assert (whole, rest) == (14, 14 - kill_at)
+
+
+@pytest.mark.parametrize("kill_at", [1, 5, 8, 9, 10])
+def test_predictions_end_the_same_whatever_batch_they_were_killed_at(
+    tmp_path: Path, settings: Settings, kill_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the views come first, and then those of the plain images; the last batch of each is a small one."""
+    model, loader = material()
+    seen: list[int] = []
+    last = math.inf
+
+    def count(network: Any, images: Any, output: Any) -> None:
+        if len(seen) == last:
+            raise Killed
+        seen.append(len(images[0]))
+
+    def watched(*arguments: Any) -> Any:
+        frozen = frozen_copy(*arguments)
+        frozen.register_forward_hook(count)
+        return frozen
+
+    def predictions(kept: ResumableFile | None) -> list[bytes]:
+        seen.clear()
+        return [found.tobytes() for found in predict_tta(model, loader, VALID[:17], settings.augment, 8, kept)]
+
+    monkeypatch.setattr(predicting, "TOGETHER", 1)
+    monkeypatch.setattr(predicting, "frozen_copy", watched)
+    expected, batches = predictions(None), list(seen)
+    assert len(batches) == 11 and batches[-3] < batches[0] > batches[-1]
+    last = kill_at
+    with pytest.raises(Killed), ResumableFile(tmp_path / "kept", "key", 1e9) as kept:
+        predictions(kept)
+    last = math.inf
+    for left in (batches[kill_at:], []):
+        with ResumableFile(tmp_path / "kept", "key", 1e9) as kept:
+            assert predictions(kept) == expected
+        assert seen == left
 
 
 def test_the_augmented_head_is_judged_as_it_predicts(settings: Settings) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from unfreeze.batches import Loader
 from unfreeze.measuring import measure
 from unfreeze.predicting import Probabilities, Scores, predict_tta, score
+from unfreeze.resumable import ResumableFile
 from unfreeze.settings import Augment
 
 SIGNIFICANT = 0.05
@@ -72,7 +73,13 @@ class Predictions:
 
 
 def evaluate_split(
-    model: nn.Module, loader: Loader, rows: NDArray[np.int64], baseline: Probabilities, augment: Augment, tta_views: int
+    model: nn.Module,
+    loader: Loader,
+    rows: NDArray[np.int64],
+    baseline: Probabilities,
+    augment: Augment,
+    tta_views: int,
+    kept: ResumableFile | None = None,
 ) -> tuple[Predictions, dict[str, float]]:
     """Predict one split with and without TTA and measure both beside the baseline.
 
@@ -83,11 +90,12 @@ def evaluate_split(
         baseline: (N, C) probabilities of the logistic regression on the frozen activations.
         augment: what the model was trained with, which the views stay within.
         tta_views: how many views.
+        kept: where to keep what is predicted, and to go on from (`predict_tta`).
 
     Returns:
         The predictions, and accuracy, macro F1 and log loss: plain, with prefix ``tta_`` and with prefix ``baseline_``.
     """
-    plain, tta = predict_tta(model, loader, rows, augment, tta_views)
+    plain, tta = predict_tta(model, loader, rows, augment, tta_views, kept)
     labels, classes = loader.packed.labels[rows], loader.packed.classes
     metrics: dict[str, float] = {}
     for prefix, probabilities in (("", plain), ("tta_", tta), ("baseline_", baseline)):

@@ -5,8 +5,9 @@ magnitude below the rate of the lowest loss is the fast.ai lesson's rule (2017).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import pandas as pd
@@ -72,7 +73,7 @@ def smooth(losses: Floats) -> Floats:
 
 
 def lr_find(
-    train_batch: Callable[[], float], set_rate: Callable[[float], None], start: float, end: float, iterations: int
+    train_at: Callable[[float], float], start: float, end: float, iterations: int, before: Sequence[float] = ()
 ) -> pd.DataFrame:
     """Sweep the rate exponentially, a training batch at each, until the loss diverges.
 
@@ -80,10 +81,10 @@ def lr_find(
     what the training changed (`unfreeze.preserve.preserved`).
 
     Args:
-        train_batch: trains on the next batch and returns its loss.
-        set_rate: sets the rate of the next batch.
+        train_at: trains on the next batch at a rate, and returns its loss.
         start, end: ends of the sweep.
         iterations: batches in the whole sweep.
+        before: losses of its first batches, where an interrupted sweep goes on.
 
     Returns:
         Columns rate, loss and smoothed; one row per batch with a finite loss.
@@ -91,28 +92,27 @@ def lr_find(
     Raises:
         UserError: the loss diverged in the first tenth of the sweep, so that there is no curve to judge by.
     """
-    rates, losses = [], []
-    mean = lowest = math.inf
-    diverged = False
-    for rate in track(exponential_rates(start, end, iterations), "learning rates"):
-        set_rate(float(rate))
-        loss = train_batch()
-        diverged = not math.isfinite(loss)
-        if diverged:
+    rates, losses = exponential_rates(start, end, iterations), list(before)
+    for rate in track(rates[len(losses) :], "learning rates", iterations, len(losses)):
+        if _diverged(losses):
             break
-        rates.append(float(rate))
-        losses.append(loss)
-        mean = loss if len(losses) == 1 else 0.7 * mean + 0.3 * loss
-        lowest = min(mean, lowest)
-        diverged = mean > DIVERGED * max(lowest, SMALL)
-        if diverged:
-            break
-    if diverged and len(losses) < max(4, iterations // 10):
+        losses.append(train_at(float(rate)))
+    curve = losses[:-1] if not math.isfinite(losses[-1]) else losses
+    if _diverged(losses) and len(curve) < max(4, iterations // 10):
+        rate = rates[len(losses) - 1]
         raise UserError(
             f"The learning-rate finder's loss diverged at once, at the rate {rate:.3g}: lower lr_find.start (or "
             f"unfreeze_lr_find.start) in params.yaml, to {rate / 100:.0e} or so."
         )
-    return pd.DataFrame({"rate": rates, "loss": losses, "smoothed": smooth(np.array(losses))})
+    return pd.DataFrame({"rate": rates[: len(curve)], "loss": curve, "smoothed": smooth(np.array(curve))})
+
+
+def _diverged(losses: Sequence[float]) -> bool:
+    """Whether the last loss is not finite, or their running mean so many times the lowest that it was (`DIVERGED`)."""
+    if losses and not math.isfinite(losses[-1]):
+        return True
+    means = list(accumulate(losses, lambda mean, loss: 0.7 * mean + 0.3 * loss))
+    return bool(means) and means[-1] > DIVERGED * max(min(means), SMALL)
 
 
 def suggest(rates: Floats, losses: Floats) -> Picks:

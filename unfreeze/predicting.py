@@ -1,8 +1,9 @@
 """Predictions: plain, and averaged over views (test-time augmentation)."""
 
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -14,10 +15,16 @@ from unfreeze.batches import Batch, Loader
 from unfreeze.device import autocast
 from unfreeze.frozen import frozen_copy
 from unfreeze.progress import track
+from unfreeze.resumable import ResumableFile
 from unfreeze.settings import Augment
 from unfreeze.views import Views, tta_views
 
+logger = logging.getLogger("unfreeze")
+
 Probabilities = NDArray[np.float32]
+
+TOGETHER = 8
+"""Batches whose predictions are fetched and kept at once: each time the processor waits for the device."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,12 @@ def through(network: nn.Module, batches: Iterable[Batch], fast: nn.Module | None
 
 
 def predict_tta(
-    model: nn.Module, loader: Loader, rows: NDArray[np.int64], augment: Augment, views: int
+    model: nn.Module,
+    loader: Loader,
+    rows: NDArray[np.int64],
+    augment: Augment,
+    views: int,
+    kept: ResumableFile | None = None,
 ) -> tuple[Probabilities, Probabilities]:
     """Test-time augmentation: probabilities averaged over the plain image and its augmented views.
 
@@ -74,6 +86,8 @@ def predict_tta(
         rows: (N,) row numbers, at least one.
         augment: what the model was trained with; its views stay within it.
         views: the least number of views beside the plain one (fewer where more would be the same again).
+        kept: where to keep what is predicted, and to go on from; an interrupted prediction that goes on is the same, bit
+            for bit, as one that was never interrupted.
 
     Returns:
         (N, C) probabilities of the plain centre squares, as `predict` gives them, and (N, C) the average.
@@ -85,19 +99,41 @@ def predict_tta(
     centre = np.concatenate([centre for _, centre in plans])
     owner = np.repeat(np.arange(len(rows)), counts)
 
-    def chunks() -> Iterator[Views]:
-        for i in range(0, len(owner), loader.wide):
-            part = slice(i, i + loader.wide)
-            count = len(owner[part])
-            ones, zeros = np.ones(count, np.float32), np.zeros(count, np.float32)
-            yield Views(rows[owner[part]], linear[part], centre[part], ones, zeros)
+    starts = range(0, len(owner), loader.wide)
 
-    batches = track(loader.views(chunks()), "views", -(-len(owner) // loader.wide))
-    # The views come first: of them there are most, and the first batch says how weights are laid out.
-    seen, plain = np.split(predict(model, chain(batches, loader.plain(rows))), [len(owner)])
+    def chunk(start: int) -> Views:
+        part = slice(start, start + loader.wide)
+        count = len(owner[part])
+        ones, zeros = np.ones(count, np.float32), np.zeros(count, np.float32)
+        return Views(rows[owner[part]], linear[part], centre[part], ones, zeros)
+
+    def batches(first: int) -> Iterator[Batch]:
+        # The views come first: of them there are most, and the first batch says how weights are laid out.
+        seen = track(loader.views(map(chunk, starts[first:])), "views", len(starts), first)
+        return chain(seen, loader.plain(rows[max(0, first - len(starts)) * loader.wide :]))
+
+    found = (
+        predict(model, batches(0)) if kept is None else _predict_on(model, batches, kept, len(loader.packed.classes))
+    )
+    seen, plain = np.split(found, [len(owner)])
     total = np.zeros(plain.shape)
     np.add.at(total, owner, seen)
     return plain, ((plain + total / counts[:, None]) / 2).astype(np.float32)
+
+
+def _predict_on(
+    model: nn.Module, batches: Callable[[int], Iterator[Batch]], kept: ResumableFile, classes: int
+) -> Probabilities:
+    """As `predict`, of the batches from a number on; those that a file has are not predicted again."""
+    done, fast = sum(kept.notes), None
+    if done:
+        logger.info("%d batches were predicted before an interruption", done)
+        fast = frozen_copy(model, next(batches(0))[0])  # what is left may not fill a batch
+    outputs = through(model, batches(done), fast)
+    while some := list(islice(outputs, TOGETHER)):
+        kept.append(torch.cat([logits.softmax(1) for logits, _ in some]).cpu().numpy().tobytes(), len(some))
+    kept.keep()
+    return np.fromfile(kept.path, np.float32).reshape(-1, classes)
 
 
 def backbone_activations(backbone: Backbone, loader: Loader, first: int = 0) -> Iterator[NDArray[np.float32]]:

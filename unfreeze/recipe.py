@@ -4,7 +4,7 @@ The steps call them one by one; the step `retrain` replays all three with what w
 """
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -25,7 +25,7 @@ from unfreeze.predicting import Scores, predict, score, through
 from unfreeze.progress import track
 from unfreeze.schedules import Schedule, make_schedule
 from unfreeze.settings import Augment, Train, TrainAugmented, TrainFull, TrainHead, Unfreeze
-from unfreeze.training import Diverged, Listener, fit, make_optimizer, train_batch
+from unfreeze.training import Diverged, Listener, fit, make_optimizer
 
 Rows = NDArray[np.int64]
 HEAD = 2
@@ -213,25 +213,6 @@ def head_groups(head: nn.Module) -> list[dict[str, Any]]:
     decayed = [p for p in head.parameters() if p.ndim > 1]
     plain = [p for p in head.parameters() if p.ndim <= 1]
     return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
-
-
-def sweep(
-    model: nn.Module, optimizer: Any, batches: Callable[[int], Iterable[Batch]], train: Train
-) -> Callable[[], float]:
-    """One training batch after another, over as many epochs as asked for: what an LR range test needs.
-
-    Returns:
-        A function that trains on the next batch and returns its loss.
-    """
-
-    def endless() -> Iterator[Batch]:
-        epoch = 0
-        while True:
-            yield from batches(epoch)
-            epoch += 1
-
-    line = endless()
-    return lambda: float(train_batch(model, optimizer, next(line), train.label_smoothing))
 
 
 def set_training(head: nn.Module) -> None:

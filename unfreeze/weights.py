@@ -140,9 +140,9 @@ def _filled(module: Any, tensors: dict[str, torch.Tensor], path: Path) -> Any:
 
 
 def checksum(tensors: dict[str, torch.Tensor], text: str = "") -> str:
-    """CRC-32, as hex, of tensors on the processor with their names, and of a text."""
+    """CRC-32, as hex, of tensors with their names, and of a text."""
     found = zlib.crc32(text.encode())
     for name in sorted(tensors):
         found = zlib.crc32(name.encode(), found)
-        found = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy().data, found)
+        found = zlib.crc32(tensors[name].cpu().flatten().view(torch.uint8).numpy().data, found)
     return f"{found:08x}"
