@@ -86,7 +86,7 @@ def test_the_augmented_head_ends_the_same_whatever_batch_it_was_killed_at(
         assert torch.equal(tensor, again.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("kill_at", [1, 2, BATCHES, BATCHES + 1, 2 * BATCHES, 13])
+@pytest.mark.parametrize("kill_at", [1, BATCHES, 13])
 def test_a_range_test_ends_the_same_whatever_batch_it_was_killed_at(
     tmp_path: Path, settings: Settings, kill_at: int
 ) -> None:
@@ -122,7 +122,7 @@ def test_a_range_test_ends_the_same_whatever_batch_it_was_killed_at(
     assert (whole, rest) == (14, 14 - kill_at)
 
 
-@pytest.mark.parametrize("kill_at", [1, 5, 8, 9, 10])
+@pytest.mark.parametrize("kill_at", [1, 8, 9])
 def test_predictions_end_the_same_whatever_batch_they_were_killed_at(
     tmp_path: Path, settings: Settings, kill_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
