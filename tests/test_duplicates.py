@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from unfreeze.duplicates import DIFFERENCE, FLAT, NEAR, find_duplicates
-from unfreeze.packed import PackedImages
+from unfreeze.packed import PackedImages, in_memory
 from unfreeze.packing import difference_hash
 
 SIZE = 32
@@ -43,7 +43,7 @@ def gallery(seed: int, count: int = 60) -> PackedImages:
     pixels = np.concatenate([np.asarray(p).reshape(-1) for p in pictures])
     n = len(pictures)
     return PackedImages(
-        lambda start, count: pixels[start : start + count],
+        in_memory(pixels),
         table,
         ["a", "b"],
         np.zeros(n, int),

@@ -83,6 +83,25 @@ def test_pixels_labels_and_sizes_come_back(photos: Path) -> None:
     assert [len(part) for part in parts] == [12, 4, 4] and sorted(np.concatenate(parts)) == list(range(20))
 
 
+def test_a_rectangle_of_an_image_is_read_wherever_it_is_to_be_written(photos: Path) -> None:
+    images = packed(photos)
+    wide, tall = (int(np.flatnonzero(images.sizes[:, side] > SIZE)[0]) for side in (0, 1))
+    for row, low, high in [
+        (wide, (0, 0), (40, SIZE)),
+        (wide, (3, 5), (35, 30)),
+        (tall, (0, 7), (SIZE, 39)),
+        (tall, (1, 0), (2, 1)),
+    ]:
+        (x0, y0), (x1, y1) = low, high
+        expected = np.asarray(Image.open(photos / images.table["path"][row]))[y0:y1, x0:x1]
+        np.testing.assert_array_equal(images.crop(row, low, high), expected)
+        around = np.zeros((2, y1 - y0 + 1, x1 - x0 + 1, 3), np.uint8)
+        for out in (np.zeros(expected.shape, np.uint8), around[1, 1:, 1:]):
+            assert images.crop(row, low, high, out) is out
+            np.testing.assert_array_equal(out, expected)
+        assert not around[0].any() and not around[1, 0].any() and not around[1, :, 0].any()
+
+
 def test_metrics_and_what_is_said_of_the_data(photos: Path) -> None:
     (photos / "cat/broken.png").write_bytes(b"")
     out = photos.parent / "out"

@@ -12,7 +12,7 @@ from unfreeze.evaluate_report import Course, evaluate_report
 from unfreeze.evaluating import Candidate, Predictions
 from unfreeze.explore_report import explore_metrics, explore_report
 from unfreeze.measuring import measure
-from unfreeze.packed import PackedImages
+from unfreeze.packed import PackedImages, in_memory
 from unfreeze.report import Section, page, paragraph, table
 
 NASTY = ["<script>alert(1)</script>", "\"quoted\" & 'sharp' $x^2$", "🐱 cats", "a very long name " * 8]
@@ -35,7 +35,7 @@ def packed_images(count: int, classes: list[str], splits: tuple[str, ...] = ("tr
     pixels = rng.integers(0, 256, count * SIDE * SIDE * 3).astype(np.uint8)
     sizes = np.full((count, 2), SIDE)
     return PackedImages(
-        lambda start, size: pixels[start : start + size],
+        in_memory(pixels),
         frame,
         classes,
         labels,

@@ -10,7 +10,7 @@ import pandas as pd
 from unfreeze.batches import Loader, Normalisation
 from unfreeze.decoding import BrokenImage, decode, resize_shorter
 from unfreeze.device import best_device, to_device
-from unfreeze.packed import PackedImages
+from unfreeze.packed import PackedImages, in_memory
 from unfreeze.predicting import Probabilities, predict, predict_tta
 from unfreeze.weights import load_classifier
 
@@ -82,7 +82,7 @@ def packed_in_memory(pixels: Sequence[np.ndarray], classes: list[str], image_siz
     ends = np.cumsum(sizes.prod(1) * 3)
     flat = np.concatenate([image.reshape(-1) for image in pixels])
     return PackedImages(
-        lambda start, count: flat[start : start + count],
+        in_memory(flat),
         pd.DataFrame({"split": [""] * len(pixels)}),
         classes,
         np.zeros(len(pixels), np.int64),

@@ -7,7 +7,7 @@ for every image that was found where its pixels begin, or why there are none; `d
 import json
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +24,9 @@ NUMBERS = ["width", "height", "packed_width", "packed_height", "offset"]
 ROWS = 5_000
 """Rows of `images.csv` read at a time: all at once would leave behind four times the table's own memory."""
 
-Read = Callable[[int, int], NDArray[np.uint8]]
-"""``read(start, count)``: so many bytes of all pixels, from that one on."""
+Pixels = NDArray[np.uint8]
+Read = Callable[[int, Pixels], None]
+"""``read(start, into)``: fill a contiguous array with the bytes from that one on."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,32 @@ class PackedImages:
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, row: int) -> NDArray[np.uint8]:
-        width, height = self.sizes[row]
-        return self.read(int(self.offsets[row]), int(width * height * 3)).reshape(height, width, 3)
+    def __getitem__(self, row: int) -> Pixels:
+        return self.crop(row, (0, 0), self.sizes[row])
+
+    def crop(self, row: int, low: Sequence[int], high: Sequence[int], out: Pixels | None = None) -> Pixels:
+        """Read a rectangle of image ``row``, and of the image no rows but the rectangle's.
+
+        Args:
+            row: number of the image.
+            low, high: first column and row of the rectangle, and those behind the last.
+            out: (H, W, 3) to write it to, without a copy in between where it is as wide as the image.
+
+        Raises:
+            UserError: the file has been cut short.
+        """
+        (x0, y0), (x1, y1) = low, high
+        width = self.sizes[row, 0]
+        start = int(self.offsets[row] + y0 * width * 3)
+        if out is not None and x1 - x0 == width and out.flags.c_contiguous:
+            self.read(start, out)
+            return out
+        rows = np.empty((y1 - y0, width, 3), np.uint8)
+        self.read(start, rows)
+        if out is None:
+            return rows[:, x0:x1]
+        out[:] = rows[:, x0:x1]
+        return out
 
     def rows(self, split: str) -> NDArray[np.int64]:
         """Row numbers of a split's images: train, valid or test."""
@@ -98,13 +122,21 @@ def _reader(path: Path) -> Read:
     """
     descriptor = os.open(path, os.O_RDONLY)
 
-    def read(start: int, count: int) -> NDArray[np.uint8]:
-        found = os.pread(descriptor, count, start)
-        while len(found) < count and (more := os.pread(descriptor, count - len(found), start + len(found))):
-            found += more  # some file systems give less than there is
-        if len(found) < count:
+    def read(start: int, into: Pixels) -> None:
+        left = into.reshape(-1)
+        while left.size and (found := os.preadv(descriptor, [left.data], start)):
+            left, start = left[found:], start + found  # some file systems give less than there is
+        if left.size:
             raise UserError(f"{path} has been cut short: run the step ingest again.")
-        return np.frombuffer(found, np.uint8)
 
     weakref.finalize(read, os.close, descriptor)
+    return read
+
+
+def in_memory(pixels: Pixels) -> Read:
+    """Reads from an array (N,) of bytes."""
+
+    def read(start: int, into: Pixels) -> None:
+        into.reshape(-1)[:] = pixels[start : start + into.size]
+
     return read

@@ -38,14 +38,15 @@ def render_here(packed: PackedImages, views: Views, norm: Normalisation, dtype: 
     corner = views.centre - views.linear.sum(2) * ((size - 1) / 2) - low
     maps = np.concatenate([views.linear, corner[:, :, None]], 2)
     pixels = np.empty((count, size, size, 3), np.uint8)
-    for target, row, (x0, y0), (x1, y1), map_ in zip(pixels, views.rows, low, high, maps, strict=True):
-        image = packed[row][y0:y1, x0:x1]
+    for target, row, first, behind, map_ in zip(pixels, views.rows, low, high, maps, strict=True):
         if views.plain:
-            target[:] = image
+            packed.crop(row, first, behind, target)
         else:
+            image = packed.crop(row, first, behind)
             cv2.warpAffine(image, map_, (size, size), target, LINEAR, cv2.BORDER_REFLECT_101)
     # Not image by image with the warp: OpenCV's threads and torch's would wait for one another.
-    scale, offset = _lighting(views, norm, size, torch.device("cpu"))
+    # Whole rows, in which the channels lie side by side: they take half the time of pixels of three values.
+    scale, offset = (torch.from_numpy(np.tile(v, size))[:, None] for v in _lighting(views, norm))
     images = torch.empty((count, size, size * 3), dtype=dtype)
     few = max(1, PIECE // (size * size * 3))
     lit = torch.empty((few, size, size * 3))
@@ -74,8 +75,9 @@ def read_canvas(packed: PackedImages, views: Views) -> Canvas:
     low, high = _rectangles(packed, views)
     width, height = (high - low).max(0)
     pixels = np.zeros((len(views), height, width, 3), np.uint8)
-    for target, row, (x0, y0), (x1, y1) in zip(pixels, views.rows, low, high, strict=True):
-        target[: y1 - y0, : x1 - x0] = packed[row][y0:y1, x0:x1]
+    for target, row, first, behind in zip(pixels, views.rows, low, high, strict=True):
+        w, h = behind - first
+        packed.crop(row, first, behind, target[:h, :w])
     return Canvas(torch.from_numpy(pixels), low.astype(np.float32))
 
 
@@ -103,7 +105,7 @@ def render(
         (B, 3, S, S) float32, channels last.
     """
     width = canvas.pixels.shape[2]
-    scale, offset = _lighting(views, norm, width, device)
+    scale, offset = (upload(torch.from_numpy(v), device).repeat(1, width)[:, None] for v in _lighting(views, norm))
     # Lit before it is warped, which comes to the same, as a warp averages.
     rows = torch.addcmul(offset, upload(canvas.pixels, device).flatten(2).float(), scale)
     images = rows.unflatten(2, (width, 3)).permute(0, 3, 1, 2)
@@ -114,16 +116,14 @@ def render(
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def _lighting(views: Views, norm: Normalisation, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """What lights and normalises rows of bytes, in which the channels lie side by side: a factor and a term, (B, 1, 3 W) each.
+def _lighting(views: Views, norm: Normalisation) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """What lights and normalises pixels as bytes: a factor and a term for each image and channel, (B, 3) each.
 
-    ((p/255 - 1/2) * gain + 1/2 + shift - mean) / std as one multiply-add; of whole rows, which takes half the time of
-    pixels of three values.
+    ((p/255 - 1/2) * gain + 1/2 + shift - mean) / std as one multiply-add.
     """
-    mean, std = (torch.tensor(v, device=device) for v in (norm.mean, norm.std))
-    gain, shift = (upload(torch.from_numpy(v), device)[:, None] for v in (views.gain, views.shift))
-    scale, offset = gain / (255 * std), (0.5 - 0.5 * gain + shift - mean) / std
-    return scale.repeat(1, width)[:, None], offset.repeat(1, width)[:, None]
+    mean, std = (np.array(v, np.float32) for v in (norm.mean, norm.std))
+    gain, shift = views.gain[:, None], views.shift[:, None]
+    return gain / (255 * std), (0.5 - 0.5 * gain + shift - mean) / std
 
 
 def _grid(
