@@ -44,8 +44,8 @@ def render_here(packed: PackedImages, views: Views, norm: Normalisation, dtype: 
         else:
             image = packed.crop(row, first, behind)
             cv2.warpAffine(image, map_, (size, size), target, LINEAR, cv2.BORDER_REFLECT_101)
-    # Not image by image with the warp: OpenCV's threads and torch's would wait for one another.
-    # Whole rows, in which the channels lie side by side: they take half the time of pixels of three values.
+    # Not image by image with the warp: OpenCV's threads and torch's would wait for one another. And whole rows, in which the
+    # channels lie side by side: they take half the time of pixels of three values.
     scale, offset = (torch.from_numpy(np.tile(v, size))[:, None] for v in _lighting(views, norm))
     images = torch.empty((count, size, size * 3), dtype=dtype)
     few = max(1, PIECE // (size * size * 3))
