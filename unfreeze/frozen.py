@@ -180,11 +180,13 @@ def _fold(graph: fx.GraphModule) -> dict[str, tuple[int, ...]]:
 
 
 def _overwrite(graph: fx.GraphModule, turns: dict[fx.Node, int]) -> None:
-    """Let a sum take the memory of what is added, where a `ConvAct` made that, and none sees it later; by the turns of their
-    calls."""
+    """Let a sum take the memory of what is added, where a `ConvAct` or a pooling made that, and none sees it later; by the
+    turns of their calls."""
+    modules = dict(graph.named_modules())
+    made = {node for node in graph.graph.nodes if isinstance(modules.get(str(node.target)), ConvAct | nn.MaxPool2d)}
     for call in turns:
         other = call.all_input_nodes[-1]
-        if len(call.args) == 2 and other in turns and other is not call.args[0]:
+        if len(call.args) == 2 and other in made and other is not call.args[0]:
             module: Any = graph.get_submodule(str(call.target))
             module.into = all(turns.get(user, math.inf) <= turns[call] for user in other.users)
 
