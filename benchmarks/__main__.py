@@ -48,7 +48,7 @@ def main() -> None:
                 workers = compare.helpful_workers(work, _say) if chosen.workers is None else chosen.workers
                 work = dataclasses.replace(work, workers=workers)
             file = results / f"{chosen.name or _name(chosen)}.json"
-            result = _read(file) | {"date": today, "about": compare.about(work)}
+            result = _read(file)
             measured: dict[str, Callable[[], Any]] = {
                 "speed": lambda: compare.speed(work, chosen.repeats, _say),
                 "shares": lambda: compare.shares(work, chosen.repeats, _say),
@@ -58,6 +58,7 @@ def main() -> None:
             for part, measure in measured.items():
                 if part in chosen.parts:
                     result[part] = measure()
+                    result["about"] = result.get("about", {}) | {part: {"date": today, **compare.about(work)}}
                     _write(file, result)  # a part takes minutes, and the next may be stopped
     for name, module in (("orchestration", orchestration), ("memory", memory)):
         if name in chosen.parts:

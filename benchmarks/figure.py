@@ -65,12 +65,16 @@ def draw(results: Path, path: Path) -> None:
 
 
 def _network(result: Result) -> str:
-    settings = result["about"]["settings"]
+    settings = _settings(result)
     return f"{settings['backbone']['name'].split(':')[1]}, {settings['data']['image_size']} px"
 
 
 def _images(result: Result) -> str:
-    return result["about"]["settings"]["data"]["source"].removeprefix("sample:")
+    return _settings(result)["data"]["source"].removeprefix("sample:")
+
+
+def _settings(result: Result) -> Any:
+    return next(iter(result["about"].values()))["settings"]  # of any part: they share images, network and size
 
 
 def _at(found: Any, *keys: str) -> Any:

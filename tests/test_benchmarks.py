@@ -78,7 +78,8 @@ def test_a_figure_of_what_was_found(tmp_path: Path) -> None:
     cases = {name: {"ratio": 3.0} for name in compare.CASES}
 
     def about(source: str) -> dict[str, Any]:
-        return {"settings": {"backbone": {"name": "timm:lite"}, "data": {"source": source, "image_size": 160}}}
+        settings = {"backbone": {"name": "timm:lite"}, "data": {"source": source, "image_size": 160}}
+        return {"a part": {"settings": settings}}
 
     drawn = []
     for name, source, found in (

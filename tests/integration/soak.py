@@ -65,7 +65,8 @@ def main() -> None:
 def soak(base: Path, kills: int, chance: random.Random, disk: Disk | None = None) -> None:
     """Kill ``kills`` times in as many passes as that takes, and check each pass that came to its end.
 
-    With a disk the project lies on it, and each time everything is killed and the disk forgets what it had not written yet.
+    The moment of a kill is chance, the sooner the fewer steps are left. With a disk the project lies on it, and each time
+    everything is killed and the disk forgets what it had not written yet.
     """
     calm, wild = project(base / "calm"), project((disk.folder if disk else base) / "wild")
     start = time.monotonic()
@@ -77,7 +78,8 @@ def soak(base: Path, kills: int, chance: random.Random, disk: Disk | None = None
     while done < kills:
         door = chance.choice(DOORS)
         process = begin(wild, door)
-        moment = chance.uniform(0, length)
+        # With nothing left to do it takes time to begin.
+        moment = chance.uniform(0, length * (1 - 0.7 * finished(wild)))
         try:
             code = process.wait(moment)
         except subprocess.TimeoutExpired:
@@ -125,6 +127,11 @@ def at_work(wild: Project) -> Iterator[psutil.Process]:
                 yield process
         except (psutil.Error, OSError):
             continue
+
+
+def finished(wild: Project) -> float:
+    """The share of the steps that have come to their end in this pass."""
+    return sum((wild.folder / "artifacts" / stage / "metrics.json").exists() for stage in STAGES) / len(STAGES)
 
 
 def strike(wild: Project, process: subprocess.Popen[bytes], chance: random.Random) -> str:
