@@ -198,7 +198,8 @@ def _open(client: Any, head: Mapping[str, Any]) -> Generator[float, None, dict[s
 def _run(
     client: Any, experiment: str, tag: tuple[str, str], head: Mapping[str, Any], kind: str, tags: dict[str, str]
 ) -> Generator[float, None, str]:
-    """Find a run by its tag, or create it; returns its id. It is running then, and has its parameters."""
+    """Find a run by its tag, or create it; returns its id. It has its parameters then, and is running, unless all that is
+    to come is the end of its pass: killed in between, one that had ended would seem to run until something is sent again."""
     from mlflow.entities import Param
 
     yield PATIENCE
@@ -211,7 +212,7 @@ def _run(
     yield PATIENCE
     if found:
         run, known = found[0], found[0].data.params
-        if run.info.status != "RUNNING":
+        if head["stage"] and run.info.status != "RUNNING":
             client.update_run(run.info.run_id, status="RUNNING")
     else:
         name = head["name"] if kind == "parent" else head["stage"]

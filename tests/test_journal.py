@@ -4,6 +4,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,19 +61,48 @@ def test_where_nothing_can_be_written_that_is_said_in_a_sentence() -> None:
         Journal(HEAD)
 
 
-def test_one_that_is_back_after_it_was_sent_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after a loss of power, before which its removal had not got to the disk."""
+@pytest.fixture
+def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Of a step's journal, and a local MLflow to send it to."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     head = {"pass": "a", "door": "flow", "stage": "ingest", "execution": "1", "address": publishing.address()}
-    params: dict[str, dict[str, str]] = {"parent": {}, "child": {}}
-    journal = Journal(head | {"experiment": "unfreeze", "name": "a", "when": 1, "params": params})
-    journal.write(*({"run": run, "status": "FINISHED", "when": 2} for run in ("child", "parent")), {"closed": True})
+    return head | {"experiment": "unfreeze", "name": "a", "when": 1, "params": {"parent": {}, "child": {}}}
+
+
+def ended(head: dict[str, Any], *runs: str) -> None:
+    """A journal of nothing but the end of its runs."""
+    journal = Journal(head)
+    journal.write(*({"run": run, "status": "FINISHED", "when": 2} for run in runs), {"closed": True})
     journal.close()
+
+
+def statuses(client: Any) -> list[str]:
+    runs = client.search_runs([client.get_experiment_by_name("unfreeze").experiment_id])
+    return [run.info.status for run in runs]
+
+
+def test_one_that_is_back_after_it_was_sent_changes_nothing(
+    head: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a loss of power, before which its removal had not got to the disk."""
+    ended(head, "child", "parent")
     client = publishing.client()
     for removes in (False, True):
         with monkeypatch.context() as patch:
             if not removes:
                 patch.setattr(publishing, "remove", lambda folder: None)
             list(publishing.send(client))
-        runs = client.search_runs([client.get_experiment_by_name("unfreeze").experiment_id])
-        assert [run.info.status for run in runs] == ["FINISHED"] * 2 and bool(waiting()) != removes
+        assert statuses(client) == ["FINISHED"] * 2 and bool(waiting()) != removes
+
+
+def test_killed_while_the_end_of_a_pass_is_sent_nothing_seems_to_run(head: dict[str, Any]) -> None:
+    """`dvc repro` with nothing to do, which may come next, sends nothing."""
+    ended(head, "child", "parent")
+    client = publishing.client()
+    list(publishing.send(client))
+    ended(head | {"stage": ""}, "parent")
+    requests = 0
+    for _ in publishing.send(client):
+        assert statuses(client) == ["FINISHED"] * 2
+        requests += 1
+    assert requests > 4 and not waiting()

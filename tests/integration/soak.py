@@ -53,13 +53,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--power", action="store_true", help="cut the power of the disk that the project lies on")
     chosen = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="soak-") as name:
-        disk = Disk(Path(name) / "machine", 1024) if chosen.power else None
-        try:
-            soak(Path(name), chosen.kills, random.Random(chosen.seed), disk)
-        finally:
-            if disk is not None:
-                disk.remove()
+    base = Path(tempfile.mkdtemp(prefix="soak-"))
+    print(f"in {base}, which stays if something is lost", flush=True)
+    disk = Disk(base / "machine", 1024) if chosen.power else None
+    soak(base, chosen.kills, random.Random(chosen.seed), disk)
+    if disk is not None:
+        disk.remove()
+    shutil.rmtree(base)
 
 
 def soak(base: Path, kills: int, chance: random.Random, disk: Disk | None = None) -> None:
@@ -206,7 +206,8 @@ def check(wild: Project, expected: dict[str, str]) -> None:
         rows = len(curve.read_text().splitlines()) - 1
         points = [sorted(p.step for p in mlflow.get_metric_history(r.info.run_id, "loss")) for r in finished]
         assert list(range(rows)) in points, (stage, rows, points)
-    assert not [r.info.run_name for r in runs if r.info.status == "RUNNING"], "a run that nobody works at is RUNNING"
+    running = [dict(r.info) | r.data.tags for r in runs if r.info.status == "RUNNING"]
+    assert not running, f"nobody works at what is RUNNING: {running}"
     failed = [r.info.run_name for r in runs if r.info.status == "FAILED" and r.info.run_name in STAGES]
     assert not failed, f"not killed, but failed: {failed}"
     assert not list((wild.folder / ".unfreeze/checkpoints").rglob("*.partial"))
