@@ -40,6 +40,9 @@ UNREADABLE_LOCK = re.compile(r"dvc\.lock' (is invalid|validation failed)|unable 
 PATIENCE = 30.0
 """Seconds within which a remote that is well says whether it is there: DVC itself would wait for many minutes."""
 
+NOTING = 1.0
+"""Seconds within which another workspace's DVC, on the same cache, has noted what it is noting: it takes milliseconds."""
+
 TO_PUSH = Path(".unfreeze/to-push")
 
 CACHED = ("didn't change, skipping", "is cached - skipping run")
@@ -110,18 +113,44 @@ def reproduce(stage: str, pull: bool) -> Iterator[str]:
         subprocess.CalledProcessError: the stage failed.
     """
     command = dvc("repro", "--single-item", stage, *(["--pull"] if pull else []))
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment()
-    ) as process:
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                yield line.rstrip()
-        except BaseException:
-            process.terminate()
-            raise
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
+    while True:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment()
+        ) as process:
+            assert process.stdout is not None
+            try:
+                for line in process.stdout:
+                    yield line.rstrip()
+            except BaseException:
+                process.terminate()
+                raise
+        if process.returncode == 0:
+            return
+        if not (empty := _forget_empty_runs()):
+            raise subprocess.CalledProcessError(process.returncode, command)
+        yield f"DVC was killed before it had noted a run in {', '.join(map(str, empty))}: removed, and asked again."
+
+
+def _forget_empty_runs() -> list[Path]:
+    """Remove from DVC's run cache folders with nothing in them, at which it fails with a TypeError; returns them.
+
+    It makes the folder of a run, and moves the note of it there a moment later, if it is not killed in between.
+    """
+    done = subprocess.run(dvc("cache", "dir"), capture_output=True, text=True, env=environment())
+    if done.returncode:
+        return []
+    empty = [folder for folder in Path(done.stdout.strip(), "runs").glob("??/*") if not any(folder.iterdir())]
+    if empty:
+        time.sleep(NOTING)
+    return [folder for folder in empty if _removed(folder)]
+
+
+def _removed(folder: Path) -> bool:
+    try:
+        folder.rmdir()
+    except OSError:  # there is something in it now
+        return False
+    return True
 
 
 def push(pauses: Sequence[float] = (2, 8)) -> str | None:
