@@ -147,9 +147,10 @@ def test_where_it_cannot_have_two_names_it_has_the_outputs(
 
 
 ENDLESS = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from unfreeze.resumable import ResumableFile
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which what runs in the background of a shell has ignored
 with ResumableFile(Path(sys.argv[1]), "a", 0.0) as file:
     n = len(file.notes)
     while True:

@@ -68,6 +68,7 @@ def soak(base: Path, kills: int, chance: random.Random, disk: Disk | None = None
     The moment of a kill is chance, the sooner the fewer steps are left. With a disk the project lies on it, and each time
     everything is killed and the disk forgets what it had not written yet.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # or what a shell's background starts would ignore Ctrl-C
     calm, wild = project(base / "calm"), project((disk.folder if disk else base) / "wild")
     start = time.monotonic()
     calm.run("flows.cli", "run")
