@@ -80,7 +80,7 @@ def soak(base: Path, kills: int, chance: random.Random, disk: Disk | None = None
         door = chance.choice(DOORS)
         process = begin(wild, door)
         # With nothing left to do it takes time to begin.
-        moment = chance.uniform(0, length * (1 - 0.7 * finished(wild)))
+        moment = chance.uniform(0, length * (1 - 0.7 * done_so_far(wild)))
         try:
             code = process.wait(moment)
         except subprocess.TimeoutExpired:
@@ -130,7 +130,7 @@ def at_work(wild: Project) -> Iterator[psutil.Process]:
             continue
 
 
-def finished(wild: Project) -> float:
+def done_so_far(wild: Project) -> float:
     """The share of the steps that have come to their end in this pass."""
     return sum((wild.folder / "artifacts" / stage / "metrics.json").exists() for stage in STAGES) / len(STAGES)
 
