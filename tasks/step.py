@@ -142,11 +142,15 @@ class Step:
     def _run(self, interruption: Interruption) -> None:
         settings = load_settings()
         chosen = {section: getattr(settings, section) for section in self.sections}
-        artifact(self.name, "").mkdir(parents=True, exist_ok=True)
-        tracker = Tracker(self.name, flatten(settings), flatten(chosen))
-        for path in drop_torn():
+        torn = drop_torn()
+        for path in torn:
             logger.warning(TORN, path)
         settle()
+        if torn:
+            # In a flow, whose first act this is, there are none left.
+            self._end("DVC may have put it where this step would read it: start again.", WORTH_A_RETRY)
+        artifact(self.name, "").mkdir(parents=True, exist_ok=True)
+        tracker = Tracker(self.name, flatten(settings), flatten(chosen))
         resuming.clear_earlier(self.name)
         run = Run(self.name, tracker, flatten(chosen), settings.checkpoint, interruption)
         status, metrics, start = "FAILED", {}, time.perf_counter()

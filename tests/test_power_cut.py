@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from flows.overrides import apply_overrides
-from tasks import powercut
+from tasks import powercut, step
 from tasks.files import write_json
 from tasks.journal import Journal, read, remove, waiting
 from tests.disk import Disk
+from tests.test_no_space import NoTracker
 from tests.test_packed import data, draw_photos
 from unfreeze.checkpoints import Checkpoint, Progress
 from unfreeze.history import History
@@ -125,18 +126,25 @@ def test_a_journal_is_there_before_a_server_knows_of_it_and_its_end_before_it_is
     assert [folder.name for folder in waiting()] == [journal.folder.name]
 
 
+def cached(content: bytes, torn: bool) -> Path:
+    """A file in the cache of a DVC project in this folder."""
+    name = hashlib.md5(content).hexdigest()
+    path = Path(".dvc/cache/files/md5", name[:2], name[2:]).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"" if torn else content)
+    path.chmod(0o444)
+    return path
+
+
+def restart() -> None:
+    """As far as can be told, of the machine."""
+    note = json.loads(powercut.NOTE.read_text())
+    powercut.NOTE.write_text(json.dumps(note | {"boot": "another"}))
+
+
 def test_what_is_torn_in_dvcs_cache_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], check=True)
-
-    def cached(content: bytes, torn: bool) -> Path:
-        name = hashlib.md5(content).hexdigest()
-        path = tmp_path / ".dvc/cache/files/md5" / name[:2] / name[2:]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"" if torn else content)
-        path.chmod(0o444)
-        return path
-
     assert powercut.drop_torn() == []
     old = cached(b"damaged long before", torn=True)
     os.utime(old, (0, 0))
@@ -144,8 +152,7 @@ def test_what_is_torn_in_dvcs_cache_is_removed(tmp_path: Path, monkeypatch: pyte
     whole, torn, listed = cached(b"whole", False), cached(b"torn", True), cached(b"empty", False)
     empty = cached(b"", torn=False)
     assert powercut.drop_torn() == [] and torn.exists()
-    note = json.loads(powercut.NOTE.read_text())
-    powercut.NOTE.write_text(json.dumps(note | {"boot": "another"}))
+    restart()
     powercut.RWLOCK.write_text("{}")
     assert powercut.drop_torn() == [torn] and not torn.exists() and not powercut.RWLOCK.exists()
     assert all(path.exists() for path in (old, whole, listed, empty))
@@ -153,6 +160,33 @@ def test_what_is_torn_in_dvcs_cache_is_removed(tmp_path: Path, monkeypatch: pyte
     assert powercut.drop_torn() == []
     powercut.NOTE.write_text("")
     assert powercut.drop_torn() == []
+    powercut.settle()
     shutil.rmtree(".dvc")
-    powercut.NOTE.write_text(json.dumps(note | {"boot": "another"}))
+    restart()
     assert powercut.drop_torn() == []
+
+
+def test_a_step_reads_nothing_that_dvc_has_put_back_torn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`dvc repro` restores what earlier steps have left before anybody has looked at its cache."""
+    begun: list[str] = []
+
+    class Tracker(NoTracker):
+        def __init__(self, stage: str, *_: object) -> None:
+            begun.append(stage)
+
+    shutil.copy("params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(step, "Tracker", Tracker)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], check=True)
+    powercut.settle()
+    torn = cached(b"weights", torn=True)
+    restart()
+    train = step.Step("train_augmented", lambda run: {"accuracy": 1}, ())
+    with pytest.raises(SystemExit) as caught:
+        train.main()
+    assert caught.value.code == step.WORTH_A_RETRY and "start again" in capsys.readouterr().err
+    assert not torn.exists() and not begun
+    train.main()
+    assert begun == ["train_augmented"]
