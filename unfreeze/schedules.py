@@ -3,12 +3,11 @@
 A schedule is worked out before training starts, so it can be plotted, tested and taken up again at any iteration.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-
-from unfreeze.settings import sgdr_epochs
 
 Factors = NDArray[np.float64]
 
@@ -77,4 +76,4 @@ def make_schedule(name: str, cycles: int, cycle_len: int, cycle_mult: int, batch
     """
     lengths = [cycle_len * cycle_mult**i for i in range(cycles)]
     factors = np.concatenate([SHAPES[name](length * batches_per_epoch) for length in lengths])
-    return Schedule(factors, tuple(sgdr_epochs(i + 1, cycle_len, cycle_mult) for i in range(cycles)))
+    return Schedule(factors, tuple(itertools.accumulate(lengths)))
