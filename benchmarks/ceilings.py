@@ -33,7 +33,7 @@ _for_good = contextlib.ExitStack()
 def forward(work: Work) -> Ways:
     """Images per second of the frozen network, by way."""
     device, ways = best_device(), {}
-    for count in (work.settings.train.batch_size, 2 * work.settings.train.batch_size):
+    for count in (work.settings.batch_size, 2 * work.settings.batch_size):
         for name, model, batch, context in _variants(work, count, train=False):
 
             def run(model: Any = model, batch: Any = batch, context: Any = context) -> None:
@@ -47,7 +47,7 @@ def forward(work: Work) -> Ways:
 def training(work: Work, unfreeze: Unfreeze = WHOLE) -> Ways:
     """Images per second of a training step (forward, backward, optimizer), by way."""
     device, ways = best_device(), {}
-    for name, model, batch, context in _variants(work, work.settings.train.batch_size, train=True, unfreeze=unfreeze):
+    for name, model, batch, context in _variants(work, work.settings.batch_size, train=True, unfreeze=unfreeze):
         inner: Any = getattr(model, "_orig_mod", model)
         optimizer = make_optimizer(parameter_groups(inner, unfreeze.lr_ratio), work.settings.train)
         set_rate(optimizer, 1e-6)

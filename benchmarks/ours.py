@@ -138,13 +138,13 @@ def stages(work: Work, model: Classifier, loader: Loader, activations: Activatio
     train, valid = _rows(loader, validate=True)
 
     def on_activations(epoch: int, first: int) -> Iterator[Batch]:
-        order = shuffled(train, settings.train.batch_size, settings.seed, epoch)
+        order = shuffled(train, settings.batch_size, settings.seed, epoch)
         return activation_batches(activations, packed.labels, order[first:], loader.device)
 
     rate = _pick(work, model.head, head_groups(model.head), on_activations, settings.lr_find.iterations)
     fit_head(
-        model.head, activations, packed.labels, train, valid, rate, settings.train_head, settings.train, settings.seed,
-        loader.device,
+        model.head, activations, packed.labels, train, valid, rate, settings.train_head, settings.train, settings.batch_size,
+        settings.seed, loader.device,
     )  # fmt: skip
     yield "train_head"
     _augmented(work, model, loader, work.frozen_epochs, rate)

@@ -22,7 +22,7 @@ def make_learner(work: Work, seed: int = 0) -> Any:
         table, path="/", fn_col="file", label_col="label", valid_col="is_valid",
         item_tfms=fastai.Resize(work.image_size),
         batch_tfms=[*_augmentations(work), fastai.Normalize.from_stats(network.mean, network.std)],
-        bs=work.settings.train.batch_size, num_workers=work.workers,
+        bs=work.settings.batch_size, num_workers=work.workers,
     )  # fmt: skip
     library, short = work.settings.backbone.name.split(":")
     arch = short if library == "timm" else getattr(fastai, short)

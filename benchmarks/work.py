@@ -76,5 +76,5 @@ def classifier(work: Work, seed: int) -> tuple[Classifier, Loader]:
     packed = open_packed(work.folder)
     torch.manual_seed(seed)
     head = Head(network.num_features, len(packed.classes), work.settings.head.dropout)
-    loader = Loader(packed, Normalisation(network.mean, network.std), device, work.settings.train.batch_size)
+    loader = Loader(packed, Normalisation(network.mean, network.std), device, work.settings.batch_size)
     return to_device(Classifier(network, head), device), loader

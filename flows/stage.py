@@ -57,7 +57,7 @@ _without_remote: set[str] = set()
 
 
 KILLED = (
-    "It was killed, as the system does when memory runs out: a smaller train.batch_size or data.image_size takes less. "
+    "It was killed, as the system does when memory runs out: a smaller batch_size or data.image_size takes less. "
     "Started again, it goes on from its last checkpoint."
 )
 """What to say of a step that got SIGKILL."""

@@ -14,14 +14,14 @@ from tasks.step import Run, step
 from unfreeze.device import seed_everything, to_device
 from unfreeze.evaluating import Candidate, Predictions, choose, evaluate_split
 from unfreeze.models import Classifier
-from unfreeze.settings import Augment, Evaluate, Train
+from unfreeze.settings import Augment, Evaluate
 from unfreeze.weights import load_classifier, load_head, save_classifier
 
 
 @step
-def evaluate(run: Run, seed: int, augment: Augment, train: Train, evaluate: Evaluate) -> dict[str, float]:
+def evaluate(run: Run, seed: int, batch_size: int, augment: Augment, evaluate: Evaluate) -> dict[str, float]:
     seed_everything(seed)
-    model, loader = frozen_classifier("train_augmented", train.batch_size)
+    model, loader = frozen_classifier("train_augmented", batch_size)
     packed = loader.packed
     valid = packed.rows("valid")
     baseline = precomputed("baseline.npy")

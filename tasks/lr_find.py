@@ -17,7 +17,9 @@ from unfreeze.training import make_optimizer
 
 
 @step
-def lr_find(run: Run, seed: int, head: HeadSettings, train: Train, lr_find: LRFind) -> dict[str, float]:
+def lr_find(
+    run: Run, seed: int, batch_size: int, head: HeadSettings, train: Train, lr_find: LRFind
+) -> dict[str, float]:
     seed_everything(seed)
     device = best_device()
     packed = open_packed(artifact("ingest", ""))
@@ -27,7 +29,7 @@ def lr_find(run: Run, seed: int, head: HeadSettings, train: Train, lr_find: LRFi
     rows = packed.rows("train")
 
     def batches(epoch: int, first: int) -> Iterator[Batch]:
-        order = shuffled(rows, train.batch_size, stream(seed, "lr_find"), epoch)
+        order = shuffled(rows, batch_size, stream(seed, "lr_find"), epoch)
         return activation_batches(activations, packed.labels, order[first:], device)
 
     return find_rate(run, model, optimizer, batches, lr_find, train)

@@ -17,17 +17,17 @@ from unfreeze.batches import Loader, Normalisation
 from unfreeze.device import best_device, seed_everything, to_device
 from unfreeze.packed import open_packed
 from unfreeze.predicting import backbone_activations, score
-from unfreeze.settings import Backbone, Train
+from unfreeze.settings import Backbone
 from unfreeze.weights import checksum, save_backbone
 
 
 @step
-def precompute(run: Run, seed: int, backbone: Backbone, train: Train) -> dict[str, float]:
+def precompute(run: Run, seed: int, batch_size: int, backbone: Backbone) -> dict[str, float]:
     seed_everything(seed)
     device = best_device()
     packed = open_packed(artifact("ingest", ""))
     network = create_backbone(backbone.name, backbone.weights, packed.image_size)
-    loader = Loader(packed, Normalisation(network.mean, network.std), device, train.batch_size)
+    loader = Loader(packed, Normalisation(network.mean, network.std), device, batch_size)
     weights = checksum(network.state_dict())
     to_device(network, device)
     # Written as they come: for a hundred thousand images they are half a gigabyte.

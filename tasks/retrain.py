@@ -26,6 +26,7 @@ from unfreeze.weights import checksum, save_classifier
 def retrain(
     run: Run,
     seed: int,
+    batch_size: int,
     head: Head,
     augment: Augment,
     train: Train,
@@ -36,7 +37,7 @@ def retrain(
     evaluate: Evaluate,
 ) -> dict[str, float]:
     seed_everything(seed)
-    model, loader = fresh_classifier(head.dropout, train.batch_size)
+    model, loader = fresh_classifier(head.dropout, batch_size)
     packed = loader.packed
     activations = precomputed("activations.npy")
     rows = np.sort(np.concatenate([packed.rows("train"), packed.rows("valid")]))
@@ -45,7 +46,8 @@ def retrain(
     rate = run.read_metrics("lr_find")["rate"]
 
     history = fit_head(
-        model.head, activations, packed.labels, rows, nothing, rate, train_head, train, seed, loader.device,
+        model.head, activations, packed.labels, rows, nothing, rate, train_head, train, batch_size, seed,
+        loader.device,
         listener(run, train_head.epochs, "head"), run.checkpoint("head"),
     )  # fmt: skip
     if chosen != "train_head":

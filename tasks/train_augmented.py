@@ -14,10 +14,10 @@ from unfreeze.weights import save_head
 
 @step
 def train_augmented(
-    run: Run, seed: int, augment: Augment, train: Train, train_augmented: TrainAugmented
+    run: Run, seed: int, batch_size: int, augment: Augment, train: Train, train_augmented: TrainAugmented
 ) -> dict[str, float]:
     seed_everything(seed)
-    model, loader = frozen_classifier("train_head", train.batch_size)
+    model, loader = frozen_classifier("train_head", batch_size)
     history = fit_augmented(
         model,
         loader,

@@ -18,10 +18,10 @@ from unfreeze.weights import save_classifier
 
 @step
 def train_full(
-    run: Run, seed: int, augment: Augment, train: Train, unfreeze: Unfreeze, train_full: TrainFull
+    run: Run, seed: int, batch_size: int, augment: Augment, train: Train, unfreeze: Unfreeze, train_full: TrainFull
 ) -> dict[str, float]:
     seed_everything(seed)
-    model, loader = frozen_classifier("train_augmented", train.batch_size)
+    model, loader = frozen_classifier("train_augmented", batch_size)
     cycles = run.scratch / "cycles"  # DVC removes what is in artifacts before an interrupted step goes on
     cycles.mkdir(parents=True, exist_ok=True)
 

@@ -14,7 +14,9 @@ from unfreeze.weights import save_head
 
 
 @step
-def train_head(run: Run, seed: int, head: HeadSettings, train: Train, train_head: TrainHead) -> dict[str, float]:
+def train_head(
+    run: Run, seed: int, batch_size: int, head: HeadSettings, train: Train, train_head: TrainHead
+) -> dict[str, float]:
     seed_everything(seed)
     device = best_device()
     packed = open_packed(artifact("ingest", ""))
@@ -30,6 +32,7 @@ def train_head(run: Run, seed: int, head: HeadSettings, train: Train, train_head
         rate,
         train_head,
         train,
+        batch_size,
         seed,
         device,
         listener(run, train_head.epochs),

@@ -14,10 +14,16 @@ from unfreeze.training import make_optimizer
 
 @step
 def unfreeze_lr_find(
-    run: Run, seed: int, augment: Augment, train: Train, unfreeze: Unfreeze, unfreeze_lr_find: UnfreezeLRFind
+    run: Run,
+    seed: int,
+    batch_size: int,
+    augment: Augment,
+    train: Train,
+    unfreeze: Unfreeze,
+    unfreeze_lr_find: UnfreezeLRFind,
 ) -> dict[str, float]:
     seed_everything(seed)
-    model, loader = frozen_classifier("train_augmented", train.batch_size)
+    model, loader = frozen_classifier("train_augmented", batch_size)
     rows = loader.packed.rows("train")
 
     def batches(epoch: int, first: int) -> Iterator[Batch]:

@@ -33,7 +33,7 @@ def test_our_recipe_is_judged_on_valid_and_test(work: Work) -> None:
 
 def test_choices_are_judged_with_every_seed_on_validation_images(work: Work, tmp_path: Path) -> None:
     rows: list[str] = []
-    change = "train.label_smoothing=0.9 train.batch_size=8"
+    change = "train.label_smoothing=0.9 batch_size=8"
     choices.compare(work.source, tmp_path, ["train_head.epochs=10", change], 2, "train_head", 1, rows.append)
     usual, same, worse = (row.strip("| ").split(" | ") for row in rows[2:])
     assert usual[0] == "params.yaml" and worse[0] == change

@@ -61,7 +61,7 @@ def augmented(
     model, loader = material()
     history = fit_augmented(
         model, loader, TRAIN, VALID, rate, TrainAugmented("sgdr", 2, 1, 1), settings.augment,
-        dataclasses.replace(settings.train, batch_size=BATCH), 7, Listener(**listener), checkpoint,
+        settings.train, 7, Listener(**listener), checkpoint,
     )  # fmt: skip
     return model, history, loader
 

@@ -84,7 +84,7 @@ def test_flatten_of_one_section() -> None:
         ("augment.flip", "dihedrall", "one of none, horizontal, both, dihedral. Did you mean dihedral?"),
         ("augment.flip", False, "one of none, horizontal, both, dihedral"),
         ("augment.zoom", 0.9, "at least 1"),
-        ("train.batch_size", 1, "at least 2"),
+        ("batch_size", 1, "at least 2"),
         ("train.optimizer", "adam", "one of adamw, sgd. Did you mean adamw?"),
         ("lr_find.start", float("nan"), "a number"),
         ("lr_find.start", "nan", "a number"),
@@ -136,12 +136,14 @@ def test_unknown_keys_suggest_near_ones() -> None:
     assert "train_full.cycle is not a setting. Did you mean train_full.cycles?" in complaint(params)
     assert "train_fulll is not a setting. Did you mean train_full?" in complaint(changed("train_fulll", {}))
     assert "head.zzz is not a setting. There are: dropout." in complaint(changed("head.zzz", 1))
+    assert "train.batch_size is not a setting. Did you mean batch_size?" in complaint(changed("train.batch_size", 8))
+    assert "train.dropout is not a setting. Did you mean head.dropout?" in complaint(changed("train.dropout", 0.1))
     assert "7 is not a setting" in complaint(changed("head", {7: 1, "dropout": 0.5}))
 
 
 def test_everything_wrong_is_told_at_once() -> None:
     params = changed("data.valid", 2)
-    params["train"]["batch"] = params["train"].pop("batch_size")
+    params["train"]["decay"] = params["train"].pop("weight_decay")
     params["head"] = None
     del params["evaluate"]
     told = complaint(params).splitlines()
@@ -149,8 +151,8 @@ def test_everything_wrong_is_told_at_once() -> None:
     assert [line.split()[1] for line in told[1:]] == [
         "data.valid",
         "head",
-        "train.batch",
-        "train.batch_size",
+        "train.decay",
+        "train.weight_decay",
         "evaluate",
     ]
 

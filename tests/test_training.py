@@ -238,7 +238,7 @@ def test_the_head_learns_what_can_be_told_apart(settings: Settings) -> None:
     head = Head(6, 2, 0.0)
     rows = np.arange(80)
     history = fit_head(
-        head, activations, labels, rows[:60], rows[60:], 0.05, settings.train_head, settings.train, 0, CPU
+        head, activations, labels, rows[:60], rows[60:], 0.05, settings.train_head, settings.train, 32, 0, CPU
     )  # fmt: skip
     assert history.epochs[-1]["valid_accuracy"] > 0.95
 

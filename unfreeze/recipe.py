@@ -46,6 +46,7 @@ def fit_head(
     rate: float,
     settings: TrainHead,
     train: Train,
+    batch_size: int,
     seed: int,
     device: Any,
     listener: Listener | None = None,
@@ -60,17 +61,18 @@ def fit_head(
         train_rows, valid_rows: row numbers; no validation where ``valid_rows`` is empty.
         rate: top learning rate, annealed once along a cosine.
         settings: number of epochs.
-        train: batch size, optimizer and its friends.
+        train: optimizer and its friends.
+        batch_size: images per batch.
         seed: of the order of images.
         device: where to compute.
         listener: whom to tell.
         checkpoint: where to note how far the training has come, and to go on from.
     """
     own = stream(seed, "train_head")
-    schedule = make_schedule("sgdr", 1, settings.epochs, 1, batches_per_epoch(len(train_rows), train.batch_size))
+    schedule = make_schedule("sgdr", 1, settings.epochs, 1, batches_per_epoch(len(train_rows), batch_size))
 
     def epochs(epoch: int, first: int) -> Iterator[Batch]:
-        chunks = shuffled(train_rows, train.batch_size, own, epoch)
+        chunks = shuffled(train_rows, batch_size, own, epoch)
         return activation_batches(activations, labels, chunks[first:], device)
 
     def validate() -> Scores:

@@ -77,11 +77,6 @@ Rule = Annotated[str, OneOf(("minimum", "steepest", "valley"))]
 ScheduleName = Annotated[str, OneOf(("sgdr", "one_cycle", "step", "constant"))]
 
 
-def sgdr_epochs(cycles: int, cycle_len: int, cycle_mult: int) -> int:
-    """Epochs in ``cycles`` cycles, the first of ``cycle_len`` epochs, each next one ``cycle_mult`` times as long."""
-    return sum(cycle_len * cycle_mult**i for i in range(cycles))
-
-
 @dataclass(frozen=True)
 class Data:
     """Where the images are, and how they are split and packed."""
@@ -123,7 +118,6 @@ class Augment:
 class Train:
     """What all trainings share."""
 
-    batch_size: Annotated[int, In(2, 65_536)]
     optimizer: Annotated[str, OneOf(("adamw", "sgd"))]
     weight_decay: Annotated[float, In(0, 1)]
     label_smoothing: Annotated[float, In(0, 1, open_high=True)]
@@ -158,8 +152,8 @@ class TrainAugmented:
 
     @property
     def epochs(self) -> int:
-        """Epochs in all cycles."""
-        return sgdr_epochs(self.cycles, self.cycle_len, self.cycle_mult)
+        """Epochs in all cycles, each ``cycle_mult`` times as long as the one before."""
+        return sum(self.cycle_len * self.cycle_mult**i for i in range(self.cycles))
 
 
 @dataclass(frozen=True)
@@ -210,6 +204,7 @@ class Settings:
     """Everything in `params.yaml`."""
 
     seed: Annotated[int, In(0, 2**31 - 1)]
+    batch_size: Annotated[int, In(2, 65_536)]
     data: Data
     backbone: Backbone
     head: Head
@@ -309,6 +304,13 @@ def _hints(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind, include_extras=True)
 
 
+def _keys() -> Iterator[str]:
+    """Every key that `params.yaml` has, as ``section.key``."""
+    for name, kind in _hints(Settings).items():
+        keys = _hints(typing.cast(type, kind)) if dataclasses.is_dataclass(kind) else None
+        yield from [name] if keys is None else [f"{name}.{key}" for key in keys]
+
+
 def _section(kind: type[S], content: object, prefix: str, problems: list[str]) -> S | None:
     """One section of settings, or None with the problems found."""
     what = prefix.rstrip(".") or "the file"
@@ -319,8 +321,9 @@ def _section(kind: type[S], content: object, prefix: str, problems: list[str]) -
     for key in content:
         if key not in hints:
             name = key if isinstance(key, str) else _shown(key)
-            near = difflib.get_close_matches(name, hints, 1, 0.6)
-            hint = f"Did you mean {prefix}{near[0]}?" if near else f"There are: {', '.join(hints)}."
+            near = [prefix + known for known in difflib.get_close_matches(name, hints, 1, 0.6)]
+            near += [known for known in _keys() if known.rpartition(".")[2] == name]
+            hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(hints)}."
             problems.append(f"{prefix}{name} is not a setting. {hint}")
     values: dict[str, Any] = {}
     for key, hint in hints.items():

@@ -31,7 +31,7 @@ SMALL = {
     "data.valid": "0.2",
     "backbone.name": "timm:test_efficientnet",
     "backbone.weights": "none",
-    "train.batch_size": "8",
+    "batch_size": "8",
     "lr_find.iterations": "20",
     "unfreeze_lr_find.iterations": "12",
     "train_head.epochs": "1",
