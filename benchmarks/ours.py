@@ -103,12 +103,10 @@ def recipe(work: Work, seed: int) -> dict[str, float]:
     """From images to evaluated model: seconds, and accuracies on valid and test, plain and with TTA."""
     start = time.perf_counter()
     seed_everything(seed)
-    settings = dataclasses.replace(work.settings, seed=seed)
-    work = dataclasses.replace(work, settings=settings)
     with tempfile.TemporaryDirectory() as folder:
         # The split is the peer's; the pixels are packed anew, which is part of the work.
-        pack(read_source(work.source), Path(folder), settings.data, 42)
-        here = dataclasses.replace(work, folder=Path(folder))
+        pack(read_source(work.source), Path(folder), work.settings.data, work.settings.seed)
+        here = dataclasses.replace(work, folder=Path(folder), settings=dataclasses.replace(work.settings, seed=seed))
         model, loader, activations = prepare(here, seed)
         labels = loader.packed.labels[loader.packed.rows("valid")]
         states, predicted = {}, {}

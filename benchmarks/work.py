@@ -1,6 +1,5 @@
 """The work that both sides are given: the same images, split, backbone, weights, image size, batches and epochs."""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from unfreeze.device import best_device, to_device
 from unfreeze.models import Classifier, Head
 from unfreeze.packed import open_packed
 from unfreeze.packing import pack
-from unfreeze.settings import Settings, load_settings
+from unfreeze.settings import Settings
 from unfreeze.sources import read_source
 
 
@@ -22,7 +21,6 @@ class Work:
     """What is measured on.
 
     Attributes:
-        source: as `data.source` in the settings.
         folder: where the packed images lie.
         settings: all of them.
         views: of an image, that TTA averages with the plain one.
@@ -31,7 +29,6 @@ class Work:
         workers: processes that load images for fastai.
     """
 
-    source: str
     folder: Path
     settings: Settings
     views: int = 4
@@ -41,21 +38,20 @@ class Work:
     workers: int = 0
 
     @property
+    def source(self) -> str:
+        """Where the images are."""
+        return self.settings.data.source
+
+    @property
     def image_size(self) -> int:
         """Side of the squares in pixels."""
         return self.settings.data.image_size
 
 
-def make_work(source: str, folder: Path, settings_file: Path, backbone: str, weights: str, image_size: int) -> Work:
-    """Settings for a source, and its images packed and split once, for both sides to agree on."""
-    settings = load_settings(settings_file)
-    settings = dataclasses.replace(
-        settings,
-        data=dataclasses.replace(settings.data, source=source, image_size=image_size),
-        backbone=dataclasses.replace(settings.backbone, name=backbone, weights=weights),
-    )
-    pack(read_source(source), folder, settings.data, settings.seed)
-    return Work(source, folder, settings)
+def make_work(folder: Path, settings: Settings) -> Work:
+    """Pack and split the images once, for both sides to agree on."""
+    pack(read_source(settings.data.source), folder, settings.data, settings.seed)
+    return Work(folder, settings)
 
 
 def files(work: Work) -> pd.DataFrame:

@@ -1,23 +1,43 @@
 """The benchmarks run: our side at a small piece of work, memory, and what the flow's log says of its steps."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import __main__ as bench
 from benchmarks import checkpoints, choices, compare, figure, memory, orchestration, ours
 from benchmarks.work import Work, files, make_work
+from flows.overrides import apply_overrides
 from tests.integration.project import paint
+from unfreeze.settings import load_settings
 
 ROOT = Path(__file__).parent.parent
+TINY = ["backbone.name=timm:test_efficientnet", "backbone.weights=none"]
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     base = tmp_path_factory.mktemp("bench")
     paint(base / "photos", 0)
-    return make_work(str(base / "photos"), base / "packed", ROOT / "params.yaml", "timm:test_efficientnet", "none", 32)
+    settings = base / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", settings)
+    apply_overrides(settings, [f"data.source={base / 'photos'}", "data.image_size=32", *TINY])
+    return make_work(base / "packed", load_settings(settings))
+
+
+def test_a_settings_file_counts_and_flags_go_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text("data:\n  image_size: 224\nbackbone:\n  weights: none\n")
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--settings", str(file), "--weights", "pretrained"])
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    apply_overrides(tmp_path / "params.yaml", bench._overrides(bench._arguments()))
+    found, usual = load_settings(tmp_path / "params.yaml"), load_settings(ROOT / "params.yaml")
+    assert (found.data.image_size, found.backbone.weights) == (224, "pretrained")
+    assert (found.data.source, found.backbone.name) == (usual.data.source, usual.backbone.name)
 
 
 @pytest.mark.parametrize("case", compare.CASES)
