@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.ours import WHOLE
 from benchmarks.work import Work, classifier
-from unfreeze.checkpoints import Checkpoint, Progress, moving
+from unfreeze.checkpoints import Checkpoint, Progress, trainable_state
 from unfreeze.history import History
 from unfreeze.recipe import unfrozen
 from unfreeze.training import make_optimizer, set_rate, train_batch
@@ -28,7 +28,7 @@ def measure(work: Work, say: Callable[[str], None], repeats: int = 5) -> dict[st
         optimizer = make_optimizer(groups, work.settings.train)
         set_rate(optimizer, 1e-5)
         train_batch(model, optimizer, next(loader.plain(rows)), 0.0)
-        weights = moving(model)
+        weights = trainable_state(model)
     history = [{"iteration": i, "rate": 1e-3, "loss": 0.5} for i in range(ITERATIONS)]
     best = {name: torch.clone(tensor) for name, tensor in weights.items()}
     progress = Progress(iteration=ITERATIONS, history=History(batches=history), best=best)

@@ -19,7 +19,7 @@ from benchmarks.ours import Activations, predict_views, prepare, stages
 from benchmarks.work import Work, classifier, make_work
 from flows.overrides import apply_overrides
 from unfreeze.device import seed_everything
-from unfreeze.predicting import Scores, score
+from unfreeze.measuring import Scores, score
 from unfreeze.settings import load_settings
 
 ROOT = Path(__file__).parent.parent

@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.work import Work, classifier
+from benchmarks.work import Work, classifier, timed
 from unfreeze.batches import Batch, Loader, activation_batches, shuffled
 from unfreeze.device import seed_everything
 from unfreeze.evaluating import Candidate, choose
 from unfreeze.lr_finder import pick_rate, suggest
-from unfreeze.models import Classifier, Head
+from unfreeze.measuring import score
+from unfreeze.models import Classifier, Head, decay_groups
 from unfreeze.packing import pack
-from unfreeze.predicting import backbone_activations, predict_tta, score
+from unfreeze.predicting import backbone_activations, predict_tta
 from unfreeze.range_test import range_test
-from unfreeze.recipe import Rows, fit_augmented, fit_full, fit_head, head_groups, unfrozen
+from unfreeze.recipe import Rows, fit_augmented, fit_full, fit_head, unfrozen
 from unfreeze.rendering import read_canvas
 from unfreeze.settings import TrainAugmented, TrainFull, Unfreeze
 from unfreeze.sources import read_source
@@ -41,31 +42,31 @@ def _classifier(work: Work) -> tuple[Classifier, Loader]:
 def lr_find(work: Work) -> float:
     """Seconds for an LR range test of the unfrozen network."""
     model, loader = _classifier(work)
-    return _timed(lambda: _find(work, model, loader, WHOLE, work.sweep))
+    return timed(lambda: _find(work, model, loader, WHOLE, work.sweep))
 
 
 def frozen_epoch(work: Work) -> float:
     """Seconds for an augmented epoch of the head through the frozen network, and its validation."""
     model, loader = _classifier(work)
-    return _timed(lambda: _augmented(work, model, loader, 1, 1e-4))
+    return timed(lambda: _augmented(work, model, loader, 1, 1e-4))
 
 
 def full_epoch(work: Work) -> float:
     """Seconds for an epoch of the whole network, and its validation."""
     model, loader = _classifier(work)
-    return _timed(lambda: _full(work, model, loader, WHOLE, 1, 1e-5))
+    return timed(lambda: _full(work, model, loader, WHOLE, 1, 1e-5))
 
 
 def tta(work: Work) -> float:
     """Seconds for TTA of the validation images, the plain prediction included."""
     model, loader = _classifier(work)
-    return _timed(lambda: predict_views(work, model, loader, "valid"))
+    return timed(lambda: predict_views(work, model, loader, "valid"))
 
 
 def precompute_rate(work: Work) -> float:
     """Images per second of precomputing activations."""
     model, loader = _classifier(work)
-    return len(loader.packed) / _timed(lambda: list(backbone_activations(model.backbone, loader)))
+    return len(loader.packed) / timed(lambda: list(backbone_activations(model.backbone, loader)))
 
 
 def frozen_rate(work: Work) -> float:
@@ -73,14 +74,14 @@ def frozen_rate(work: Work) -> float:
     model, loader = _classifier(work)
     epochs = work.settings.train_augmented.epochs
     trained = epochs * _trained(loader)
-    return trained / _timed(lambda: _augmented(work, model, loader, epochs, 1e-4, validate=False))
+    return trained / timed(lambda: _augmented(work, model, loader, epochs, 1e-4, validate=False))
 
 
 def full_rate(work: Work) -> float:
     """Images per second of an epoch of the whole network, without validation."""
     model, loader = _classifier(work)
     trained = _trained(loader)
-    return trained / _timed(lambda: _full(work, model, loader, WHOLE, 1, 1e-5, validate=False))
+    return trained / timed(lambda: _full(work, model, loader, WHOLE, 1, 1e-5, validate=False))
 
 
 def read_rate(work: Work) -> float:
@@ -91,7 +92,7 @@ def read_rate(work: Work) -> float:
         random_views(rows, loader.packed.sizes[rows], work.image_size, work.settings.augment, np.random.default_rng(i))
         for i, rows in enumerate(chunks)
     ]
-    return _trained(loader) / _timed(lambda: [read_canvas(loader.packed, batch) for batch in views])
+    return _trained(loader) / timed(lambda: [read_canvas(loader.packed, batch) for batch in views])
 
 
 def _trained(loader: Loader) -> int:
@@ -139,7 +140,7 @@ def stages(work: Work, model: Classifier, loader: Loader, activations: Activatio
         order = shuffled(train, settings.batch_size, settings.seed, epoch)
         return activation_batches(activations, packed.labels, order[first:], loader.device)
 
-    rate = _pick(work, model.head, head_groups(model.head), on_activations, settings.lr_find.iterations)
+    rate = _pick(work, model.head, decay_groups(model.head.parameters()), on_activations, settings.lr_find.iterations)
     fit_head(
         model.head, activations, packed.labels, train, valid, rate, settings.train_head, settings.train, settings.batch_size,
         settings.seed, loader.device,
@@ -202,9 +203,3 @@ def predict_views(work: Work, model: Classifier, loader: Loader, split: str) -> 
     """Probabilities of a split's images, plain and averaged over views."""
     rows = loader.packed.rows(split)
     return predict_tta(model, loader, rows, work.settings.augment, work.views)
-
-
-def _timed(what: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    what()
-    return time.perf_counter() - start

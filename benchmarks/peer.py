@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.work import Work, backbone, files
+from benchmarks.work import Work, backbone, files, timed
 
 
 def make_learner(work: Work, seed: int = 0) -> Any:
@@ -52,7 +52,7 @@ def lr_find(work: Work) -> float:
     learner = _learner(work)
     learner.unfreeze()
     with _quiet(learner):
-        return _timed(lambda: learner.lr_find(num_it=work.sweep, show_plot=False))
+        return timed(lambda: learner.lr_find(num_it=work.sweep, show_plot=False))
 
 
 def frozen_epoch(work: Work) -> float:
@@ -60,7 +60,7 @@ def frozen_epoch(work: Work) -> float:
     learner = _learner(work)
     learner.freeze()
     with _quiet(learner):
-        return _timed(lambda: learner.fit_one_cycle(1, 1e-4))
+        return timed(lambda: learner.fit_one_cycle(1, 1e-4))
 
 
 def full_epoch(work: Work) -> float:
@@ -68,14 +68,14 @@ def full_epoch(work: Work) -> float:
     learner = _learner(work)
     learner.unfreeze()
     with _quiet(learner):
-        return _timed(lambda: learner.fit_one_cycle(1, 1e-5))
+        return timed(lambda: learner.fit_one_cycle(1, 1e-5))
 
 
 def tta(work: Work) -> float:
     """Seconds for TTA of the validation images."""
     learner = _learner(work)
     with _quiet(learner):
-        return _timed(lambda: learner.tta(n=work.views))
+        return timed(lambda: learner.tta(n=work.views))
 
 
 def recipe(work: Work, seed: int) -> dict[str, float]:
@@ -97,12 +97,6 @@ def recipe(work: Work, seed: int) -> dict[str, float]:
                 right = probabilities.argmax(1) == torch.as_tensor(np.asarray(labels)).long()
                 scores[f"{split}_{prefix}accuracy"] = float(right.float().mean())
     return {"seconds": time.perf_counter() - start, "rate": float(rate), **scores}
-
-
-def _timed(what: Any) -> float:
-    start = time.perf_counter()
-    what()
-    return time.perf_counter() - start
 
 
 def _quiet(learner: Any) -> Any:

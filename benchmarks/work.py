@@ -1,5 +1,7 @@
 """The work that both sides are given: the same images, split, backbone, weights, image size, batches and epochs."""
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,3 +76,10 @@ def classifier(work: Work, seed: int) -> tuple[Classifier, Loader]:
     head = Head(network.num_features, len(packed.classes), work.settings.head.dropout)
     loader = Loader(packed, Normalisation(network.mean, network.std), device, work.settings.batch_size)
     return to_device(Classifier(network, head), device), loader
+
+
+def timed(what: Callable[[], object]) -> float:
+    """Seconds that something takes."""
+    start = time.perf_counter()
+    what()
+    return time.perf_counter() - start

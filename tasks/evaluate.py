@@ -64,7 +64,3 @@ def evaluate(run: Run, seed: int, batch_size: int, augment: Augment, evaluate: E
     write_report(run, packed, predictions, metrics, candidates, best.name, reason, seed)
     run.log("report: %s", run.path("report.html"))
     return metrics
-
-
-if __name__ == "__main__":
-    evaluate.main()

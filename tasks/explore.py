@@ -21,7 +21,3 @@ def explore(run: Run, data: Data) -> dict[str, float]:
             metrics["images"], metrics["classes"], metrics["broken"], len(duplicates), metrics["leaks"])  # fmt: skip
     run.log("report: %s", run.path("report.html"))
     return metrics
-
-
-if __name__ == "__main__":
-    explore.main()

@@ -22,7 +22,3 @@ def ingest(run: Run, seed: int, data: Data) -> dict[str, float]:
     metrics = pack(table, run.path(""), data, seed, pixels)
     run.log("packed %d images, set %d aside", metrics["images"], metrics["broken"])
     return metrics
-
-
-if __name__ == "__main__":
-    ingest.main()

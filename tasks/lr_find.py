@@ -8,9 +8,9 @@ from tasks.materials import precomputed
 from tasks.step import Run, step
 from unfreeze.batches import Batch, activation_batches, shuffled
 from unfreeze.device import best_device, seed_everything
-from unfreeze.models import Head
+from unfreeze.models import Head, decay_groups
 from unfreeze.packed import open_packed
-from unfreeze.recipe import head_groups, stream
+from unfreeze.recipe import derive_seed
 from unfreeze.settings import Head as HeadSettings
 from unfreeze.settings import LRFind, Train
 from unfreeze.training import make_optimizer
@@ -25,15 +25,11 @@ def lr_find(
     packed = open_packed(artifact("ingest", ""))
     activations = precomputed("activations.npy")
     model = Head(activations.shape[1], len(packed.classes), head.dropout).to(device).train()
-    optimizer = make_optimizer(head_groups(model), train)
+    optimizer = make_optimizer(decay_groups(model.parameters()), train)
     rows = packed.rows("train")
 
     def batches(epoch: int, first: int) -> Iterator[Batch]:
-        order = shuffled(rows, batch_size, stream(seed, "lr_find"), epoch)
+        order = shuffled(rows, batch_size, derive_seed(seed, "lr_find"), epoch)
         return activation_batches(activations, packed.labels, order[first:], device)
 
     return find_rate(run, model, optimizer, batches, lr_find, train)
-
-
-if __name__ == "__main__":
-    lr_find.main()

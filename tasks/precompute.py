@@ -15,8 +15,9 @@ from unfreeze.backbones import create_backbone
 from unfreeze.baseline import baseline_probabilities, fit_baseline
 from unfreeze.batches import Loader, Normalisation
 from unfreeze.device import best_device, seed_everything, to_device
+from unfreeze.measuring import score
 from unfreeze.packed import open_packed
-from unfreeze.predicting import backbone_activations, score
+from unfreeze.predicting import backbone_activations
 from unfreeze.settings import Backbone
 from unfreeze.weights import checksum, save_backbone
 
@@ -61,7 +62,3 @@ def _header(images: int, features: int) -> bytes:
     described = np.lib.format.header_data_from_array_1_0(array) | {"shape": (images, features)}
     np.lib.format.write_array_header_1_0(header, described)
     return header.getvalue()
-
-
-if __name__ == "__main__":
-    precompute.main()

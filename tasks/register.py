@@ -86,7 +86,3 @@ def _logged(client: Any, parent: str) -> str | None:
         else:
             client.delete_logged_model(model.model_id)
     return whole
-
-
-if __name__ == "__main__":
-    register.main()

@@ -87,7 +87,3 @@ def retrain(
     write_predictions(run.path("predictions.csv"), packed, predictions)
     keep_confusion(run, packed, predictions)
     return metrics
-
-
-if __name__ == "__main__":
-    retrain.main()

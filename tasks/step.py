@@ -2,7 +2,7 @@
 
 A step is a function in a file of its own, `tasks/<name>.py`. Its parameters name the sections of `params.yaml` that it
 reads, and `dvc.yaml` lists just these; it returns its metrics, name -> number. Run as ``python -m tasks <name>`` by DVC,
-by hand or by a debugger, it checks the settings, seeds chance, tells MLflow, and writes
+by hand or by a debugger, it checks the settings, tells MLflow, and writes
 ``artifacts/<name>/metrics.json``.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tasks import resuming
-from tasks.environment import artifact, set_environment
+from tasks.environment import artifact
 from tasks.files import write_json
 from tasks.masking import mask
 from tasks.powercut import TORN, drop_torn, settle
@@ -112,7 +112,6 @@ class Step:
 
     def main(self) -> None:
         """Run the step in this process, which ends with code 2 and a sentence when the user has to mend something."""
-        set_environment()
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
         logging.getLogger().handlers[0].addFilter(masked)
         logger.setLevel(logging.INFO)

@@ -33,7 +33,3 @@ def train_augmented(
     )
     save_head(model.head, run.path("head.safetensors"))
     return keep(run, history)
-
-
-if __name__ == "__main__":
-    train_augmented.main()

@@ -46,7 +46,3 @@ def train_full(
     save(run.path("model.safetensors"))
     shutil.copytree(cycles, run.path("cycles"), dirs_exist_ok=True)
     return keep(run, history)
-
-
-if __name__ == "__main__":
-    train_full.main()

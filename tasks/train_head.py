@@ -40,7 +40,3 @@ def train_head(
     )
     save_head(model, run.path("head.safetensors"))
     return keep(run, history)
-
-
-if __name__ == "__main__":
-    train_head.main()

@@ -7,7 +7,7 @@ from tasks.materials import frozen_classifier
 from tasks.step import Run, step
 from unfreeze.batches import Batch
 from unfreeze.device import seed_everything
-from unfreeze.recipe import stream, unfrozen
+from unfreeze.recipe import derive_seed, unfrozen
 from unfreeze.settings import Augment, Train, Unfreeze, UnfreezeLRFind
 from unfreeze.training import make_optimizer
 
@@ -27,12 +27,8 @@ def unfreeze_lr_find(
     rows = loader.packed.rows("train")
 
     def batches(epoch: int, first: int) -> Iterator[Batch]:
-        return loader.augmented(rows, augment, stream(seed, "unfreeze_lr_find"), epoch, first)
+        return loader.augmented(rows, augment, derive_seed(seed, "unfreeze_lr_find"), epoch, first)
 
     with unfrozen(model, loader, rows, unfreeze) as groups:
         optimizer = make_optimizer(groups, train)
         return find_rate(run, model, optimizer, batches, unfreeze_lr_find, train)
-
-
-if __name__ == "__main__":
-    unfreeze_lr_find.main()

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from unfreeze.batches import Batch
-from unfreeze.chance import chance, set_chance
-from unfreeze.checkpoints import Checkpoint, Progress, moving
+from unfreeze.checkpoints import Checkpoint, Progress, trainable_state
 from unfreeze.history import History
 from unfreeze.interruption import Interrupted, Interruption
-from unfreeze.predicting import Scores
+from unfreeze.measuring import Scores
+from unfreeze.rng_state import rng_state, set_rng_state
 from unfreeze.schedules import make_schedule
 from unfreeze.settings import Train
 from unfreeze.training import Listener, fit, make_optimizer
@@ -75,7 +75,7 @@ def training(
 
     history = fit(
         model,
-        make_optimizer([{"params": list(model.parameters())}], Train(8, optimizer, 0.01, 0.0)),
+        make_optimizer([{"params": list(model.parameters())}], Train(optimizer, 0.01, 0.0)),
         make_schedule("sgdr", CYCLES, 1, 1, BATCHES),
         0.05,
         epochs,
@@ -132,7 +132,7 @@ def test_a_finished_training_is_not_trained_again(tmp_path: Path) -> None:
         return epochs(epoch, first)
 
     model = network()
-    optimizer = make_optimizer([{"params": list(model.parameters())}], Train(8, "adamw", 0.01, 0.0))
+    optimizer = make_optimizer([{"params": list(model.parameters())}], Train("adamw", 0.01, 0.0))
     schedule = make_schedule("sgdr", CYCLES, 1, 1, BATCHES)
     again = fit(model, optimizer, schedule, 0.05, watched, train_mode=model.train, checkpoint=at(tmp_path))
     assert not seen
@@ -144,8 +144,8 @@ def test_state_of_a_fused_optimizer_comes_back_in_the_layout_of_its_weights(tmp_
     with pytest.raises(Killed):
         training("adamw", at(tmp_path), 4)
     model = network().train()
-    optimizer = make_optimizer([{"params": list(model.parameters())}], Train(8, "adamw", 0.01, 0.0))
-    assert at(tmp_path).load(moving(model), optimizer)
+    optimizer = make_optimizer([{"params": list(model.parameters())}], Train("adamw", 0.01, 0.0))
+    assert at(tmp_path).load(trainable_state(model), optimizer)
     for parameter, state in optimizer.state.items():
         assert state["exp_avg"].stride() == parameter.stride()
 
@@ -202,7 +202,7 @@ def test_a_wish_to_stop_is_granted_after_the_batch_and_a_checkpoint(tmp_path: Pa
     wish = Interruption()
     checkpoint = at(tmp_path, batches=None, interruption=wish)
     model = network()
-    optimizer = make_optimizer([{"params": list(model.parameters())}], Train(8, "adamw", 0.01, 0.0))
+    optimizer = make_optimizer([{"params": list(model.parameters())}], Train("adamw", 0.01, 0.0))
 
     def interrupted(epoch: int, first: int) -> Iterator[Batch]:
         for i, batch in enumerate(epochs(epoch, first), first):
@@ -213,7 +213,7 @@ def test_a_wish_to_stop_is_granted_after_the_batch_and_a_checkpoint(tmp_path: Pa
     with pytest.raises(Interrupted):
         fit(model, optimizer, schedule, 0.05, interrupted, train_mode=model.train, checkpoint=checkpoint)
     assert not wish.deferred
-    progress = at(tmp_path).load(moving(model), optimizer)
+    progress = at(tmp_path).load(trainable_state(model), optimizer)
     assert progress is not None
     assert (progress.epoch, progress.batch) == (1, 2)
     again, _, _ = training("adamw", at(tmp_path), stop=False)
@@ -247,8 +247,8 @@ def test_half_a_checkpoint_is_removed(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("unfreeze.checkpoints.os.fsync", full)
     model = network().train()
-    optimizer = make_optimizer([{"params": list(model.parameters())}], Train(8, "adamw", 0.01, 0.0))
-    at(tmp_path).save(moving(model), optimizer, Progress())
+    optimizer = make_optimizer([{"params": list(model.parameters())}], Train("adamw", 0.01, 0.0))
+    at(tmp_path).save(trainable_state(model), optimizer, Progress())
     assert not list(tmp_path.iterdir())
 
 
@@ -257,8 +257,8 @@ def test_chance_comes_back() -> None:
         return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), float(torch.rand(1))]
 
     draw()
-    state = chance()
+    state = rng_state()
     first = draw()
     assert draw() != first
-    set_chance(state)
+    set_rng_state(state)
     assert draw() == first

@@ -20,10 +20,11 @@ from unfreeze.errors import UserError
 from unfreeze.frozen import frozen_copy
 from unfreeze.history import History
 from unfreeze.inference import packed_in_memory
+from unfreeze.measuring import score
 from unfreeze.models import Classifier, Head
-from unfreeze.predicting import predict, predict_tta, score
+from unfreeze.predicting import predict, predict_tta
 from unfreeze.range_test import range_test
-from unfreeze.recipe import fit_augmented, fit_full, stream, unfrozen
+from unfreeze.recipe import derive_seed, fit_augmented, fit_full, unfrozen
 from unfreeze.rendering import Normalisation
 from unfreeze.resumable import ResumableFile
 from unfreeze.settings import LRFind, Settings, TrainAugmented, TrainFull, load_settings
@@ -203,5 +204,5 @@ def test_where_the_loss_is_no_number_the_rate_and_the_images_are_named(settings:
         r"The training loss became (nan|inf) at iteration \d+ \(epoch 1, batch (\d)\) with the rate .*", sentence
     )
     assert found and "a lower rate" in sentence
-    rows = shuffled(TRAIN, BATCH, stream(7, step), 0)[int(found[2]) - 1]
+    rows = shuffled(TRAIN, BATCH, derive_seed(7, step), 0)[int(found[2]) - 1]
     assert names == [f"image {row}.png" for row in rows]

@@ -141,6 +141,7 @@ def test_mlflow_knows_a_step_that_was_stopped_from_one_that_failed(
     monkeypatch.chdir(tmp_path)
     shutil.copy(Path(__file__).parent.parent / "params.yaml", tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "unfreeze")
     monkeypatch.setenv("UNFREEZE_PASS", "one")
 
     def stopped(run: Run) -> dict[str, float]:

@@ -185,7 +185,7 @@ def test_rates_follow_the_schedule_and_the_best_cycle_is_handed_on() -> None:
     states, seen = [], []
 
     def validate():  # type: ignore[no-untyped-def]
-        from unfreeze.predicting import Scores
+        from unfreeze.measuring import Scores
 
         states.append(model.weight.detach().clone())
         return Scores(next(losses), 0.5)

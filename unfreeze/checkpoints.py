@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from unfreeze.chance import chance, set_chance
 from unfreeze.durable import sync
 from unfreeze.history import History
 from unfreeze.interruption import SHARE, Interrupted, Interruption
+from unfreeze.rng_state import rng_state, set_rng_state
 from unfreeze.weights import checksum
 
 logger = logging.getLogger("unfreeze")
@@ -83,7 +83,7 @@ class Checkpoint:
         """Write a checkpoint, whole or not at all.
 
         Args:
-            weights: what training changes in the model, as `moving` gives it.
+            weights: what training changes in the model, as `trainable_state` gives it.
             optimizer: over it.
             progress: how far the training has come.
 
@@ -146,7 +146,7 @@ class _Refused(Exception):
     """A checkpoint that is not to be gone on from, and why."""
 
 
-def moving(model: nn.Module) -> Tensors:
+def trainable_state(model: nn.Module) -> Tensors:
     """What training changes in a model: parameters that train, and buffers of modules in training mode.
 
     The tensors are the model's own, which training changes in place. Call it while the model is in training mode.
@@ -163,7 +163,7 @@ def moving(model: nn.Module) -> Tensors:
 def _tensors(weights: Tensors, optimizer: torch.optim.Optimizer, progress: Progress) -> Tensors:
     tensors = {f"weights/{name}": tensor for name, tensor in weights.items()}
     tensors |= {f"best/{name}": tensor for name, tensor in progress.best.items()}
-    tensors |= {f"chance/{name}": tensor for name, tensor in chance().items()}
+    tensors |= {f"rng/{name}": tensor for name, tensor in rng_state().items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{number}/{name}": tensor for name, tensor in state.items() if tensor is not None}
     for name in ("rate", "loss"):
@@ -181,7 +181,7 @@ def _numbers(progress: Progress) -> dict[str, Any]:
 def _restore(
     weights: Tensors, optimizer: torch.optim.Optimizer, tensors: Tensors, numbers: Mapping[str, Any]
 ) -> Progress:
-    parts: dict[str, Tensors] = {"weights": {}, "best": {}, "chance": {}, "optimizer": {}, "batches": {}}
+    parts: dict[str, Tensors] = {"weights": {}, "best": {}, "rng": {}, "optimizer": {}, "batches": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
         parts[part][rest] = tensor
@@ -189,7 +189,7 @@ def _restore(
         raise _Refused("it is of another network")
     put(weights, parts["weights"])
     _restore_optimizer(optimizer, parts["optimizer"])
-    set_chance(parts["chance"])
+    set_rng_state(parts["rng"])
     columns = zip(parts["batches"]["rate"].tolist(), parts["batches"]["loss"].tolist(), strict=True)
     rows = [{"iteration": i, "rate": rate, "loss": loss} for i, (rate, loss) in enumerate(columns)]
     best = {name: torch.empty_like(weights[name]).copy_(tensor) for name, tensor in parts["best"].items()}

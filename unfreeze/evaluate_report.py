@@ -68,7 +68,7 @@ def evaluate_report(
     split = "test" if "test" in predictions else "valid"
     judged = predictions[split]
     sections = [
-        Section("Accuracy", _accuracy(packed, predictions, metrics)),
+        Section("Accuracy", _accuracy(predictions, metrics)),
         Section("Which model", _which(candidates, chosen, reason, metrics)),
         Section("Confusion matrix", _confusion(packed, judged, split)),
         Section("Where it goes wrong, and right", _galleries(packed, judged, split, seed)),
@@ -77,7 +77,7 @@ def evaluate_report(
     return page("The classifier", f"{len(packed.classes)} classes, judged on the {split} images with TTA", sections)
 
 
-def _accuracy(packed: PackedImages, predictions: Mapping[str, Predictions], metrics: Mapping[str, float]) -> str:
+def _accuracy(predictions: Mapping[str, Predictions], metrics: Mapping[str, float]) -> str:
     items, rows = [], []
     for split, found in reversed(list(predictions.items())):
         count = len(found.rows)

@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from unfreeze.batches import Loader
-from unfreeze.measuring import measure
-from unfreeze.predicting import Probabilities, Scores, predict_tta, score
+from unfreeze.measuring import Scores, measure, score
+from unfreeze.predicting import Probabilities, predict_tta
 from unfreeze.resumable import ResumableFile
 from unfreeze.settings import Augment
 

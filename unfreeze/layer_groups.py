@@ -7,13 +7,11 @@ from torch import nn
 
 from unfreeze.backbones import Backbone
 
-BACKBONE_GROUPS = 2
-
 
 def backbone_groups(backbone: Backbone) -> list[list[str]]:
     """Names of a backbone's parameters in two groups, early and late, each of about half of its blocks."""
     blocks = _timm_blocks(backbone.body) if hasattr(backbone.body, "group_matcher") else _blocks(backbone.body)
-    middle = len(blocks) // BACKBONE_GROUPS
+    middle = len(blocks) // 2
     halves = blocks[:middle], blocks[middle:]
     return [[f"body.{name}" for block in half for name in block] for half in halves]
 

@@ -1,5 +1,6 @@
 """How good predictions are: accuracy and its interval, confusion matrix, what to look at."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,15 +21,30 @@ def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
     return max(0.0, float((share + centre - half) / norm)), min(1.0, float((share + centre + half) / norm))
 
 
+@dataclass(frozen=True)
+class Scores:
+    """Mean cross-entropy (log loss) and accuracy of predictions."""
+
+    loss: float
+    accuracy: float
+
+
+def score(probabilities: NDArray[Any], labels: Labels) -> Scores:
+    """Log loss and accuracy of probabilities (N, C) for class numbers (N,)."""
+    likelihood = probabilities[np.arange(len(labels)), labels].astype(float)
+    loss = -np.log(np.clip(likelihood, 1e-7, 1)).mean()
+    return Scores(float(loss), float((probabilities.argmax(1) == labels).mean()))
+
+
 def measure(labels: Labels, probabilities: NDArray[Any], classes: list[str]) -> dict[str, float]:
     """Accuracy, macro F1 and log loss of probabilities (N, C) for class numbers (N,)."""
     matrix = confusion(labels, probabilities.argmax(1), len(classes))
     f1 = per_class(matrix, classes)["f1"]
-    likelihood = probabilities[np.arange(len(labels)), labels].astype(float)
+    scores = score(probabilities, labels)
     return {
-        "accuracy": float(matrix.trace() / matrix.sum()),
+        "accuracy": scores.accuracy,
         "macro_f1": float(f1[matrix.sum(0) + matrix.sum(1) > 0].mean()),
-        "log_loss": float(-np.log(np.clip(likelihood, 1e-7, 1)).mean()),
+        "log_loss": scores.loss,
     }
 
 

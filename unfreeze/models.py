@@ -1,5 +1,6 @@
 """The classifier: a backbone and a head, of which parts can be frozen."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def parameter_groups(model: Classifier, lr_ratio: float) -> list[dict[str, Any]]
     """The parameters that train, for an optimizer, with differential rates.
 
     Each group carries ``lr_scale``: 1 for the head, for each earlier layer group that of the next divided by
-    ``lr_ratio``. Biases and norms (one-dimensional parameters) are in groups of their own, without weight decay.
+    ``lr_ratio``. Within it weight decay is as in `decay_groups`.
     """
     parameters = dict(model.named_parameters())
     groups: list[dict[str, Any]] = []
@@ -100,10 +101,13 @@ def parameter_groups(model: Classifier, lr_ratio: float) -> list[dict[str, Any]]
     for number, group in enumerate(names):
         scale = lr_ratio ** (number - len(names) + 1)
         training = [parameters[name] for name in group if parameters[name].requires_grad]
-        for chosen, extra in (
-            ([p for p in training if p.ndim > 1], {}),
-            ([p for p in training if p.ndim <= 1], {"weight_decay": 0.0}),
-        ):
-            if chosen:
-                groups.append({"params": chosen, "lr_scale": scale, **extra})
+        groups += [part | {"lr_scale": scale} for part in decay_groups(training)]
     return groups
+
+
+def decay_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """Parameters for an optimizer: weight decay on matrices, none on biases and norms, which are one-dimensional."""
+    parameters = list(parameters)
+    decayed = {"params": [p for p in parameters if p.ndim > 1]}
+    plain = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
+    return [group for group in (decayed, plain) if group["params"]]

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import chain, islice
 
 import numpy as np
@@ -27,27 +26,12 @@ TOGETHER = 8
 """Batches whose predictions are fetched and kept at once: each time the processor waits for the device."""
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Mean cross-entropy (log loss) and accuracy of predictions."""
-
-    loss: float
-    accuracy: float
-
-
-def score(probabilities: Probabilities, labels: NDArray[np.int64]) -> Scores:
-    """Log loss and accuracy of probabilities (N, C) for class numbers (N,)."""
-    likelihood = probabilities[np.arange(len(labels)), labels]
-    loss = -np.log(np.maximum(likelihood, 1e-7, dtype=np.float64)).mean()
-    return Scores(float(loss), float((probabilities.argmax(1) == labels).mean()))
-
-
 def predict(model: nn.Module, batches: Iterable[Batch]) -> Probabilities:
     """Probabilities (N, C) of the inputs of ``batches``, in their order; the model is left in eval mode."""
-    return torch.cat([logits.softmax(1) for logits, _ in through(model, batches)]).cpu().numpy()
+    return torch.cat([logits.softmax(1) for logits, _ in infer(model, batches)]).cpu().numpy()
 
 
-def through(network: nn.Module, batches: Iterable[Batch], fast: nn.Module | None = None) -> Iterator[Batch]:
+def infer(network: nn.Module, batches: Iterable[Batch], fast: nn.Module | None = None) -> Iterator[Batch]:
     """What a network makes of batches, as inference.
 
     Args:
@@ -129,7 +113,7 @@ def _predict_on(
     if done:
         logger.info("%d batches were predicted before an interruption", done)
         fast = frozen_copy(model, next(batches(0))[0])  # what is left may not fill a batch
-    outputs = through(model, batches(done), fast)
+    outputs = infer(model, batches(done), fast)
     while some := list(islice(outputs, TOGETHER)):
         kept.append(torch.cat([logits.softmax(1) for logits, _ in some]).cpu().numpy().tobytes(), len(some))
     kept.keep()
@@ -149,5 +133,5 @@ def backbone_activations(backbone: Backbone, loader: Loader, first: int = 0) -> 
     """
     rows = np.arange(len(loader.packed))
     [(whole, _)] = loader.plain(rows[: loader.wide])  # what is left may not fill a batch
-    for activations, _ in through(backbone, loader.plain(rows[first:]), frozen_copy(backbone, whole)):
+    for activations, _ in infer(backbone, loader.plain(rows[first:]), frozen_copy(backbone, whole)):
         yield activations.cpu().numpy()

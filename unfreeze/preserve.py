@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from unfreeze.chance import chance, set_chance
+from unfreeze.rng_state import rng_state, set_rng_state
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def preserved(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[No
     parameters = [(p, p.requires_grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     optimizer_state = copy.deepcopy(optimizer.state_dict())
-    before = chance()
+    before = rng_state()
     try:
         yield
     finally:
@@ -41,7 +41,7 @@ def preserved(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[No
         for module, training in modes:
             module.training = training
         optimizer.load_state_dict(optimizer_state)
-        set_chance(before)
+        set_rng_state(before)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from unfreeze.batches import Batch
-from unfreeze.checkpoints import Checkpoint, Progress, moving
+from unfreeze.checkpoints import Checkpoint, Progress, trainable_state
 from unfreeze.lr_finder import lr_find
 from unfreeze.preserve import preserved
 from unfreeze.settings import LRFind, Train
@@ -39,7 +39,7 @@ def range_test(
         The curve, as `lr_find` gives it.
     """
     with preserved(model, optimizer), checkpoint.deferring() if checkpoint else nullcontext():
-        weights = moving(model)
+        weights = trainable_state(model)
         at = (checkpoint.load(weights, optimizer) if checkpoint else None) or Progress()
         if at.iteration:
             logger.info("goes on at batch %d of %d, from a checkpoint", at.iteration + 1, settings.iterations)

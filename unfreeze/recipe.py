@@ -20,8 +20,9 @@ from unfreeze.errors import UserError
 from unfreeze.fast_training import fast_training
 from unfreeze.frozen import frozen_copy
 from unfreeze.history import History
-from unfreeze.models import Classifier, freeze_to, parameter_groups, set_train_mode
-from unfreeze.predicting import Scores, predict, score, through
+from unfreeze.measuring import Scores, score
+from unfreeze.models import Classifier, decay_groups, freeze_to, parameter_groups, set_train_mode
+from unfreeze.predicting import infer, predict
 from unfreeze.progress import track
 from unfreeze.schedules import Schedule, make_schedule
 from unfreeze.settings import Augment, Train, TrainAugmented, TrainFull, TrainHead, Unfreeze
@@ -32,7 +33,7 @@ HEAD = 2
 """`freeze_to` this layer group and only the head trains: two groups of backbone come before it."""
 
 
-def stream(seed: int, name: str) -> int:
+def derive_seed(seed: int, name: str) -> int:
     """A seed of its own for one purpose, so that no step's chance depends on another step's."""
     return seed ^ zlib.crc32(name.encode())
 
@@ -68,7 +69,7 @@ def fit_head(
         listener: whom to tell.
         checkpoint: where to note how far the training has come, and to go on from.
     """
-    own = stream(seed, "train_head")
+    own = derive_seed(seed, "train_head")
     schedule = make_schedule("sgdr", 1, settings.epochs, 1, batches_per_epoch(len(train_rows), batch_size))
 
     def epochs(epoch: int, first: int) -> Iterator[Batch]:
@@ -81,11 +82,11 @@ def fit_head(
 
     return fit(
         head,
-        make_optimizer(head_groups(head), train),
+        make_optimizer(decay_groups(head.parameters()), train),
         schedule,
         rate,
         epochs,
-        train_mode=lambda: set_training(head),
+        train_mode=head.train,
         validate=validate if len(valid_rows) else None,
         label_smoothing=train.label_smoothing,
         listener=listener,
@@ -111,7 +112,7 @@ def fit_augmented(
     The backbone is inference, for two batches at a time, and sees the validation images once.
     """
     freeze_to(model, HEAD)
-    own, head, size = stream(seed, "train_augmented"), model.head, loader.batch_size
+    own, head, size = derive_seed(seed, "train_augmented"), model.head, loader.batch_size
     schedule = _schedule(settings, loader, train_rows)
     frozen = frozen_copy(
         model.backbone, _example(loader, train_rows, min(2, batches_per_epoch(len(train_rows), size)) * size)
@@ -122,18 +123,18 @@ def fit_augmented(
         skipped = first % 2  # so that the same two come together whatever batch it begins with
         pairs = loader.augmented(train_rows, augment, own, epoch, first - skipped, together=2)
         batches = (
-            batch for x, y in through(frozen, pairs, frozen) for batch in zip(x.split(size), y.split(size), strict=True)
+            batch for x, y in infer(frozen, pairs, frozen) for batch in zip(x.split(size), y.split(size), strict=True)
         )
         return _tracked(islice(batches, skipped, None), schedule, epoch, first)
 
     def validate() -> Scores:
-        valid[:] = valid or through(frozen, loader.plain(valid_rows), frozen)
+        valid[:] = valid or infer(frozen, loader.plain(valid_rows), frozen)
         return score(predict(head, valid), loader.packed.labels[valid_rows])
 
     with _named_images(loader, train_rows, own):
         return fit(
-            head, make_optimizer(head_groups(head), train), schedule, rate, epochs,
-            train_mode=lambda: set_training(head), validate=validate if len(valid_rows) else None,
+            head, make_optimizer(decay_groups(head.parameters()), train), schedule, rate, epochs,
+            train_mode=head.train, validate=validate if len(valid_rows) else None,
             label_smoothing=train.label_smoothing, listener=listener, checkpoint=checkpoint,
         )  # fmt: skip
 
@@ -153,7 +154,7 @@ def fit_full(
     checkpoint: Checkpoint | None = None,
 ) -> History:
     """Train the whole network with differential rates. Arguments as for `fit_head`; ``rate`` is the head's."""
-    own = stream(seed, "train_full")
+    own = derive_seed(seed, "train_full")
     schedule = _schedule(settings, loader, train_rows)
 
     def epochs(epoch: int, first: int) -> Iterator[Batch]:
@@ -208,15 +209,3 @@ def _named_images(loader: Loader, rows: Rows, seed: int) -> Iterator[None]:
         chunk = shuffled(rows, loader.batch_size, seed, error.epoch)[error.batch]
         names = "\n  ".join(map(str, loader.packed.table["path"].iloc[chunk]))
         raise UserError(f"{error} The batch's images, should it be them:\n  {names}") from None
-
-
-def head_groups(head: nn.Module) -> list[dict[str, Any]]:
-    """The head's parameters for an optimizer: weight decay on matrices, none on biases and norms."""
-    decayed = [p for p in head.parameters() if p.ndim > 1]
-    plain = [p for p in head.parameters() if p.ndim <= 1]
-    return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
-
-
-def set_training(head: nn.Module) -> None:
-    """Training mode for a head on its own, all of which trains."""
-    head.train()

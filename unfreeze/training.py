@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from unfreeze.batches import Batch
-from unfreeze.checkpoints import Checkpoint, Progress, Tensors, moving, put
+from unfreeze.checkpoints import Checkpoint, Progress, Tensors, put, trainable_state
 from unfreeze.device import autocast
 from unfreeze.errors import UserError
 from unfreeze.history import History
+from unfreeze.measuring import Scores
 from unfreeze.overfitting import until_overfitting
-from unfreeze.predicting import Scores
 from unfreeze.schedules import Schedule
 from unfreeze.settings import Train
 
@@ -92,7 +92,7 @@ def fit(
     rate: float,
     epochs: Callable[[int, int], Iterable[Batch]],
     *,
-    train_mode: Callable[[], None],
+    train_mode: Callable[[], object],
     validate: Callable[[], Scores] | None = None,
     stop_when_overfitting: bool = False,
     label_smoothing: float = 0.0,
@@ -122,7 +122,7 @@ def fit(
     """
     listener = listener or Listener()
     train_mode()
-    weights = moving(model)
+    weights = trainable_state(model)
     at = (checkpoint.load(weights, optimizer) if checkpoint else None) or Progress()
     if at.iteration:
         listener.resumed(at)

@@ -9,7 +9,7 @@ import torch
 State = dict[str, torch.Tensor]
 
 
-def chance() -> State:
+def rng_state() -> State:
     """The random state of Python, NumPy and torch on every device that is in use."""
     version, words, gauss = random.getstate()
     numpy: Any = np.random.get_state(legacy=False)
@@ -24,8 +24,8 @@ def chance() -> State:
     return state | {f"cuda:{i}": device for i, device in enumerate(devices)}
 
 
-def set_chance(state: State) -> None:
-    """Put back what `chance` returned. States of devices that are not there are left out."""
+def set_rng_state(state: State) -> None:
+    """Put back what `rng_state` returned. States of devices that are not there are left out."""
     version, *words = state["python"].tolist()
     random.setstate((version, tuple(words), *(state["python_gauss"].tolist() or [None])))
     *keys, position, has_gauss = state["numpy"].tolist()
