@@ -1,10 +1,12 @@
 """The command line: `unfreeze run`, `unfreeze check`, `unfreeze predict`, `unfreeze report`, `unfreeze publish`."""
 
 import argparse
+import os
 import signal
 import sys
 from pathlib import Path
 
+from tasks.files import disk_trouble
 from tasks.masking import mask
 from unfreeze.errors import UserError
 
@@ -12,7 +14,7 @@ TTA_VIEWS = 8
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 well, 1 a step failed, 2 something for the user to mend."""
+    """Run a command; returns the exit code: 0 well, 1 a step failed, 2 something for the user to mend, 130 interrupted."""
     from tasks.environment import set_environment
 
     set_environment()
@@ -20,8 +22,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return int(chosen.command(chosen))
     except UserError as error:
-        print(f"unfreeze: {mask(str(error))}", file=sys.stderr)
-        return 2
+        sentence = str(error)
+    except OSError as error:
+        if not (sentence := disk_trouble(error, Path())):
+            raise
+    print(f"unfreeze: {mask(sentence)}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,25 +74,30 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(chosen: argparse.Namespace) -> int:
     from flows.leftovers import leave_none
-    from tasks.stopping import interrupt_in_time
+    from tasks.stopping import INTERRUPTED, interrupt_in_time
     from tasks.workspace import alone
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, interrupt_in_time)
     leave_none()
-    with alone("run"):
-        return _run_alone(chosen)
+    try:
+        with alone("run"):
+            return _run_alone(chosen)
+    except KeyboardInterrupt:
+        print("unfreeze: stopped. `unfreeze run` goes on where it was.", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _run_alone(chosen: argparse.Namespace) -> int:
     from flows.overrides import apply_overrides, read_overrides
-    from tasks.stopping import INTERRUPTED
+    from tasks.workspace import alone
     from unfreeze.settings import load_settings
     from unfreeze.sources import read_source
 
     overrides = (read_overrides(chosen.settings) if chosen.settings else []) + chosen.overrides
     if overrides:
-        apply_overrides("params.yaml", overrides, check=lambda settings: read_source(settings.data.source))
+        with alone("step"):  # which may be a step of `dvc repro`
+            apply_overrides("params.yaml", overrides, check=lambda settings: read_source(settings.data.source))
     else:
         read_source(load_settings().data.source)
 
@@ -101,9 +112,6 @@ def _run_alone(chosen: argparse.Namespace) -> int:
     except StageFailed as error:
         print(f"unfreeze: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("unfreeze: stopped. `unfreeze run` goes on where it was.", file=sys.stderr)
-        return INTERRUPTED
     except Exception as error:
         if not is_away(error):
             raise
@@ -154,9 +162,9 @@ def _image_files(named: list[Path]) -> list[Path]:
 
     files: list[Path] = []
     for path in named:
-        if not path.exists():
+        if not os.path.exists(path):  # which takes a name that is too long for none
             raise UserError(f"{path} does not exist.")
-        files += [Path(file) for file in walk(str(path))] if path.is_dir() else [path]
+        files += [Path(file) for file in walk(str(path))] if os.path.isdir(path) else [path]
     if not files:
         raise UserError(f"There are no images in {', '.join(map(str, named))}.")
     return files

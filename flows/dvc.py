@@ -163,7 +163,10 @@ def push(pauses: Sequence[float] = (2, 8)) -> str | None:
     TO_PUSH.touch()
     for pause in (0, *pauses):
         time.sleep(pause)
-        _, trouble = find_remote()
+        there, trouble = find_remote()
+        if not there:  # nor is anything to be pushed any more
+            TO_PUSH.unlink()
+            return None
         if trouble is None:
             done = subprocess.run(dvc("push", "--run-cache"), capture_output=True, text=True, env=environment())
             if done.returncode == 0:

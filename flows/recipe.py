@@ -7,6 +7,7 @@ from prefect import flow
 from prefect.exceptions import TerminationSignal
 
 from flows.finish import finish
+from flows.logs import log_sentences
 from flows.overrides import apply_overrides, as_overrides
 from flows.stage import Outcome, begin, run_stage, stage_task
 from tasks.stopping import end_in_time
@@ -55,9 +56,11 @@ def recipe(settings: dict[str, Any] | None = None) -> dict[str, Outcome]:
         UserError: a setting is wrong, or another run is at work in this workspace.
         StageFailed: a step failed, with the last lines of what it printed.
     """
+    log_sentences()
     with alone("run"):
         if settings:
-            apply_overrides("params.yaml", as_overrides(settings))
+            with alone("step"):  # which may be a step of `dvc repro`
+                apply_overrides("params.yaml", as_overrides(settings))
         plan = begin()
         outcomes: dict[str, Outcome] = {}
         status = "FAILED"

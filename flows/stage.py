@@ -24,7 +24,7 @@ from flows.watched import check_watchable
 from tasks import STAGES
 from tasks.masking import mask
 from tasks.powercut import TORN, drop_torn
-from tasks.step import USER_ERROR
+from tasks.step import LESS_MEMORY, USER_ERROR
 from tasks.stopping import PARENT, die_with, identity
 from unfreeze.settings import load_settings
 
@@ -56,10 +56,7 @@ _without_remote: set[str] = set()
 """Passes on whose way the remote went away: that is said once, and not tried again."""
 
 
-KILLED = (
-    "It was killed, as the system does when memory runs out: a smaller batch_size or data.image_size takes less. "
-    "Started again, it goes on from its last checkpoint."
-)
+KILLED = f"It was killed, as the system does when memory runs out. {LESS_MEMORY}"
 """What to say of a step that got SIGKILL."""
 
 

@@ -3,6 +3,7 @@
 `ingest` sets such things aside; DVC does not get that far.
 """
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from unfreeze.sources import shown
 
 
 def check_watchable(source: str) -> None:
-    """Make sure that DVC can read all that is in a folder of images; looks at names, and at links and their like alone.
+    """Make sure that DVC can read all that is in a folder of images; looks at names and rights, and at links and their like alone.
 
     Args:
         source: as `data.source` names it; what is no folder is fine.
@@ -49,7 +50,8 @@ def _unwatchable(folder: str) -> Iterator[tuple[str, str]]:
             if not _is_utf8(entry.name):
                 yield entry.path, "its name is not UTF-8"
             elif entry.is_file(follow_symlinks=False):
-                continue
+                if not os.access(entry.path, os.R_OK):
+                    yield entry.path, os.strerror(errno.EACCES)
             elif why := _trouble(entry.path):
                 yield entry.path, why
             elif os.path.isdir(entry.path):
@@ -60,6 +62,8 @@ def _trouble(path: str) -> str:
     """Why something that is no plain file cannot be read; nothing where it is a folder, or a link to what can."""
     try:
         mode = os.stat(path).st_mode
+        if not os.access(path, os.R_OK):
+            return os.strerror(errno.EACCES)
     except OSError as error:
         return str(error.strerror)
     return "" if stat.S_ISDIR(mode) or stat.S_ISREG(mode) else "a pipe, socket or device"

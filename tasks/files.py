@@ -1,6 +1,8 @@
-"""Small files that are written whole or not at all."""
+"""Small files that are written whole or not at all, and what is said where the disk does not take them."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,3 +12,16 @@ from unfreeze.durable import write_whole
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, for people to read as well, whole or not at all."""
     write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+FULL, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EACCES, errno.EPERM, errno.EROFS)
+"""What the system says when there is no space for a file, and when it may not be written or read."""
+
+
+def disk_trouble(error: OSError, where: Path) -> str:
+    """A sentence for a full disk or a closed folder, empty for any other error; ``where`` if the error names no file."""
+    if error.errno not in FULL + FORBIDDEN:
+        return ""
+    path = Path(os.fsdecode(error.filename or where)).absolute()
+    mend = "Make space" if error.errno in FULL else "See who may read and write there"
+    return f"{path}: {error.strerror}. {mend}, and start again: what was finished is kept."

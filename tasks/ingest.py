@@ -1,13 +1,20 @@
 """Read every source image once; validate, split, pack pixels.
 
 The only step that touches a JPEG: every later one reads packed pixels. Images that cannot be read are
-set aside with a reason. Backbone and weights are looked for here already, before work that would end at a typo.
+set aside with a reason. Backbone and weights are looked for here already, before work that would end at a typo; they
+are no parameters of this step, as another backbone needs no other pixels.
 """
 
 from tasks.step import Run, step
-from unfreeze.packing import pack
+from unfreeze.errors import TransientError
+from unfreeze.packing import pack, stamps
 from unfreeze.settings import Data, load_settings
 from unfreeze.sources import read_source
+
+CHANGED = (
+    "data.source: images in {} were added, changed or removed while they were read, and DVC would note them as they are "
+    "now. Start again when nobody writes there."
+)
 
 
 @step
@@ -17,8 +24,11 @@ def ingest(run: Run, seed: int, data: Data) -> dict[str, float]:
     backbone = load_settings().backbone
     check_backbone(backbone.name, backbone.weights)
     table = read_source(data.source)
+    before = stamps(table)
     run.log("%d images in %s, %d classes", len(table), data.source, table["label"].nunique())
     pixels = run.resumable("pixels.bin")
     metrics = pack(table, run.path(""), data, seed, pixels)
+    if not read_source(data.source).equals(table) or stamps(table) != before:
+        raise TransientError(CHANGED.format(data.source))
     run.log("packed %d images, set %d aside", metrics["images"], metrics["broken"])
     return metrics

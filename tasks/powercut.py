@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from tasks.files import write_json
+from tasks.stopping import identity
 from tasks.workspace import FOLDER
 
 NOTE = FOLDER / "on-disk.json"
@@ -80,8 +81,16 @@ def _whole(path: Path) -> bool:
 
 
 def _boot() -> str:
-    """The boot in a word that no other has."""
+    """The boot, or the start of a container on a machine that runs on, in a word that no other has.
+
+    A container's processes get the numbers of those before its restart, so it counts as a boot; its first process says
+    when it started.
+    """
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return f"{psutil.boot_time():.0f}"
+    try:
+        return f"{boot}-{identity(psutil.Process(1))}"
+    except psutil.Error:  # it may be hidden
+        return boot

@@ -40,6 +40,10 @@ SPEED = 1e6
 REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"}
 REFUSING = {400, 413, 415, 422}
 """How MLflow, and whoever stands before it, says that it will never take something."""
+DELETED = (
+    "MLflow's experiment {} was deleted: what is logged to it waits until it is there again "
+    "(`mlflow experiments restore --experiment-id {}`)."
+)
 BATCH = 1000
 """Metrics that MLflow takes in a request; of parameters it takes a tenth."""
 
@@ -75,13 +79,15 @@ def reaching() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not type(error).__module__.startswith(("mlflow", "requests", "urllib3")) or _is_refusal(error):
+        if not type(error).__module__.startswith(("mlflow", "requests", "urllib3", "sqlalchemy")) or _is_refusal(error):
             raise
         raise Unreachable(f"MLflow at {address()} does not answer ({reason(error)}).") from None
 
 
 def reason(error: Exception) -> str:
     """An error in a few words, without what nobody may see."""
+    if isinstance(error, Unreachable):
+        return str(error)
     text = (str(error).splitlines() or [""])[0]
     for known in ("Connection refused", "timed out", "Connection aborted", "Name or service not known"):
         if known in text:
@@ -118,14 +124,16 @@ def send(
                 continue
             try:
                 yield from _send(client, folder, mine)
-            except _FileTrouble as error:  # the files' place may be away while the server is well
+            except _OfOne as error:
                 trouble = trouble or error.trouble
         forget_old_passes()
     if trouble:
         raise trouble
 
 
-class _FileTrouble(Exception):
+class _OfOne(Exception):
+    """Trouble of one journal, while the server is well and may take the others."""
+
     def __init__(self, trouble: Exception) -> None:
         super().__init__(str(trouble))
         self.trouble = trouble
@@ -150,8 +158,8 @@ def _send(client: Any, folder: Path, is_written: bool) -> Iterator[float]:
             yield PATIENCE + copy.stat().st_size / SPEED
             try:
                 _ask(copy.name, client.log_artifact, run, str(copy), record["to"])
-            except Exception as error:
-                raise _FileTrouble(error) from error
+            except Exception as error:  # the files' place may be away
+                raise _OfOne(error) from error
         elif "status" in record:
             yield PATIENCE
             _ask("a state", client.set_terminated, run, record["status"], record["when"])
@@ -176,6 +184,9 @@ def _open(client: Any, head: Mapping[str, Any]) -> Generator[float, None, dict[s
     """Find or create the runs of a journal; returns their ids."""
     yield PATIENCE
     experiment = client.get_experiment_by_name(head["experiment"])
+    if experiment and experiment.lifecycle_stage != "active":
+        name, number = head["experiment"], experiment.experiment_id
+        raise _OfOne(Unreachable(DELETED.format(mask(name), number)))
     yield PATIENCE
     experiment_id = experiment.experiment_id if experiment else client.create_experiment(head["experiment"])
     source = head.get("source", {})

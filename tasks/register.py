@@ -30,6 +30,9 @@ REQUIREMENTS = (
 )  # fmt: skip
 """Packages that a served model is installed with."""
 
+KEY_TAG = "unfreeze.key"
+"""Tag of a version that says what it was made of: weights, the code that serves them, and the name."""
+
 
 @step
 def register(run: Run, register: Register) -> dict[str, float]:
@@ -38,18 +41,20 @@ def register(run: Run, register: Register) -> dict[str, float]:
     save_png(confusion_plot(matrix.to_numpy(), list(matrix.columns)), run.path("confusion_matrix.png"))
     parent = run.tracker.parent()
     with reaching():
-        version = _register(weights, register.model_name, parent)
-    run.log("%s version %d registered in MLflow, run %s", register.model_name, version, parent)
+        found = _register(weights, register.model_name, parent, run.key)
+    version = int(found.version)
+    run.log("%s version %d registered in MLflow, run %s", register.model_name, version, found.run_id)
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     write_json(
         run.path("registration.json"),
-        {"model": register.model_name, "version": version, "run": parent, "sha256": digest},
+        {"model": register.model_name, "version": version, "run": found.run_id, "sha256": digest},
     )
     return {"version": version}
 
 
-def _register(weights: Path, name: str, parent: str) -> int:
-    """Log the model to the parent run as an MLflow pyfunc and register it, if that is not done; returns the version."""
+def _register(weights: Path, name: str, parent: str, key: str) -> Any:
+    """Log the model to the parent run as an MLflow pyfunc and register it, if that is not done, perhaps by an earlier pass
+    that was killed before DVC had noted it; returns the version."""
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     import importlib.metadata
@@ -58,8 +63,8 @@ def _register(weights: Path, name: str, parent: str) -> int:
 
     mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
     client = mlflow.MlflowClient()
-    if versions := [v for v in client.search_model_versions(f"run_id = '{parent}'") if v.name == name]:
-        return int(versions[0].version)
+    if versions := client.search_model_versions(f"name = '{name}' and tags.`{KEY_TAG}` = '{key}'"):
+        return versions[0]
     root = Path(__file__).parent.parent
     # MLflow says on stderr what it did; what goes wrong it raises.
     with mlflow.start_run(run_id=parent), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
@@ -73,7 +78,7 @@ def _register(weights: Path, name: str, parent: str) -> int:
                 code_paths=[str(root / "unfreeze")],
                 pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in REQUIREMENTS],
             ).model_id
-        return int(mlflow.register_model(f"models:/{model}", name).version)
+        return mlflow.register_model(f"models:/{model}", name, tags={KEY_TAG: key})
 
 
 def _logged(client: Any, parent: str) -> str | None:

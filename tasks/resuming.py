@@ -19,20 +19,17 @@ from tasks import STAGES
 ROOT = Path(".unfreeze/checkpoints")
 
 
-def folder(stage: str, settings: Mapping[str, Any]) -> Path:
-    """The folder of a step's checkpoints, for these settings and for the images and code as they are now."""
-    return ROOT / stage / fingerprint(stage, settings)
-
-
 def fingerprint(stage: str, settings: Mapping[str, Any]) -> str:
     """A word that changes with all that a step's result depends on: its settings, and the files that `dvc.yaml` lists."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name in yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]:
         path = Path(name)
         digest.update(name.encode())
+        if not path.is_file():
+            continue
         if path.suffix == ".bin":  # the pixels, which may be gigabytes: dataset.json beside them has their fingerprint
             digest.update(str(path.stat().st_size).encode())
-        elif path.is_file():
+        else:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]

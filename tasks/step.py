@@ -6,11 +6,9 @@ by hand or by a debugger, it checks the settings, tells MLflow, and writes
 ``artifacts/<name>/metrics.json``.
 """
 
-import errno
 import inspect
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -21,16 +19,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from tasks import resuming
 from tasks.environment import artifact
-from tasks.files import write_json
+from tasks.files import disk_trouble, write_json
 from tasks.masking import mask
 from tasks.powercut import TORN, drop_torn, settle
 from tasks.publishing import Unreachable
-from tasks.stopping import die_with, step_works_for, stop_when_asked
+from tasks.stopping import GRACE, die_with, step_works_for, stop_when_asked
 from tasks.tracking import Tracker
 from tasks.workspace import alone
-from unfreeze.errors import UserError
+from unfreeze.errors import TransientError, UserError
 from unfreeze.interruption import Interrupted, Interruption
-from unfreeze.settings import CheckpointSettings, flatten, load_settings
+from unfreeze.settings import CheckpointSettings, Settings, flatten, load_settings
 
 if TYPE_CHECKING:
     from unfreeze.checkpoints import Checkpoint
@@ -47,8 +45,14 @@ WORTH_A_RETRY = 1
 STOPPED = 143
 """Exit code of a step that was asked to stop."""
 
-FULL, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EACCES, errno.EPERM, errno.EROFS)
-"""What the system says when there is no space for a file, and when it may not be written or read."""
+LESS_MEMORY = "A smaller batch_size or data.image_size takes less. Started again, it goes on from its last checkpoint."
+"""What to do where there is not enough of it."""
+
+CHANGED = (
+    "Its settings, its code or what it reads changed while it was at work. What it made belongs to what was there before, "
+    "and is not kept: start again."
+)
+"""What to say of a step that DVC would note with other settings than it had."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +62,14 @@ class Run:
     Attributes:
         stage: name of the step.
         tracker: tells MLflow.
-        settings: the values that the step reads, ``section.key -> value``.
+        key: a word that changes with all that the step depends on: settings, images and code.
         often: when to write checkpoints.
         interruption: a wish to stop.
     """
 
     stage: str
     tracker: Tracker
-    settings: Mapping[str, Any]
+    key: str
     often: CheckpointSettings
     interruption: Interruption
 
@@ -80,7 +84,7 @@ class Run:
     @cached_property
     def scratch(self) -> Path:
         """A folder that an interrupted execution leaves to the next one with the same settings, images and code."""
-        folder = resuming.folder(self.stage, self.settings)
+        folder = resuming.ROOT / self.stage / self.key
         resuming.clear_foreign(folder)
         return folder
 
@@ -89,13 +93,13 @@ class Run:
         from unfreeze.checkpoints import Checkpoint
 
         path = self.scratch / f"{name}.safetensors"
-        return Checkpoint(path, self.scratch.name, self.often.seconds, self.often.batches, self.interruption)
+        return Checkpoint(path, self.key, self.often.seconds, self.often.batches, self.interruption)
 
     def resumable(self, name: str, *depends: str) -> "ResumableFile":
         """A file of this name that grows, and on what it depends beside settings, images and code; to be used as a context."""
         from unfreeze.resumable import ResumableFile
 
-        return ResumableFile(self.scratch / name, " ".join((self.scratch.name, *depends)), self.often.seconds)
+        return ResumableFile(self.scratch / name, " ".join((self.key, *depends)), self.often.seconds)
 
     def read_metrics(self, stage: str) -> dict[str, float]:
         """The metrics of an earlier step."""
@@ -119,28 +123,31 @@ class Step:
         stop_when_asked(interruption)
         die_with(step_works_for())
         try:
-            with alone("step"):
+            with alone(
+                "step", GRACE
+            ):  # started again at once, it finds the one that was stopped at its last checkpoint
                 self._run(interruption)
+        except (TransientError, Unreachable) as error:
+            self._end(str(error), WORTH_A_RETRY)
         except UserError as error:
             self._end(str(error), USER_ERROR)
-        except Unreachable as error:
-            self._end(str(error), WORTH_A_RETRY)
         except OSError as error:
-            if error.errno not in FULL + FORBIDDEN:
+            if not (sentence := disk_trouble(error, artifact(self.name, ""))):
                 raise
-            where = Path(os.fsdecode(error.filename or artifact(self.name, ""))).absolute()
-            mend = "Make space" if error.errno in FULL else "See who may read and write there"
-            self._end(f"{where}: {error.strerror}. {mend}, and start again: what was finished is kept.", USER_ERROR)
+            self._end(sentence, USER_ERROR)
         except Interrupted:
             self._end("stopped. Started again, it goes on from its last checkpoint.", STOPPED)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            self._end(f"Memory ran out. {LESS_MEMORY}", WORTH_A_RETRY)
 
     def _end(self, sentence: str, code: int) -> NoReturn:
         print(f"{self.name}: {mask(sentence)}", file=sys.stderr, flush=True)
         sys.exit(code)
 
     def _run(self, interruption: Interruption) -> None:
-        settings = load_settings()
-        chosen = {section: getattr(settings, section) for section in self.sections}
+        settings, chosen, key = self._depends()
         torn = drop_torn()
         for path in torn:
             logger.warning(TORN, path)
@@ -151,10 +158,12 @@ class Step:
         artifact(self.name, "").mkdir(parents=True, exist_ok=True)
         tracker = Tracker(self.name, flatten(settings), flatten(chosen))
         resuming.clear_earlier(self.name)
-        run = Run(self.name, tracker, flatten(chosen), settings.checkpoint, interruption)
+        run = Run(self.name, tracker, key, settings.checkpoint, interruption)
         status, metrics, start = "FAILED", {}, time.perf_counter()
         try:
             metrics = {k: float(v) for k, v in self.function(run, **chosen).items()}
+            if self._depends()[2] != key:  # DVC is about to note what there is now as what the step has read
+                raise TransientError(CHANGED)
             write_json(artifact(self.name, "metrics.json"), metrics)
             status = "FINISHED"
         except (Interrupted, KeyboardInterrupt):
@@ -163,11 +172,23 @@ class Step:
         finally:
             tracker.close(status, metrics, time.perf_counter() - start)
 
+    def _depends(self) -> tuple[Settings, dict[str, Any], str]:
+        """All settings, those that the step reads, and the key of all that it depends on, as they are now."""
+        settings = load_settings()
+        chosen = {section: getattr(settings, section) for section in self.sections}
+        return settings, chosen, resuming.fingerprint(self.name, flatten(chosen))
+
 
 def step(function: Callable[..., Mapping[str, float]]) -> Step:
     """Make a function a step: ``function(run, <sections of params.yaml>...) -> metrics``."""
     run, *sections = inspect.signature(function).parameters
     return Step(function.__name__, function, tuple(sections))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether it is Python's, torch's or CUDA's word for that; torch raises a bare RuntimeError on a processor."""
+    said = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
 
 
 def masked(record: logging.LogRecord) -> bool:

@@ -143,7 +143,7 @@ def bad() -> dict[str, tuple[bytes, str]]:
         "cut off.gif": (encoded(image, "GIF")[:-200], "damaged"),
         "cut off.tiff": (encoded(image, "TIFF", compression="tiff_lzw")[:-900], "damaged|not an image"),
         "header rotten.png": (whole[:16] + b"\xff\xff" + whole[18:], "damaged|not an image|more than"),
-        "bomb.png": (png(60_000, 60_000, 8, 2), "more than .* megapixels|larger than .* megapixels"),
+        "bomb.png": (png(60_000, 60_000, 8, 2), "more than .* megapixels"),
         "bomb.gif": (b"GIF89a" + struct.pack("<HH", 65535, 65535) + encoded(image, "GIF")[10:], "megapixels"),
         "bomb.bmp": (
             encoded(image, "BMP")[:18] + struct.pack("<ii", 90_000, 90_000) + encoded(image, "BMP")[26:],

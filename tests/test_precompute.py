@@ -34,15 +34,14 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     paint(Path("photos"), 0)
     found = load_settings()
     pack(read_source("photos"), artifact("ingest", ""), found.data, 0)
-    monkeypatch.setattr(resuming, "fingerprint", lambda stage, settings: "word")
     return found
 
 
 def run(settings: Settings) -> dict[str, float]:
     artifact("precompute", "").mkdir(parents=True, exist_ok=True)
     tracker: Any = None
-    execution = Run("precompute", tracker, {}, CheckpointSettings(60, None), Interruption())
-    return dict(module.precompute.function(execution, 0, settings.backbone, settings.train))
+    execution = Run("precompute", tracker, "word", CheckpointSettings(60, None), Interruption())
+    return dict(module.precompute.function(execution, 0, settings.batch_size, settings.backbone))
 
 
 def written() -> dict[str, bytes]:
@@ -76,7 +75,7 @@ def test_what_was_computed_is_not_computed_again(
         assert (run(settings), written()) == expected
     assert "48 of 48 images were done before an interruption" in caplog.text
     resuming.clear_earlier("lr_find")
-    assert not resuming.folder("precompute", {}).exists()
+    assert not (resuming.ROOT / "precompute").exists()
 
 
 def test_activations_of_other_weights_are_not_gone_on_with(

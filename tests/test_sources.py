@@ -278,6 +278,12 @@ def test_csv_of_every_dialect(tmp_path: Path, touch: Touch, encoding: str, separ
         assert read_source(str(source))["group"].tolist() == ["7", "007", "", ""]
 
 
+def test_csv_with_a_lone_return_in_a_cell(tmp_path: Path, touch: Touch) -> None:
+    touch("a.jpg", "b.jpg")
+    write_csv(tmp_path, b'path,label,group\na.jpg,x,"1\r2"\nb.jpg,y,\n')
+    assert read_source(str(tmp_path))["group"].tolist() == [r"1\r2", ""]
+
+
 def test_csv_with_only_the_columns_that_it_needs(tmp_path: Path, touch: Touch) -> None:
     touch("a.jpg", "b.jpg", "NA")
     file = write_csv(tmp_path, "path,label\nb.jpg,null\na.jpg,NA\n./b.jpg,null\nNA,1e5\n", "all.CSV")

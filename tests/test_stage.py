@@ -38,6 +38,12 @@ def test_why_a_step_failed_is_said_and_whether_it_is_worth_a_retry() -> None:
         assert said in str(caught.value).splitlines() and caught.value.retry == retry
 
 
+def test_what_was_to_be_pushed_to_a_remote_that_is_no_more_waits_no_longer() -> None:
+    dvc.TO_PUSH.parent.mkdir()
+    dvc.TO_PUSH.touch()
+    assert dvc.push(pauses=()) is None and not dvc.to_push()
+
+
 def test_dvc_killed_while_it_notes_a_run_is_asked_again() -> None:
     """It has made the run's folder, and not put the note in it."""
     list(dvc.reproduce("evaluate", pull=False))

@@ -139,7 +139,8 @@ def test_mlflow_knows_a_step_that_was_stopped_from_one_that_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    shutil.copy(Path(__file__).parent.parent / "params.yaml", tmp_path)
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(Path(__file__).parent.parent / name, tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "unfreeze")
     monkeypatch.setenv("UNFREEZE_PASS", "one")

@@ -60,6 +60,15 @@ def test_all_else_is_fine(photos: Path) -> None:
         check_watchable(source)
 
 
+def test_files_that_may_not_be_read_are_named(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual, closed = os.access, {str(photos / "cat/a.png"), str(photos / "dog/link.png")}
+    (photos / "dog/link.png").symlink_to("a.png")
+    monkeypatch.setattr(os, "access", lambda path, mode: path not in closed and usual(path, mode))  # the superuser may
+    with pytest.raises(UserError, match="cannot read 2 of the things") as caught:
+        check_watchable(str(photos))
+    assert sorted(str(caught.value).splitlines()[1:]) == [f"  {path}: Permission denied" for path in sorted(closed)]
+
+
 def test_before_dvc_is_asked(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -120,8 +120,8 @@ def _weights_file(name: str, weights: str) -> Path | None:
         return None
     if weights.startswith("package:"):
         return _package_file(name, weights.removeprefix("package:"))
-    file = Path(weights).expanduser()
-    if not file.is_file():
+    file = Path(os.path.expanduser(weights))
+    if not os.path.isfile(file):  # which takes a name that is too long, or a closed folder, for none
         raise UserError(f"backbone.weights: there is no file {file}. Give a file, pretrained, package:<name> or none.")
     return file
 

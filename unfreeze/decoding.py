@@ -4,6 +4,7 @@ The EXIF orientation is honoured, transparency is shown on white, 16-bit grey ke
 frame counts. What cannot be read raises `BrokenImage` with a reason that says so in a few words.
 """
 
+import errno
 import io
 import os
 import stat
@@ -14,6 +15,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+
+from unfreeze.errors import TransientError
 
 MAX_ASPECT = 20
 """Longer side over shorter side; beyond it, no square says anything about the image."""
@@ -37,6 +40,10 @@ ORIENTATION = 0x0112
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
+PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""What the system says of its own trouble: an image that was set aside for it would be missing for good."""
+
+
 class BrokenImage(Exception):
     """An image that cannot be used, with the reason."""
 
@@ -52,6 +59,7 @@ def decode(file: str | Path | io.BytesIO, max_megapixels: float, size: int = 0) 
 
     Raises:
         BrokenImage: the image cannot be read, is too large, or too narrow.
+        TransientError: the disk, the network or the system fails.
     """
     # Pillow's own guard, which also looks at images within a container whose header says something else.
     Image.MAX_IMAGE_PIXELS = int(max_megapixels * 1e6)
@@ -69,8 +77,13 @@ def decode(file: str | Path | io.BytesIO, max_megapixels: float, size: int = 0) 
     except UnidentifiedImageError:
         raise BrokenImage("not an image") from None
     except Image.DecompressionBombError:
-        raise BrokenImage(f"larger than {max_megapixels:g} megapixels") from None
+        raise BrokenImage(f"more than {max_megapixels:g} megapixels") from None
     except Exception as error:  # whatever a decoder trips over, it is this one image that is at fault
+        if isinstance(error, OSError) and error.errno in PASSING:
+            raise TransientError(
+                f"{file} cannot be read now: {error.strerror}. That is the system's trouble and not the image's: "
+                "start again, and remove the image should it stay so."
+            ) from None
         if isinstance(error, OSError) and error.errno:
             raise BrokenImage(f"cannot be read: {error.strerror}") from None
         what = str(error).strip() or type(error).__name__

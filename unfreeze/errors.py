@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend."""
+"""Errors that are told in a sentence."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     Shown as a sentence without a traceback; the process exits with code 2.
     """
+
+
+class TransientError(UserError):
+    """Something that may have gone away when the work is tried again, which is worth it; the process exits with code 1."""

@@ -142,6 +142,11 @@ def _unchanged(table: pd.DataFrame, file: ResumableFile, data: Data) -> list[dic
     return notes[:count]
 
 
+def stamps(table: pd.DataFrame) -> list[list[int] | None]:
+    """What changes when one of the files of a source's table does, in their order."""
+    return [_stamp(file) for file in table["file"]]
+
+
 def _stamp(file: str) -> list[int] | None:
     """What changes when a file does: its size in bytes, and when (ns) its content and its rights were last changed."""
     try:

@@ -212,7 +212,8 @@ def _csv(file: Path) -> pd.DataFrame:
     table = table.drop_duplicates()
     twice = table["path"].duplicated(keep=False)
     _refuse(file, twice, table, "list an image twice, with different labels, splits or groups")
-    table["path"], table["label"] = table["path"].map(shown), table["label"].map(shown)
+    for name in ("path", "label", "group"):
+        table[name] = table[name].map(shown)
     return table[COLUMNS]
 
 

@@ -159,14 +159,14 @@ class Work:
             "UNFREEZE_PASS": "pass-1",
         }
 
-    def start(self, *words: str) -> subprocess.Popen[str]:
+    def start(self, *words: str, **more: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, *words], cwd=self.folder, env=self.environment(), text=True,
+            [sys.executable, *words], cwd=self.folder, env=self.environment() | more, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
-    def run(self, *words: str, code: int = 0) -> str:
-        process = self.start(*words)
+    def run(self, *words: str, code: int = 0, **more: str) -> str:
+        process = self.start(*words, **more)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == code and "Traceback" not in output and "hunter22" not in output, output
         return output
@@ -325,7 +325,7 @@ def test_server_and_step_are_killed_and_publish_sends_what_there_is(tmp_path: Pa
 
 def test_a_model_is_registered_once_however_often_it_takes(server: Server, proxy: Proxy, tmp_path: Path) -> None:
     work = Work(tmp_path, server, proxy.port)
-    for name in ("params.yaml", "sample:elpv"):
+    for name in ("params.yaml", "dvc.yaml", "sample:elpv"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     folder = tmp_path / "artifacts/retrain"
     folder.mkdir(parents=True)
@@ -341,6 +341,11 @@ def test_a_model_is_registered_once_however_often_it_takes(server: Server, proxy
     client = MlflowClient(f"http://127.0.0.1:{server.port}")
     [version] = client.search_model_versions("name = 'unfreeze'")
     assert f"run {version.run_id}" in output
+    later = {"UNFREEZE_PASS": "pass-2"}  # as after a kill before DVC had noted the step
+    assert f"version 1 registered in MLflow, run {version.run_id}" in work.run("-m", "tasks", "register", **later)
+    assert len(client.search_model_versions("name = 'unfreeze'")) == 1
+    (folder / "model.safetensors").write_bytes(b"other weights")
+    assert "version 2 registered" in work.run("-m", "tasks", "register", **later)
     experiment = client.get_experiment_by_name(tmp_path.name)
     assert experiment is not None
-    assert len(client.search_logged_models([experiment.experiment_id])) == 1
+    assert len(client.search_logged_models([experiment.experiment_id])) == 2
