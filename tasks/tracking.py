@@ -132,9 +132,11 @@ class Tracker:
         self.stage = stage
         self._journal = begin_journal(stage, params, step_params)
         self._delivery = Delivery(self._journal)
+        self._curves: set[str] = set()
 
     def curve(self, values: Mapping[str, float], at: int) -> None:
         """A point of the step's curves: name -> value, at an iteration or epoch."""
+        self._curves |= values.keys()
         self._journal.write(*metrics("child", values, at, time.time()))
 
     def parent(self) -> str:
@@ -154,15 +156,19 @@ class Tracker:
         return str(known["run"])
 
     def close(self, status: str, final: Mapping[str, float], seconds: float) -> None:
-        """End the child run as FINISHED, FAILED or KILLED, with the step's final metrics and how long it took."""
+        """End the child run as FINISHED, FAILED or KILLED, with the step's final metrics and how long it took.
+
+        Of what has a curve the final value is no further point of it; the parent has it as ``<step>/<metric>``.
+        """
         now = time.time()
+        own = {name: value for name, value in final.items() if name not in self._curves}
         stages = STAGES[: STAGES.index(self.stage) + 1] if status == "FINISHED" else ()
         conclude(
             self._journal,
             stages,
             status,
             [
-                *metrics("child", {**final, "seconds": seconds}, 0, now),
+                *metrics("child", {**own, "seconds": seconds}, 0, now),
                 {"run": "child", "status": status, "when": int(now * 1000)},
             ],
         )

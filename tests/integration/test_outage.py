@@ -40,7 +40,7 @@ for line in sys.stdin:
 artifact(stage, "metrics.json").write_text('{"images": 3}')
 artifact(stage, "report.html").write_text(f"<p>{stage}")
 start = time.monotonic()
-tracker.close("FINISHED", {"accuracy": 0.5}, 1.0)
+tracker.close("FINISHED", {"accuracy": 0.5, "loss": 9.0}, 1.0)
 print(f"closed after {time.monotonic() - start}")
 """
 SEND = """
