@@ -55,7 +55,7 @@ def _make(folder: Path, count: int) -> None:
             "packed_height": SIZE,
             "offset": numbers * bytes_each,
             "digest": [f"{i:032x}" for i in numbers],
-            "average_hash": [f"{i:016x}" for i in numbers],
+            "difference_hash": [f"{i:016x}" for i in numbers],
             "reason": "",
         }
     )

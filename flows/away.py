@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from tasks.masking import mask
 from tasks.stopping import PARENT
+from tasks.tracking import PASS
 
 SAME_PASS = "UNFREEZE_SAME_PASS"
 """The key of the pass that goes on."""
@@ -46,7 +47,7 @@ def go_on_without() -> NoReturn:
     )
     environment = os.environ | {"PREFECT_API_URL": ""}
     environment.pop(PARENT, None)  # this process is nobody's
-    if key := os.environ.get("UNFREEZE_PASS"):
+    if key := os.environ.get(PASS):
         environment[SAME_PASS] = key
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-m", "flows.cli", "run"], environment)

@@ -173,7 +173,7 @@ def _image_files(named: list[Path]) -> list[Path]:
 def _report(chosen: argparse.Namespace) -> int:
     from flows.summary import print_summary
     from tasks import STAGES
-    from tasks.environment import artifact
+    from tasks.files import artifact
 
     missing = [stage for stage in STAGES if not artifact(stage, "metrics.json").exists()]
     if missing:

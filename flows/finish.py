@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from prefect import get_run_logger
 
 from flows import dvc
+from flows.begin import Plan
 from flows.links import run_address
-from flows.stage import Outcome, Plan
+from flows.stage import Outcome
 from tasks.journal import Journal, waiting
 from tasks.masking import mask
 from tasks.powercut import settle

@@ -5,7 +5,7 @@ import os
 from prefect import get_run_logger
 from prefect.artifacts import create_link_artifact
 
-from tasks.environment import artifact
+from tasks.files import artifact
 from tasks.journal import pass_folder, read_json
 from tasks.masking import mask, without_credentials
 from tasks.tracking import current_pass

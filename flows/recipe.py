@@ -6,10 +6,11 @@ from typing import Any
 from prefect import flow
 from prefect.exceptions import TerminationSignal
 
+from flows.begin import begin
 from flows.finish import finish
 from flows.logs import log_sentences
 from flows.overrides import apply_overrides, as_overrides
-from flows.stage import Outcome, begin, run_stage, stage_task
+from flows.stage import Outcome, run_stage, stage_task
 from tasks.stopping import end_in_time
 from tasks.warm import warm_process
 from tasks.workspace import alone

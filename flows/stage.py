@@ -6,50 +6,29 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 from prefect import Task, get_run_logger, task
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.context import FlowRunContext
 from prefect.states import Completed
 
 from flows import dvc
-from flows.away import SAME_PASS
+from flows.begin import Plan, warn_of_remote
 from flows.links import publish_links
-from flows.watched import check_watchable
-from tasks import STAGES
 from tasks.masking import mask
-from tasks.powercut import TORN, drop_torn
 from tasks.step import LESS_MEMORY, USER_ERROR
-from tasks.stopping import PARENT, die_with, identity
-from unfreeze.settings import load_settings
+from tasks.tracking import PASS
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a step: whether its command ran (or its outputs were there, or in the cache), and for how long."""
+    """What became of a step: whether its command ran (otherwise its outputs were there, or in the cache), and the seconds
+    that it took."""
 
     ran: bool
     seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a pass has to look at.
-
-    Attributes:
-        ask: the stages to ask DVC for: the first stale one and all that come after it, whose inputs may change.
-        pull: whether to look in DVC's remote for what the cache lacks.
-        push: whether there is a remote, to push to at the end.
-    """
-
-    ask: frozenset[str]
-    pull: bool
-    push: bool
 
 
 _without_remote: set[str] = set()
@@ -66,40 +45,6 @@ class StageFailed(Exception):
     def __init__(self, stage: str, lines: list[str], retry: bool) -> None:
         super().__init__(f"The step {stage} failed:\n" + "\n".join(lines))
         self.retry = retry
-
-
-def begin() -> Plan:
-    """Start a pass: check the settings, ask DVC what is stale, give the pass its key and a terminal to draw on.
-
-    Raises:
-        UserError: a setting is wrong, or DVC cannot watch the images.
-    """
-    check_watchable(load_settings().data.source)
-    for path in drop_torn():
-        get_run_logger().warning(TORN, path)
-    try:
-        stale = dvc.stale_stages()
-    except dvc.DamagedLock as error:
-        aside = dvc.put_lock_aside()
-        get_run_logger().warning(
-            "%s It lies in %s now; what it named comes back from the cache.", mask(str(error)), aside
-        )
-        stale = dvc.stale_stages()
-    first = min((STAGES.index(stage) for stage in stale), default=len(STAGES))
-    context = FlowRunContext.get()
-    run = context.flow_run if context else None
-    os.environ["UNFREEZE_PASS"] = os.environ.pop(SAME_PASS, "") or f"flow-{run.id if run else uuid.uuid4()}"
-    deployed = bool(run and run.deployment_id)
-    os.environ["UNFREEZE_DOOR"] = "deployment" if deployed else "flow"
-    if deployed and (worker := psutil.Process().parent()):
-        die_with([identity(worker)])
-    os.environ[PARENT] = identity(psutil.Process())
-    if sys.stderr.isatty():
-        os.environ["UNFREEZE_TTY"] = os.ttyname(sys.stderr.fileno())
-    has_remote, trouble = dvc.find_remote() if stale else (False, None)
-    if trouble:
-        _warn_of_remote(trouble)
-    return Plan(frozenset(STAGES[first:]), has_remote and trouble is None, has_remote)
 
 
 def worth_a_retry(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
@@ -155,7 +100,7 @@ def run_stage(task: Task[[Plan], Any], plan: Plan) -> Outcome:
 def _run(stage: str, pull: bool) -> bool:
     """Have DVC reproduce the stage; returns whether its command ran."""
     log = get_run_logger()
-    pull = pull and os.environ["UNFREEZE_PASS"] not in _without_remote
+    pull = pull and os.environ[PASS] not in _without_remote
     tail: deque[str] = deque(maxlen=15)
     ran = True
     try:
@@ -168,8 +113,8 @@ def _run(stage: str, pull: bool) -> bool:
                 log.info(line)
     except subprocess.CalledProcessError:
         if pull and not any(re.search(r"exited with -?\d+", line) for line in tail):
-            _warn_of_remote(tail[-1] if tail else "it does not say why")
-            _without_remote.add(os.environ["UNFREEZE_PASS"])
+            warn_of_remote(tail[-1] if tail else "it does not say why")
+            _without_remote.add(os.environ[PASS])
             return _run(stage, pull=False)
         retry = not any(re.search(rf"exited with {USER_ERROR}\b", line) for line in tail)
         if any(re.search(rf"exited with -{signal.SIGKILL:d}\b", line) for line in tail):
@@ -177,13 +122,6 @@ def _run(stage: str, pull: bool) -> bool:
         raise StageFailed(stage, list(tail), retry) from None
     publish_links(stage)
     return ran
-
-
-def _warn_of_remote(trouble: str) -> None:
-    get_run_logger().warning(
-        "DVC's remote cannot be used (%s): what the cache lacks is computed, and what is new is pushed later.",
-        mask(trouble),
-    )
 
 
 def _clear_line() -> None:

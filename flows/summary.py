@@ -8,7 +8,7 @@ from rich.table import Table
 
 from flows.links import way_to_experiments
 from flows.stage import Outcome
-from tasks.environment import artifact
+from tasks.files import artifact
 
 RESULTS = {
     "ingest": "{images:.0f} images, {broken:.0f} set aside",

@@ -1,7 +1,6 @@
 """What every process of unfreeze starts with: no telemetry, quiet libraries, one place for MLflow."""
 
 import os
-from pathlib import Path
 
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
 
@@ -34,8 +33,3 @@ def set_environment() -> None:
     # MLflow's client would ask again by itself when an answer is lost, for minutes, and what it asks to be created would
     # be there twice. We ask again, after looking whether it is there.
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
-
-
-def artifact(stage: str, name: str) -> Path:
-    """The path of a file that a step writes, relative to the project's root, where every step runs."""
-    return Path("artifacts") / stage / name

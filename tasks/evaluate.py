@@ -5,8 +5,7 @@ handed on: beyond chance, what a user gets is never worse there than the frozen 
 with the model that was chosen.
 """
 
-from tasks.environment import artifact
-from tasks.files import write_json
+from tasks.files import artifact, write_json
 from tasks.judging import keep_confusion, write_predictions
 from tasks.materials import frozen_classifier, precomputed
 from tasks.reporting import write_report

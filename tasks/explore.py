@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from tasks.environment import artifact
+from tasks.files import artifact
 from tasks.step import Run, step
 from unfreeze.duplicates import find_duplicates
 from unfreeze.explore_report import explore_metrics, explore_report

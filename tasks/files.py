@@ -1,4 +1,4 @@
-"""Small files that are written whole or not at all, and what is said where the disk does not take them."""
+"""Where steps write, small files whole or not at all, and what is said where the disk does not take them."""
 
 import errno
 import json
@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from unfreeze.durable import write_whole
+
+
+def artifact(stage: str, name: str) -> Path:
+    """The path of a file that a step writes, relative to the project's root, where every step runs."""
+    return Path("artifacts") / stage / name
 
 
 def write_json(path: Path, value: Any) -> None:

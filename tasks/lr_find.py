@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from tasks.environment import artifact
+from tasks.files import artifact
 from tasks.finding import find_rate
 from tasks.materials import precomputed
 from tasks.step import Run, step

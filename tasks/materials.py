@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.environment import artifact
+from tasks.files import artifact
 from unfreeze.batches import Loader, Normalisation
 from unfreeze.device import best_device, to_device
 from unfreeze.errors import UserError

@@ -9,7 +9,7 @@ import io
 
 import numpy as np
 
-from tasks.environment import artifact
+from tasks.files import artifact
 from tasks.step import Run, step
 from unfreeze.backbones import create_backbone
 from unfreeze.baseline import baseline_probabilities, fit_baseline

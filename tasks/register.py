@@ -18,8 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from tasks.environment import artifact
-from tasks.files import write_json
+from tasks.files import artifact, write_json
 from tasks.publishing import reaching
 from tasks.step import Run, step
 from unfreeze.plotting import confusion_plot, save_png

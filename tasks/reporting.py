@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from tasks.environment import artifact
+from tasks.files import artifact
 from tasks.step import Run
 from unfreeze.evaluate_report import Course, evaluate_report
 from unfreeze.evaluating import Candidate, Predictions

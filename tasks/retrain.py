@@ -9,7 +9,7 @@ import json
 
 import numpy as np
 
-from tasks.environment import artifact
+from tasks.files import artifact
 from tasks.fitting import keep, listener
 from tasks.judging import keep_confusion, write_predictions
 from tasks.materials import fresh_classifier, precomputed

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tasks import resuming
-from tasks.environment import artifact
-from tasks.files import disk_trouble, write_json
+from tasks.files import artifact, disk_trouble, write_json
 from tasks.masking import mask
 from tasks.powercut import TORN, drop_torn, settle
 from tasks.publishing import Unreachable

@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks import STAGES
-from tasks.environment import artifact
-from tasks.files import write_json
+from tasks.files import artifact, write_json
 from tasks.journal import ROOT, Busy, Journal, Record, pass_folder, read_json, waiting
 from tasks.masking import mask
 from tasks.publishing import address, client, metrics, reaching, reason, send
@@ -32,6 +31,8 @@ from tasks.stopping import dvc_above, identity
 
 logger = logging.getLogger("unfreeze")
 
+PASS, DOOR = "UNFREEZE_PASS", "UNFREEZE_DOOR"
+"""Environment variables: the key of the pass, and the door it came through."""
 SHOWN = ("*.png", "*.html", "confusion_matrix.csv", "predictions.csv")
 """Files of a step that a person wants beside its numbers."""
 LONGEST_PAUSE = 30.0
@@ -44,8 +45,8 @@ def current_pass() -> tuple[str, str]:
     The flow names both in the environment. Without it the nearest `dvc` among the parent processes is the pass; without
     that, a step started by hand is a pass of its own.
     """
-    if key := os.environ.get("UNFREEZE_PASS"):
-        return key, os.environ.get("UNFREEZE_DOOR", "flow")
+    if key := os.environ.get(PASS):
+        return key, os.environ.get(DOOR, "flow")
     if above := dvc_above():
         return f"dvc-{identity(above)}", "dvc repro"
     return f"step-{os.getpid()}-{time.time():.0f}", "step"

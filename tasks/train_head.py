@@ -1,6 +1,6 @@
 """Train the head on the precomputed activations: an epoch takes seconds."""
 
-from tasks.environment import artifact
+from tasks.files import artifact
 from tasks.fitting import keep, listener
 from tasks.materials import precomputed
 from tasks.step import Run, step

@@ -35,7 +35,7 @@ def gallery(seed: int, count: int = 60) -> PackedImages:
     table = pd.DataFrame(
         {
             "digest": [hashlib.md5(p.tobytes()).hexdigest() for p in pictures],
-            "average_hash": [difference_hash(p) for p in pictures],
+            "difference_hash": [difference_hash(p) for p in pictures],
             "split": rng.choice(["train", "valid"], len(pictures)),
             "label": rng.choice(["a", "b"], len(pictures), p=[0.9, 0.1]),
         }
@@ -57,7 +57,7 @@ def gallery(seed: int, count: int = 60) -> PackedImages:
 def test_duplicates_are_those_that_comparing_all_pairs_finds(seed: int) -> None:
     images = gallery(seed)
     table = images.table
-    hashes = [int(text, 16) for text in table["average_hash"]]
+    hashes = [int(text, 16) for text in table["difference_hash"]]
     small = [
         np.asarray(Image.fromarray(images[i]).convert("L").resize((32, 32), Image.Resampling.BOX), float)
         for i in range(len(images))

@@ -153,7 +153,7 @@ def test_damaged_packed_images_are_refused(tmp_path: Path, name: str, content: b
     about = {"classes": ["a"], "image_size": 32, "source": "", "fingerprint": ""}
     (tmp_path / "dataset.json").write_text(json.dumps(about))
     row = "a.png,a,train,,1,1,1,1,0,00,00,"
-    columns = "path,label,split,group,width,height,packed_width,packed_height,offset,digest,average_hash,reason"
+    columns = "path,label,split,group,width,height,packed_width,packed_height,offset,digest,difference_hash,reason"
     (tmp_path / "images.csv").write_text(f"{columns}\n{row}\n")
     (tmp_path / "pixels.bin").write_bytes(b"123")
     assert len(open_packed(tmp_path)) == 1

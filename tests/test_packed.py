@@ -231,7 +231,7 @@ def test_names_and_labels_of_every_kind_come_back(tmp_path: Path) -> None:
     for row, path in enumerate(images.table["path"]):
         assert path.rsplit("/", 1)[0] == images.table["label"][row]
     # All of them are flat: their hashes look like numbers to whoever reads the file carelessly.
-    assert set(images.table["average_hash"]) == {"0" * 16} and find_duplicates(images).empty
+    assert set(images.table["difference_hash"]) == {"0" * 16} and find_duplicates(images).empty
 
 
 def counted(values: pd.Series) -> dict[str, int]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from flows.overrides import apply_overrides
 from tasks import precompute as module
 from tasks import resuming
-from tasks.environment import artifact
+from tasks.files import artifact
 from tasks.step import Run
 from tests.integration.project import SMALL, paint
 from unfreeze.interruption import Interrupted, Interruption

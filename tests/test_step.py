@@ -16,7 +16,7 @@ import torch
 from flows.cli import main
 from flows.overrides import apply_overrides
 from tasks import ingest, workspace
-from tasks.environment import artifact
+from tasks.files import artifact
 from tasks.step import USER_ERROR, WORTH_A_RETRY, Run, Step
 from tests.integration.project import SMALL, paint
 from unfreeze.packing import pack

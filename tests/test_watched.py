@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import dvc, stage
+from flows import begin, dvc
 from flows.cli import main
 from flows.overrides import apply_overrides
 from flows.watched import check_watchable
@@ -78,7 +78,7 @@ def test_before_dvc_is_asked(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(dvc, "stale_stages", lambda: pytest.fail("asked"))
     with pytest.raises(UserError, match=r"pipe\.png"):
-        stage.begin()
+        begin.begin()
     assert main(["check"]) == 2 and "pipe.png: a pipe" in capsys.readouterr().err
 
 

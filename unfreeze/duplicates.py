@@ -31,7 +31,7 @@ def find_duplicates(packed: PackedImages) -> pd.DataFrame:
     so of every pair that they find the pixels are compared as well.
 
     Args:
-        packed: the images; their table holds digest, average_hash (64-bit difference hash as hex), split and label.
+        packed: the images; their table holds digest, difference_hash (64-bit difference hash as hex), split and label.
 
     Returns:
         Columns row_a, row_b (row numbers), kind (``exact`` or ``near``), leak (in different splits), conflict
@@ -39,7 +39,7 @@ def find_duplicates(packed: PackedImages) -> pd.DataFrame:
     """
     table = packed.table
     digest = pd.factorize(table["digest"])[0]
-    hashes = np.array([int(text, 16) for text in table["average_hash"]], np.uint64)
+    hashes = np.array([int(text, 16) for text in table["difference_hash"]], np.uint64)
     exact = pd.DataFrame(_sharing(digest, hashes, COPIES), columns=["row_a", "row_b"]).assign(kind="exact")
     near = pd.DataFrame(_near(packed, hashes, digest), columns=["row_a", "row_b"]).assign(kind="near")
     pairs = pd.concat([exact, near], ignore_index=True)

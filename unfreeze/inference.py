@@ -17,6 +17,9 @@ from unfreeze.weights import load_classifier
 CHUNK = 256
 """Images in memory at once."""
 MAX_MEGAPIXELS = 400.0
+"""Larger images are refused by what their header says: decoded they would take more than a gigabyte."""
+BATCH = 64
+"""Images or views per batch."""
 
 
 class Predictor:
@@ -68,7 +71,7 @@ class Predictor:
             packed_in_memory(pixels, self.classes, self._meta["image_size"]),
             Normalisation(backbone.mean, backbone.std),
             self._device,
-            64,
+            BATCH,
         )
         rows = np.arange(len(pixels))
         if not tta_views:

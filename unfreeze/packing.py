@@ -32,7 +32,7 @@ logger = logging.getLogger("unfreeze")
 Row = dict[str, Any]
 Decoded = tuple[Row, bytes, list[int] | None]
 
-SET_ASIDE = dict.fromkeys((*NUMBERS, "digest", "average_hash"), "")
+SET_ASIDE = dict.fromkeys((*NUMBERS, "digest", "difference_hash"), "")
 """What `images.csv` says of an image that could not be read, beside the reason."""
 AHEAD = 4
 """Images in memory at once while packing, times the number of cores."""
@@ -189,7 +189,7 @@ def _read(file: str, data: Data) -> Decoded:
         "packed_height": small.height,
         "offset": 0,
         "digest": digest,
-        "average_hash": difference_hash(small),
+        "difference_hash": difference_hash(small),
         "reason": "",
     }
     return row, small.tobytes(), stamp

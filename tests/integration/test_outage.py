@@ -23,7 +23,8 @@ from tests.integration.test_deployment import free_port
 ROOT = Path(__file__).parent.parent.parent
 STEP = """
 import logging, sys, time
-from tasks.environment import artifact, set_environment
+from tasks.environment import set_environment
+from tasks.files import artifact
 set_environment()
 logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
 from tasks.tracking import Tracker
