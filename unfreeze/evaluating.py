@@ -55,7 +55,7 @@ def choose(candidates: list[Candidate]) -> tuple[Candidate, str]:
 
 
 def _worse(candidate: Candidate, top: Candidate) -> bool:
-    """Whether a candidate is less accurate than the most accurate one beyond chance, by McNemar's exact test."""
+    """Whether a candidate is less accurate than the most accurate one beyond chance, by McNemar's exact test, one-sided."""
     from scipy.stats import binomtest
 
     mine, its = (c.probabilities.argmax(1) == c.labels for c in (candidate, top))
