@@ -48,10 +48,10 @@ LESS_MEMORY = "A smaller batch_size or data.image_size takes less. Started again
 """What to do where there is not enough of it."""
 
 CHANGED = (
-    "Its settings, its code or what it reads changed while it was at work. What it made belongs to what was there before, "
-    "and is not kept: start again."
+    "Its settings, its code or what it reads changed while it was at work, and DVC would note what it made as made from "
+    "what is there now. Start again to have it made anew; or put back what was changed, and what was computed is used."
 )
-"""What to say of a step that DVC would note with other settings than it had."""
+"""What to say of a step that has other settings, code or inputs at its end than it had at its beginning."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Step:
         try:
             metrics = {k: float(v) for k, v in self.function(run, **chosen).items()}
             if self._depends()[2] != key:  # DVC is about to note what there is now as what the step has read
-                raise TransientError(CHANGED)
+                raise UserError(CHANGED)
             write_json(artifact(self.name, "metrics.json"), metrics)
             status = "FINISHED"
         except (Interrupted, KeyboardInterrupt):
