@@ -1,19 +1,22 @@
-"""Prefect's log of what went wrong: no traceback of Prefect's own inside around a sentence for the user."""
+"""Prefect's log of what went wrong: none of its tracebacks around what is said in a sentence."""
 
 import logging
+from pathlib import Path
 
 from flows.stage import StageFailed
+from tasks.files import disk_trouble
 from unfreeze.errors import UserError
 
 FAILED = "Finished in state Failed"
 
 
 def shorten(record: logging.LogRecord) -> bool:
-    """Whether to keep a record: not Prefect's traceback of an error that is a sentence, which the state has, and the end of the run.
+    """Whether to keep a record: not the traceback of an error that a run's state and its last words tell in a sentence.
 
-    The state's name stays, without the sentence in it.
+    What says how a run ended loses that sentence, which it has on one long line.
     """
-    if record.exc_info and isinstance(record.exc_info[1], StageFailed | UserError):
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, StageFailed | UserError) or (isinstance(error, OSError) and disk_trouble(error, Path())):
         return False
     if str(record.msg).startswith(FAILED):
         record.msg = FAILED

@@ -13,7 +13,7 @@ from unfreeze.sources import shown
 
 
 def check_watchable(source: str) -> None:
-    """Make sure that DVC can read all that is in a folder of images; looks at names and rights, and at links and their like alone.
+    """Make sure that DVC can read all that is in a folder of images; opens none of it.
 
     Args:
         source: as `data.source` names it; what is no folder is fine.

@@ -62,7 +62,7 @@ def _register(weights: Path, name: str, parent: str, key: str) -> Any:
 
     mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
     client = mlflow.MlflowClient()
-    if versions := client.search_model_versions(f"name = '{name}' and tags.`{KEY_TAG}` = '{key}'"):
+    if versions := client.search_model_versions(f"tags.`{KEY_TAG}` = '{key}'"):
         return versions[0]
     root = Path(__file__).parent.parent
     # MLflow says on stderr what it did; what goes wrong it raises.

@@ -2,8 +2,7 @@
 
 A step is a function in a file of its own, `tasks/<name>.py`. Its parameters name the sections of `params.yaml` that it
 reads, and `dvc.yaml` lists just these; it returns its metrics, name -> number. Run as ``python -m tasks <name>`` by DVC,
-by hand or by a debugger, it checks the settings, tells MLflow, and writes
-``artifacts/<name>/metrics.json``.
+by hand or by a debugger, it checks the settings, tells MLflow, and writes ``artifacts/<name>/metrics.json``.
 """
 
 import inspect
@@ -122,9 +121,8 @@ class Step:
         stop_when_asked(interruption)
         die_with(step_works_for())
         try:
-            with alone(
-                "step", GRACE
-            ):  # started again at once, it finds the one that was stopped at its last checkpoint
+            # Started again at once, it finds the one that was stopped at its last checkpoint.
+            with alone("step", GRACE):
                 self._run(interruption)
         except (TransientError, Unreachable) as error:
             self._end(str(error), WORTH_A_RETRY)
