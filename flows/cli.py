@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         sentence = str(error)
     except OSError as error:
-        if not (sentence := disk_trouble(error, Path())):
+        if not (sentence := disk_trouble(error)):
             raise
     print(f"unfreeze: {mask(sentence)}", file=sys.stderr)
     return 2
@@ -77,10 +77,10 @@ def _run(chosen: argparse.Namespace) -> int:
     from tasks.stopping import INTERRUPTED, interrupt_in_time
     from tasks.workspace import alone
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, interrupt_in_time)
-    leave_none()
     try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, interrupt_in_time)
+        leave_none()
         with alone("run"):
             return _run_alone(chosen)
     except KeyboardInterrupt:
@@ -90,13 +90,14 @@ def _run(chosen: argparse.Namespace) -> int:
 
 def _run_alone(chosen: argparse.Namespace) -> int:
     from flows.overrides import apply_overrides, read_overrides
+    from tasks.stopping import GRACE
     from tasks.workspace import alone
     from unfreeze.settings import load_settings
     from unfreeze.sources import read_source
 
     overrides = (read_overrides(chosen.settings) if chosen.settings else []) + chosen.overrides
     if overrides:
-        with alone("step"):  # which may be a step of `dvc repro`
+        with alone("step", GRACE):  # which may be a step of `dvc repro`
             apply_overrides("params.yaml", overrides, check=lambda settings: read_source(settings.data.source))
     else:
         read_source(load_settings().data.source)

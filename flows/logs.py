@@ -1,23 +1,29 @@
 """Prefect's log of what went wrong: none of its tracebacks around what is said in a sentence."""
 
 import logging
-from pathlib import Path
+import os
 
 from flows.stage import StageFailed
 from tasks.files import disk_trouble
+from tasks.masking import mask
 from unfreeze.errors import UserError
 
 FAILED = "Finished in state Failed"
+DEPLOYED = "PREFECT__FLOW_RUN_ID"
+"""Environment variable by which a worker says which run it starts."""
 
 
 def shorten(record: logging.LogRecord) -> bool:
-    """Whether to keep a record: not the traceback of an error that a run's state and its last words tell in a sentence.
+    """Whether to keep a record: not the traceback of an error that is a sentence, which a deployment's log gets in its
+    place, and the command line says last.
 
     What says how a run ended loses that sentence, which it has on one long line.
     """
     error = record.exc_info[1] if record.exc_info else None
-    if isinstance(error, StageFailed | UserError) or (isinstance(error, OSError) and disk_trouble(error, Path())):
-        return False
+    if isinstance(error, StageFailed | UserError) or (isinstance(error, OSError) and disk_trouble(error)):
+        if not os.environ.get(DEPLOYED):
+            return False
+        record.msg, record.args, record.exc_info = mask(str(error)), (), None
     if str(record.msg).startswith(FAILED):
         record.msg = FAILED
     return True

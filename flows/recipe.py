@@ -11,7 +11,7 @@ from flows.finish import finish
 from flows.logs import log_sentences
 from flows.overrides import apply_overrides, as_overrides
 from flows.stage import Outcome, run_stage, stage_task
-from tasks.stopping import end_in_time
+from tasks.stopping import GRACE, end_in_time
 from tasks.warm import warm_process
 from tasks.workspace import alone
 
@@ -60,7 +60,7 @@ def recipe(settings: dict[str, Any] | None = None) -> dict[str, Outcome]:
     log_sentences()
     with alone("run"):
         if settings:
-            with alone("step"):  # which may be a step of `dvc repro`
+            with alone("step", GRACE):  # which may be a step of `dvc repro`
                 apply_overrides("params.yaml", as_overrides(settings))
         plan = begin()
         outcomes: dict[str, Outcome] = {}

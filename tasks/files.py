@@ -23,10 +23,16 @@ FULL, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EACCES, errn
 """What the system says when there is no space for a file, and when it may not be written or read."""
 
 
-def disk_trouble(error: OSError, where: Path) -> str:
-    """A sentence for a full disk or a closed folder, empty for any other error; ``where`` if the error names no file."""
-    if error.errno not in FULL + FORBIDDEN:
+def disk_trouble(error: OSError, where: Path | None = None) -> str:
+    """A sentence for a full disk or a closed folder, empty for any other error.
+
+    Args:
+        error: what the system said.
+        where: the file or folder, if the error names none; without it only a full disk is told.
+    """
+    file = error.filename or where or (Path() if error.errno in FULL else None)
+    if error.errno not in FULL + FORBIDDEN or file is None:
         return ""
-    path = Path(os.fsdecode(error.filename or where)).absolute()
+    path = Path(os.fsdecode(file)).absolute()
     mend = "Make space" if error.errno in FULL else "See who may read and write there"
     return f"{path}: {error.strerror}. {mend}, and start again: what was finished is kept."

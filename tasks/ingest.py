@@ -6,7 +6,7 @@ are no parameters of this step, as another backbone needs no other pixels.
 """
 
 from tasks.step import Run, step
-from unfreeze.errors import TransientError
+from unfreeze.errors import TransientError, UserError
 from unfreeze.packing import pack, stamps
 from unfreeze.settings import Data, load_settings
 from unfreeze.sources import read_source
@@ -27,8 +27,14 @@ def ingest(run: Run, seed: int, data: Data) -> dict[str, float]:
     before = stamps(table)
     run.log("%d images in %s, %d classes", len(table), data.source, table["label"].nunique())
     pixels = run.resumable("pixels.bin")
-    metrics = pack(table, run.path(""), data, seed, pixels)
-    if not read_source(data.source).equals(table) or stamps(table) != before:
+    try:
+        metrics = pack(table, run.path(""), data, seed, pixels)
+        changed = not read_source(data.source).equals(table)
+    except UserError:
+        if stamps(table) == before:
+            raise
+        changed = True
+    if changed or stamps(table) != before:
         raise TransientError(CHANGED.format(data.source))
     run.log("packed %d images, set %d aside", metrics["images"], metrics["broken"])
     return metrics

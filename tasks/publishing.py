@@ -113,6 +113,7 @@ def send(
     Raises:
         Busy: another process is sending.
         Exception: what MLflow's client raises for a server that does not answer, or not well; what it has not taken waits.
+            Trouble of another journal than the own one alone is for whoever sends the rest.
     """
     yield PATIENCE
     trouble: Exception | None = None
@@ -125,7 +126,8 @@ def send(
             try:
                 yield from _send(client, folder, mine)
             except _OfOne as error:
-                trouble = trouble or error.trouble
+                if mine or own is None:
+                    trouble = trouble or error.trouble
         forget_old_passes()
     if trouble:
         raise trouble
@@ -142,8 +144,12 @@ class _OfOne(Exception):
 def _send(client: Any, folder: Path, is_written: bool) -> Iterator[float]:
     """Send what is new of a journal, which is still written or has been before this began."""
     head, sent = read_json(folder / "head.json"), read_json(folder / "sent.json")
+    yield PATIENCE
+    experiment = client.get_experiment_by_name(head["experiment"])
+    if experiment and experiment.lifecycle_stage != "active":  # it would refuse what it takes once it is restored
+        raise _OfOne(Unreachable(DELETED.format(mask(head["experiment"]), experiment.experiment_id)))
     if "runs" not in sent:
-        sent = {"offset": 0, "runs": (yield from _open(client, head))}
+        sent = {"offset": 0, "runs": (yield from _open(client, head, experiment))}
         _note(folder, sent)
     ended = sent.get("ended", False)  # and yet there: the power failed before its removal was on the disk
     for record, end in _batches(read(folder, sent["offset"])):
@@ -180,13 +186,8 @@ def _note(folder: Path, sent: Mapping[str, Any]) -> None:
     partial.replace(folder / "sent.json")
 
 
-def _open(client: Any, head: Mapping[str, Any]) -> Generator[float, None, dict[str, str]]:
-    """Find or create the runs of a journal; returns their ids."""
-    yield PATIENCE
-    experiment = client.get_experiment_by_name(head["experiment"])
-    if experiment and experiment.lifecycle_stage != "active":
-        name, number = head["experiment"], experiment.experiment_id
-        raise _OfOne(Unreachable(DELETED.format(mask(name), number)))
+def _open(client: Any, head: Mapping[str, Any], experiment: Any) -> Generator[float, None, dict[str, str]]:
+    """Find or create the runs of a journal, and its experiment where there is none; returns their ids."""
     yield PATIENCE
     experiment_id = experiment.experiment_id if experiment else client.create_experiment(head["experiment"])
     source = head.get("source", {})

@@ -1,7 +1,8 @@
 """Hand the retrained model to MLflow: a model that can be served, registered under a name, with a version.
 
 The version belongs to the pass's parent run, which carries the metrics, the reports, `params.yaml` and `dvc.lock` that
-it takes to build the same model again.
+it takes to build the same model again. Where a pass was killed right after it had registered its model, the version is the
+next pass's as well, whose parent names it (``register/version``).
 
 A version's number is the server's to give, so this is the one step that needs it. While it is away the step fails with a
 sentence and nothing is lost: tried again, it takes up what the first attempt has left there.

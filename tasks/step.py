@@ -129,13 +129,15 @@ class Step:
         except UserError as error:
             self._end(str(error), USER_ERROR)
         except OSError as error:
+            if is_out_of_memory(error):
+                self._end(f"Memory ran out. {LESS_MEMORY}", WORTH_A_RETRY)
             if not (sentence := disk_trouble(error, artifact(self.name, ""))):
                 raise
             self._end(sentence, USER_ERROR)
         except Interrupted:
             self._end("stopped. Started again, it goes on from its last checkpoint.", STOPPED)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             self._end(f"Memory ran out. {LESS_MEMORY}", WORTH_A_RETRY)
 
@@ -182,10 +184,13 @@ def step(function: Callable[..., Mapping[str, float]]) -> Step:
     return Step(function.__name__, function, tuple(sections))
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether it is Python's, torch's or CUDA's word for that; torch raises a bare RuntimeError on a processor."""
-    said = ("out of memory", "not enough memory", "can't allocate memory")
-    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
+NO_MEMORY = ("out of memory", "not enough memory", "allocate memory", "_alloc_failed")
+"""How the system, torch and CUDA's libraries say it, in small letters; torch raises a bare RuntimeError on a processor."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether there was not enough memory, of the machine or of its GPU."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in NO_MEMORY)
 
 
 def masked(record: logging.LogRecord) -> bool:

@@ -120,9 +120,28 @@ def test_a_deleted_experiment_holds_up_no_other(head: dict[str, Any]) -> None:
         list(publishing.send(client))
     assert publishing.reason(caught.value) == str(caught.value)
     assert statuses(client) == ["FINISHED"] * 2 and len(waiting()) == 1
+    own = Journal(head | {"pass": "c"})
+    list(publishing.send(client, own))  # a step sends what it has, whatever an earlier one has left
+    assert len(waiting()) == 2
     client.restore_experiment(gone)
+    own.close()
     list(publishing.send(client))
     assert not waiting()
+
+
+def test_an_experiment_that_is_deleted_meanwhile_lacks_nothing_when_it_is_restored(head: dict[str, Any]) -> None:
+    journal, client = Journal(head), publishing.client()
+    journal.write({"run": "child", "metrics": {"loss": 1.0}, "at": 0, "when": 1})
+    list(publishing.send(client, journal))
+    experiment = client.get_experiment_by_name("unfreeze")
+    client.delete_experiment(experiment.experiment_id)
+    journal.write({"run": "child", "metrics": {"loss": 0.5}, "at": 1, "when": 2})
+    with pytest.raises(publishing.Unreachable, match="experiment unfreeze was deleted"):
+        list(publishing.send(client, journal))
+    client.restore_experiment(experiment.experiment_id)
+    list(publishing.send(client, journal))
+    [child] = [run for run in client.search_runs([experiment.experiment_id]) if run.info.run_name == "ingest"]
+    assert [point.step for point in client.get_metric_history(child.info.run_id, "loss")] == [0, 1]
 
 
 def test_a_damaged_database_is_told_in_a_sentence(head: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

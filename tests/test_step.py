@@ -1,5 +1,7 @@
 """What a step may not have happen to it while it is at work, and what the doors say of trouble outside of steps."""
 
+import errno
+import logging
 import os
 import shutil
 import signal
@@ -14,11 +16,13 @@ import pytest
 import torch
 
 from flows.cli import main
+from flows.logs import shorten
 from flows.overrides import apply_overrides
 from tasks import ingest, workspace
 from tasks.files import artifact
 from tasks.step import USER_ERROR, WORTH_A_RETRY, Run, Step
 from tests.integration.project import SMALL, paint
+from unfreeze.errors import UserError
 from unfreeze.packing import pack
 
 ROOT = Path(__file__).parent.parent
@@ -78,6 +82,19 @@ def test_what_changes_while_a_step_is_at_work_is_not_noted_as_what_it_read(
     assert ended(Step("explore", lambda run, data: {"images": 3}, ("data",)), capsys)[0] == 0
 
 
+def test_images_that_go_while_they_are_read_are_not_called_broken(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def meanwhile(*arguments: Any) -> dict[str, float]:
+        for file in Path("../photos/dark").iterdir():
+            file.unlink()
+        return pack(*arguments)
+
+    monkeypatch.setattr(sys.modules["tasks.ingest"], "pack", meanwhile)
+    code, said = ended(ingest.ingest, capsys)
+    assert code == WORTH_A_RETRY and "../photos were added, changed or removed" in said
+
+
 @pytest.mark.parametrize("what", ["more", "fewer", "another"])
 def test_images_that_come_and_go_while_they_are_read_are_not_taken_for_those_that_were(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, what: str
@@ -103,8 +120,12 @@ def test_memory_that_runs_out_is_told_with_what_to_do(capsys: pytest.CaptureFixt
     def work(run: Run) -> Mapping[str, float]:
         return {"sum": float(torch.ones(2**50).sum())}
 
-    code, said = ended(Step("explore", work, ()), capsys)
-    assert code == WORTH_A_RETRY and said.startswith("explore: Memory ran out. A smaller batch_size")
+    def refused(run: Run) -> Mapping[str, float]:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    for lacking in (work, refused):
+        code, said = ended(Step("explore", lacking, ()), capsys)
+        assert code == WORTH_A_RETRY and said.startswith("explore: Memory ran out. A smaller batch_size")
 
 
 def test_another_error_is_not_taken_for_it() -> None:
@@ -115,17 +136,20 @@ def test_another_error_is_not_taken_for_it() -> None:
         Step("explore", work, ()).main()
 
 
-def test_settings_are_not_changed_under_a_step_of_the_other_door(capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_are_not_changed_under_a_step_of_the_other_door(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = Path("params.yaml").read_bytes()
+    monkeypatch.setattr("tasks.stopping.GRACE", 0.5)
+    monkeypatch.setattr("flows.leftovers.leave_none", lambda: None)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", AT_WORK]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as step:
         assert step.stdout is not None and step.stdout.readline() == "in\n"
-        said = subprocess.run(
-            [sys.executable, "-m", "flows.cli", "run", "-S", "seed=7"],
-            stderr=subprocess.PIPE, text=True, env=environment,
-        )  # fmt: skip
-        assert said.returncode == USER_ERROR and said.stderr.startswith("unfreeze: Another step is at work in")
+        assert main(["run", "-S", "seed=7"]) == USER_ERROR
+        assert capsys.readouterr().err.startswith(
+            f"unfreeze: Another step is at work in {Path.cwd()} (process {step.pid})"
+        )
         step.kill()
     assert Path("params.yaml").read_bytes() == before
 
@@ -164,3 +188,19 @@ def test_what_the_disk_does_not_allow_outside_of_steps_is_a_sentence(
     assert said.startswith("unfreeze: /sys/unfreeze: ") and "See who may read and write there" in said
     assert main(["predict", "x" * 300]) == USER_ERROR
     assert f"{'x' * 300} does not exist" in capsys.readouterr().err
+    assert main(["predict", "../photos/dark/00.png", "--model", "x" * 300]) == USER_ERROR
+    assert "There are no weights at xxx" in capsys.readouterr().err
+
+
+def test_a_deployments_log_says_why_and_not_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept(error: Exception, message: str) -> tuple[bool, str, bool]:
+        record = logging.LogRecord("prefect.flow_runs", logging.ERROR, "", 0, message, (), (type(error), error, None))
+        keeps = shorten(record)
+        return keeps, record.getMessage(), bool(record.exc_info)
+
+    wrong, strange = UserError("seed is 1.5, but must be a whole number."), ValueError("no sentence")
+    assert not kept(wrong, "Encountered exception during execution: ...")[0]
+    assert kept(strange, "Encountered ...") == (True, "Encountered ...", True)
+    assert not kept(OSError(errno.ENOSPC, "No space left on device"), "Encountered ...")[0]
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "1")
+    assert kept(wrong, "Encountered exception during execution: ...") == (True, str(wrong), False)

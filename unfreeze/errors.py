@@ -9,4 +9,4 @@ class UserError(Exception):
 
 
 class TransientError(UserError):
-    """Something that may have gone away when the work is tried again, which is worth it; the process exits with code 1."""
+    """Something that may have gone away when the work is tried again, which is worth it; a step ends with code 1."""

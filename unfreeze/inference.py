@@ -10,6 +10,7 @@ import pandas as pd
 from unfreeze.batches import Loader, Normalisation
 from unfreeze.decoding import BrokenImage, decode, resize_shorter
 from unfreeze.device import best_device, to_device
+from unfreeze.errors import TransientError
 from unfreeze.packed import PackedImages, in_memory
 from unfreeze.predicting import Probabilities, predict, predict_tta
 from unfreeze.weights import load_classifier
@@ -54,7 +55,7 @@ class Predictor:
                 _, decoded = decode(image, MAX_MEGAPIXELS, size)
                 pixels.append(np.asarray(resize_shorter(decoded, size)))
                 reasons.append("")
-            except BrokenImage as error:
+            except (BrokenImage, TransientError) as error:
                 reasons.append(str(error))
         good = np.array([reason == "" for reason in reasons])
         probabilities = np.full((len(images), len(self.classes)), np.nan, np.float32)

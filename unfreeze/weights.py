@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -107,7 +108,7 @@ def _save(module: nn.Module, path: Path, meta: Mapping[str, Any]) -> None:
 def _load(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], Meta]:
     from safetensors import safe_open
 
-    if not path.is_file():
+    if not os.path.isfile(path):  # which takes a name that is too long for none
         raise UserError(f"There are no weights at {path}: run the recipe first (unfreeze run).")
     try:
         with safe_open(path, "pt") as file:
