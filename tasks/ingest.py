@@ -22,7 +22,7 @@ def ingest(run: Run, seed: int, data: Data) -> dict[str, float]:
     from unfreeze.backbones import check_backbone
 
     backbone = load_settings().backbone
-    check_backbone(backbone.name, backbone.weights)
+    check_backbone(backbone.name, backbone.weights, data.image_size)
     table = read_source(data.source)
     before = stamps(table)
     run.log("%d images in %s, %d classes", len(table), data.source, table["label"].nunique())

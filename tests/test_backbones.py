@@ -2,14 +2,17 @@
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file
 
 from unfreeze.backbones import check_backbone, create_backbone
 from unfreeze.errors import UserError
 from unfreeze.models import Classifier, Head, freeze_to, layer_groups
+from unfreeze.weights import load_backbone, save_backbone
 
 LITE0 = "timm:tf_efficientnet_lite0"
 NETWORKS = [
@@ -131,7 +134,7 @@ def test_pickles_that_run_code_and_foreign_files_are_refused(tmp_path: Path) -> 
 )
 def test_a_wrong_name_suggests_near_ones(name: str, near: str) -> None:
     with pytest.raises(UserError, match=near):
-        check_backbone(name, "none")
+        check_backbone(name, "none", 64)
 
 
 @pytest.mark.parametrize(
@@ -145,4 +148,33 @@ def test_a_wrong_name_suggests_near_ones(name: str, near: str) -> None:
 )
 def test_weights_that_are_not_there_are_named_before_anything_is_built(weights: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        check_backbone("timm:tf_efficientnet_lite0", weights)
+        check_backbone("timm:tf_efficientnet_lite0", weights, 64)
+
+
+@pytest.mark.parametrize("name", ["timm:efficientformer_l1", "torchvision:maxvit_t", "torchvision:inception_v3"])
+def test_a_network_that_does_not_take_images_of_a_size_is_refused_before_any_work(name: str) -> None:
+    with pytest.raises(UserError, match=rf"{name} (does not take|cannot be built for) 64 px images"):
+        check_backbone(name, "none", 64)
+
+
+def test_every_size_that_fits_is_taken() -> None:
+    for name, size in (
+        ("timm:vit_tiny_patch16_224", 64),
+        ("torchvision:resnet18", 33),
+        ("torchvision:inception_v3", 96),
+    ):
+        check_backbone(name, "none", size)
+
+
+@pytest.mark.parametrize("short", ["googlenet", "inception_v3"])
+def test_inputs_are_scaled_as_the_weights_want_it_also_when_they_are_loaded_again(tmp_path: Path, short: str) -> None:
+    """torchvision scales them only where it loads the weights itself."""
+    backbone = create_backbone(f"torchvision:{short}", "none", 96)
+    theirs: Any = torchvision.models.get_model(short, weights=None, init_weights=False, transform_input=True)
+    theirs.aux_logits, theirs.fc = False, torch.nn.Identity()
+    theirs.load_state_dict(backbone.body.state_dict(), strict=False)
+    images = torch.rand(2, 3, 96, 96)
+    save_backbone(backbone, tmp_path / "backbone.safetensors")
+    again = load_backbone(tmp_path / "backbone.safetensors").eval()
+    with torch.no_grad():
+        assert torch.equal(again(images), theirs.eval()(images))

@@ -78,7 +78,7 @@ def test_sgdr_restarts_at_the_top_and_ends_near_zero() -> None:
     assert falls.sum() == len(falls) - 2  # all but the two restarts
 
 
-@pytest.mark.parametrize("iterations", [*range(1, 13), 100, 333])
+@pytest.mark.parametrize("iterations", [*range(2, 13), 100, 333])
 def test_one_cycle_is_torchs(iterations: int) -> None:
     theirs = lr_scheduler.OneCycleLR(optimizer(0.2), 0.2, total_steps=iterations, cycle_momentum=False)
     rates = [theirs.optimizer.param_groups[0]["lr"]]
@@ -87,6 +87,10 @@ def test_one_cycle_is_torchs(iterations: int) -> None:
         theirs.step()
         rates.append(theirs.optimizer.param_groups[0]["lr"])
     np.testing.assert_allclose(0.2 * make_schedule("one_cycle", 1, 1, 1, iterations).factors, rates, rtol=1e-9)
+
+
+def test_one_cycle_of_one_iteration_trains() -> None:
+    assert make_schedule("one_cycle", 2, 1, 1, 1).factors.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("thirds", [1, 2, 50])

@@ -45,17 +45,32 @@ class Backbone(nn.Module):
         return self.body(images)
 
 
-def check_backbone(name: str, weights: str) -> None:
-    """See that there is such a network and, where weights are a file's or a package's, that they are there.
+def check_backbone(name: str, weights: str, image_size: int) -> None:
+    """See that there is such a network, that weights which are a file's or a package's are there, and that it takes images
+    of this size: built without weights it is shown one.
 
     Args:
-        name, weights: as for `create_backbone`.
+        name, weights, image_size: as for `create_backbone`.
 
     Raises:
-        UserError: there is no such network (names the nearest there are), or no such weights.
+        UserError: there is no such network (names the nearest there are), or no such weights, or it takes other images.
     """
     _library_and_name(name)
     _weights_file(name, weights)
+    backbone = create_backbone(name, "none", image_size).eval()
+    try:
+        with torch.no_grad():
+            shape = tuple(backbone(torch.zeros(1, 3, image_size, image_size)).shape)
+    except Exception as error:
+        raise UserError(
+            f"backbone.name: {name} does not take {image_size} px images ({_line(error)}); choose another data.image_size "
+            "or network."
+        ) from error
+    if shape != (1, backbone.num_features):
+        raise UserError(
+            f"backbone.name: {name} gives activations of the shape {shape}, not (1, {backbone.num_features}), for "
+            f"{image_size} px images; choose another network."
+        )
 
 
 def _library_and_name(name: str) -> tuple[str, str]:
@@ -154,7 +169,8 @@ def _torchvision(name: str, short: str, pretrained: bool, image_size: int) -> Ba
     if short.startswith("vit_"):
         extra["image_size"] = image_size  # its position embeddings are built for one size
     if short in ("googlenet", "inception_v3"):
-        extra |= {"init_weights": False} if not pretrained else {}
+        # Their weights are for inputs scaled so; without, torchvision asks for it only where it loads them itself.
+        extra = {"transform_input": True} | ({"init_weights": False} if not pretrained else {})
     body = torchvision.models.get_model(short, weights=weights if pretrained else None, **extra)
     if "aux_logits" in builder or hasattr(body, "aux_logits"):
         body.aux_logits, body.AuxLogits, body.aux1, body.aux2 = False, None, None, None

@@ -44,7 +44,7 @@ class Predictor:
             A row per image: ``predicted``, ``p_<class>``..., and ``reason`` why it could not be read (else empty), in
             which case the rest is missing.
         """
-        rows = [self._chunk(images[i : i + CHUNK], tta_views) for i in range(0, len(images), CHUNK)]
+        rows = [self._chunk(images[i : i + CHUNK], tta_views) for i in range(0, max(1, len(images)), CHUNK)]
         return pd.concat(rows, ignore_index=True)
 
     def _chunk(self, images: Sequence[str | Path | io.BytesIO], tta_views: int) -> pd.DataFrame:

@@ -40,6 +40,8 @@ def one_cycle(iterations: int) -> Factors:
 
     The constants are those of `torch.optim.lr_scheduler.OneCycleLR`; momentum stays as it is.
     """
+    if iterations == 1:  # of which torch makes the floor
+        return np.ones(1)
     low, floor = 1 / 25, 1 / 25 / 1e4
     peak = 0.3 * iterations - 1
     at = np.arange(iterations)
