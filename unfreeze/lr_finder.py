@@ -41,8 +41,8 @@ class Picks:
 
     Attributes:
         minimum: highest rate whose smoothed loss cannot be told from the lowest; where the loss comes down to nothing, the
-            rate at which it does (`SOLVED`); on a curve that does not fall, a rate that far below the one that breaks the
-            network (`FLAT`).
+            rate at which it does (`SOLVED`); on a curve that does not fall, or begins at next to nothing (`SMALL`), a rate
+            that far below the one that breaks the network (`FLAT`).
         steepest: rate at which the smoothed loss falls fastest, on the way to its minimum.
         valley: rate two thirds into the longest sequence of ever lower smoothed losses.
     """
@@ -77,8 +77,8 @@ def lr_find(
 ) -> pd.DataFrame:
     """Sweep the rate exponentially, a training batch at each, until the loss diverges.
 
-    It diverges when it is not finite, or its running mean exceeds four times the lowest one so far. The caller restores
-    what the training changed (`unfreeze.preserve.preserved`).
+    It diverges when it is not finite, or its running mean exceeds four times the lowest one so far, and most of the last
+    three losses do. The caller restores what the training changed (`unfreeze.preserve.preserved`).
 
     Args:
         train_at: trains on the next batch at a rate, and returns its loss.
@@ -108,11 +108,13 @@ def lr_find(
 
 
 def _diverged(losses: Sequence[float]) -> bool:
-    """Whether the last loss is not finite, or their running mean so many times the lowest that it was (`DIVERGED`)."""
+    """Whether the last loss is not finite, or their running mean so many times the lowest that it was (`DIVERGED`), and not
+    for the sake of a single batch: of three images one mistake would do."""
     if losses and not math.isfinite(losses[-1]):
         return True
     means = list(accumulate(losses, lambda mean, loss: 0.7 * mean + 0.3 * loss))
-    return bool(means) and means[-1] > DIVERGED * max(min(means), SMALL)
+    limit = DIVERGED * max(min(means, default=0.0), SMALL)
+    return bool(means) and min(means[-1], float(np.median(losses[-3:]))) > limit
 
 
 def suggest(rates: Floats, losses: Floats) -> Picks:
@@ -135,7 +137,10 @@ def suggest(rates: Floats, losses: Floats) -> Picks:
     smoothed = smooth(losses)
     lowest = int(smoothed.argmin())
     noise, solved = _batch_noise(losses), np.flatnonzero(smoothed < SOLVED)
-    if smoothed[0] - smoothed[lowest] < 2 * noise and noise > 0.01 * smoothed[lowest]:
+    is_flat = smoothed[0] - smoothed[lowest] < 2 * noise and noise > 0.01 * smoothed[lowest]
+    # Not the smoothed loss: one unlucky batch among the first would make a descent of the flat.
+    begins = float(np.median(losses[: max(3, len(losses) // 5)]))
+    if is_flat or begins < SMALL:
         minimum = float(rates[np.flatnonzero(smoothed <= DIVERGED * max(smoothed[lowest], SMALL))[-1]] / FLAT)
     elif len(solved):
         minimum = float(rates[solved[0]])
