@@ -71,7 +71,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--settings", type=Path, help="changes to params.yaml")
     for flag, key in SETTINGS.items():
-        parser.add_argument(flag, help=f"{key}, if another than in the settings")
+        parser.add_argument(flag, dest=key, metavar="VALUE", help=f"{key}, if another than in the settings")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="of the accuracy comparison (default: %(default)s)")
     parser.add_argument(
@@ -83,8 +83,7 @@ def _arguments() -> argparse.Namespace:
 
 def _overrides(chosen: argparse.Namespace) -> list[str]:
     """What is asked for beside `params.yaml`: a file's values, and over these the flags'."""
-    flags = {key: getattr(chosen, flag.strip("-").replace("-", "_")) for flag, key in SETTINGS.items()}
-    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    given = [f"{key}={value}" for key in SETTINGS.values() if (value := vars(chosen)[key]) is not None]
     return (read_overrides(chosen.settings) if chosen.settings else []) + given
 
 

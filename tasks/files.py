@@ -8,6 +8,9 @@ from typing import Any
 
 from unfreeze.durable import write_whole
 
+FULL, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EACCES, errno.EPERM, errno.EROFS)
+"""What the system says when there is no space for a file, and when it may not be written or read."""
+
 
 def artifact(stage: str, name: str) -> Path:
     """The path of a file that a step writes, relative to the project's root, where every step runs."""
@@ -17,10 +20,6 @@ def artifact(stage: str, name: str) -> Path:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, for people to read as well, whole or not at all."""
     write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-FULL, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EACCES, errno.EPERM, errno.EROFS)
-"""What the system says when there is no space for a file, and when it may not be written or read."""
 
 
 def disk_trouble(error: OSError, where: Path | None = None) -> str:

@@ -46,6 +46,9 @@ STOPPED = 143
 LESS_MEMORY = "A smaller batch_size or data.image_size takes less. Started again, it goes on from its last checkpoint."
 """What to do where there is not enough of it."""
 
+NO_MEMORY = ("out of memory", "not enough memory", "allocate memory", "_alloc_failed")
+"""How the system, torch and CUDA's libraries say it, in small letters; torch raises a bare RuntimeError on a processor."""
+
 CHANGED = (
     "Its settings, its code or what it reads changed while it was at work, and DVC would note what it made as made from "
     "what is there now. Start again to have it made anew; or put back what was changed, and what was computed is used."
@@ -128,18 +131,14 @@ class Step:
             self._end(str(error), WORTH_A_RETRY)
         except UserError as error:
             self._end(str(error), USER_ERROR)
-        except OSError as error:
-            if is_out_of_memory(error):
-                self._end(f"Memory ran out. {LESS_MEMORY}", WORTH_A_RETRY)
-            if not (sentence := disk_trouble(error, artifact(self.name, ""))):
-                raise
-            self._end(sentence, USER_ERROR)
         except Interrupted:
             self._end("stopped. Started again, it goes on from its last checkpoint.", STOPPED)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            self._end(f"Memory ran out. {LESS_MEMORY}", WORTH_A_RETRY)
+        except (OSError, MemoryError, RuntimeError) as error:
+            if _is_out_of_memory(error):
+                self._end(f"Memory ran out. {LESS_MEMORY}", WORTH_A_RETRY)
+            if isinstance(error, OSError) and (sentence := disk_trouble(error, artifact(self.name, ""))):
+                self._end(sentence, USER_ERROR)
+            raise
 
     def _end(self, sentence: str, code: int) -> NoReturn:
         print(f"{self.name}: {mask(sentence)}", file=sys.stderr, flush=True)
@@ -184,11 +183,7 @@ def step(function: Callable[..., Mapping[str, float]]) -> Step:
     return Step(function.__name__, function, tuple(sections))
 
 
-NO_MEMORY = ("out of memory", "not enough memory", "allocate memory", "_alloc_failed")
-"""How the system, torch and CUDA's libraries say it, in small letters; torch raises a bare RuntimeError on a processor."""
-
-
-def is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     """Whether there was not enough memory, of the machine or of its GPU."""
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in NO_MEMORY)
 
