@@ -32,6 +32,7 @@ TELLING = {
     "tasks/warm.py",
     "tasks/workspace.py",
     "unfreeze/__init__.py",
+    "unfreeze/checking.py",
     "unfreeze/durable.py",
     "unfreeze/errors.py",
     "unfreeze/interruption.py",

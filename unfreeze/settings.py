@@ -5,71 +5,17 @@ at once, before anything expensive starts.
 """
 
 import dataclasses
-import difflib
 import os
-import re
-import reprlib
-import types
-import typing
-import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+from unfreeze.checking import In, OneOf, Without, check_section, hints, key_names
 from unfreeze.errors import UserError
 from unfreeze.yaml12 import read_yaml
 
 S = TypeVar("S")
-
-KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-UNSEEN = ("Cc", "Cs", "Zl", "Zp")
-"""Unicode categories of what is no character of a text: controls, line breaks, halves of a character."""
-
-
-@dataclass(frozen=True)
-class In:
-    """A number between two ends; the ends count unless they are said to be open."""
-
-    low: float
-    high: float
-    open_low: bool = False
-    open_high: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        above = value > self.low if self.open_low else value >= self.low
-        return above and (value < self.high if self.open_high else value <= self.high)
-
-    def __str__(self) -> str:
-        above, below = "above" if self.open_low else "at least", "below" if self.open_high else "at most"
-        return f"{above} {self.low} and {below} {self.high}"
-
-
-@dataclass(frozen=True)
-class OneOf:
-    """One of a few words."""
-
-    words: tuple[str, ...]
-
-    def __contains__(self, value: object) -> bool:
-        return value in self.words
-
-    def __str__(self) -> str:
-        return "one of " + ", ".join(self.words)
-
-
-@dataclass(frozen=True)
-class Without:
-    """Text in which some characters must not be."""
-
-    characters: str
-
-    def __contains__(self, value: str) -> bool:
-        return not set(value) & set(self.characters)
-
-    def __str__(self) -> str:
-        return "without " + " and ".join(self.characters)
-
 
 Count = Annotated[int, In(1, 10_000)]
 Rate = Annotated[float, In(0, 1000, open_low=True)]
@@ -244,7 +190,7 @@ def parse_text(text: str, where: str = "params.yaml") -> Settings:
     """Read and check settings written as YAML 1.2. Arguments and errors as for `parse_settings`."""
     content = read_yaml(text, where)
     if content is None:
-        raise UserError(f"{where} is empty; it must have the sections {', '.join(_hints(Settings))}.")
+        raise UserError(f"{where} is empty; it must have the sections {', '.join(hints(Settings))}.")
     return parse_settings(content, where)
 
 
@@ -259,7 +205,7 @@ def parse_settings(content: object, where: str = "params.yaml") -> Settings:
         UserError: lists every key that is missing, unknown or has a wrong value.
     """
     problems: list[str] = []
-    settings = _section(Settings, content, "", problems)
+    settings = check_section(Settings, content, "", tuple(key_names(Settings)), problems)
     if settings is not None:
         problems += _across(settings)
     if settings is None or problems:
@@ -280,7 +226,7 @@ def parse_section(kind: type[S], content: object, name: str, where: str) -> S:
         UserError: lists, in one line, every key that is missing, unknown or has a wrong value.
     """
     problems: list[str] = []
-    section = _section(kind, content, f"{name}.", problems)
+    section = check_section(kind, content, f"{name}.", tuple(key_names(Settings)), problems)
     if section is None:
         raise UserError(f"{where}: {' '.join(problems)}")
     return section
@@ -288,112 +234,12 @@ def parse_section(kind: type[S], content: object, name: str, where: str) -> S:
 
 def flatten(settings: object, prefix: str = "") -> dict[str, Any]:
     """Settings as ``section.key -> value``."""
-    items = settings.items() if isinstance(settings, Mapping) else _fields(settings)
+    items = settings.items() if isinstance(settings, Mapping) else vars(settings).items()
     flat: dict[str, Any] = {}
     for key, value in items:
         nested = dataclasses.is_dataclass(value) or isinstance(value, Mapping)
         flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return flat
-
-
-def _fields(settings: Any) -> Iterator[tuple[str, Any]]:
-    return ((field.name, getattr(settings, field.name)) for field in dataclasses.fields(settings))
-
-
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind, include_extras=True)
-
-
-def _keys() -> Iterator[str]:
-    """Every key that `params.yaml` has, as ``section.key``."""
-    for name, kind in _hints(Settings).items():
-        keys = _hints(typing.cast(type, kind)) if dataclasses.is_dataclass(kind) else None
-        yield from [name] if keys is None else [f"{name}.{key}" for key in keys]
-
-
-def _section(kind: type[S], content: object, prefix: str, problems: list[str]) -> S | None:
-    """One section of settings, or None with the problems found."""
-    what = prefix.rstrip(".") or "the file"
-    if not isinstance(content, Mapping):
-        problems.append(f"{what} must be a mapping of keys to values, not {_shown(content)}.")
-        return None
-    hints, before = _hints(kind), len(problems)
-    for key in content:
-        if key not in hints:
-            name = key if isinstance(key, str) else _shown(key)
-            near = [prefix + known for known in difflib.get_close_matches(name, hints, 1, 0.6)]
-            near += [known for known in _keys() if known.rpartition(".")[2] == name]
-            hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(hints)}."
-            problems.append(f"{prefix}{name} is not a setting. {hint}")
-    values: dict[str, Any] = {}
-    for key, hint in hints.items():
-        if key not in content:
-            problems.append(f"{prefix}{key} is missing.")
-        elif dataclasses.is_dataclass(hint):
-            values[key] = _section(typing.cast(type, hint), content[key], f"{prefix}{key}.", problems)
-        else:
-            values[key] = _value(hint, content[key], f"{prefix}{key}", problems)
-    return kind(**values) if len(problems) == before else None
-
-
-def _value(hint: Any, value: object, key: str, problems: list[str]) -> Any:
-    """A single value with the type and range of its field; what is wrong goes to the problems."""
-    nullable = typing.get_origin(hint) in (types.UnionType, typing.Union)
-    if nullable and value is None:
-        return None
-    if nullable:
-        hint = typing.get_args(hint)[0]
-    kind, limit = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint, None)
-    typed = _typed(kind, value)
-    if typed is not None and (limit is None or typed in limit):
-        return typed
-    allowed = str(limit) if isinstance(limit, OneOf) else ", ".join(filter(None, (KINDS[kind], str(limit or ""))))
-    problem = f"{key} is {_shown(value)}, but must be {allowed}{', or null' if nullable else ''}."
-    if isinstance(limit, OneOf) and (near := difflib.get_close_matches(str(typed), limit.words, 1)):
-        problem += f" Did you mean {near[0]}?"
-    elif kind is str and value is not None and not isinstance(value, str | Mapping | list):
-        problem += " Put it in quotes."
-    elif isinstance(value, str) and _unseen(value):
-        problem += " There are control characters or line breaks in it."
-    problems.append(problem)
-    return None
-
-
-EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
-
-
-def _typed(kind: type, value: object) -> Any:
-    """The value as one of ``kind``, or None where it is not: no truth value is a number, no quoted number either."""
-    if isinstance(value, bool) and kind is not bool:
-        return None
-    if kind is float:
-        if isinstance(value, str) and EXPONENT.fullmatch(value):
-            value = float(value)  # readers of YAML 1.1 take 1e-5 for text
-        try:
-            return float(value) if isinstance(value, int | float) else None
-        except OverflowError:
-            return None
-    if not isinstance(value, kind) or (isinstance(value, str) and (not value.strip() or _unseen(value))):
-        return None
-    return kind(value)
-
-
-def _unseen(text: str) -> bool:
-    return any(unicodedata.category(character) in UNSEEN for character in text)
-
-
-_short = reprlib.Repr()
-_short.maxlevel, _short.maxstring, _short.maxother, _short.maxlist, _short.maxdict = 2, 80, 80, 4, 4
-
-
-def _shown(value: object) -> str:
-    """A value as a message shows it: as in YAML, and never longer than a line."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    try:
-        return _short.repr(value)
-    except ValueError:
-        return "a number of thousands of digits"  # which Python refuses to write out
 
 
 def _across(settings: Settings) -> list[str]:

@@ -1,0 +1,171 @@
+"""What a setting may be, and whether what somebody wrote is that: limits, types and the sentences about what is wrong.
+
+Settings are dataclasses: a field per key, annotated with its type and its limit, a section being a dataclass of its own.
+"""
+
+import dataclasses
+import difflib
+import re
+import reprlib
+import types
+import typing
+import unicodedata
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+S = TypeVar("S")
+
+KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+UNSEEN = ("Cc", "Cs", "Zl", "Zp")
+"""Unicode categories of what is no character of a text: controls, line breaks, halves of a character."""
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
+@dataclass(frozen=True)
+class In:
+    """A number between two ends; the ends count unless they are said to be open."""
+
+    low: float
+    high: float
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        return above and (value < self.high if self.open_high else value <= self.high)
+
+    def __str__(self) -> str:
+        above, below = "above" if self.open_low else "at least", "below" if self.open_high else "at most"
+        return f"{above} {self.low} and {below} {self.high}"
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """One of a few words."""
+
+    words: tuple[str, ...]
+
+    def __contains__(self, value: object) -> bool:
+        return value in self.words
+
+    def __str__(self) -> str:
+        return "one of " + ", ".join(self.words)
+
+
+@dataclass(frozen=True)
+class Without:
+    """Text in which some characters must not be."""
+
+    characters: str
+
+    def __contains__(self, value: str) -> bool:
+        return not set(value) & set(self.characters)
+
+    def __str__(self) -> str:
+        return "without " + " and ".join(self.characters)
+
+
+def hints(section: type) -> dict[str, Any]:
+    """The annotation of each key of a section."""
+    return typing.get_type_hints(section, include_extras=True)
+
+
+def key_names(settings: type) -> Iterator[str]:
+    """Every key there is, as ``section.key``."""
+    for name, kind in hints(settings).items():
+        keys = hints(typing.cast(type, kind)) if dataclasses.is_dataclass(kind) else None
+        yield from [name] if keys is None else [f"{name}.{key}" for key in keys]
+
+
+def check_section(kind: type[S], content: object, prefix: str, known: Collection[str], problems: list[str]) -> S | None:
+    """One section of settings with the types of its fields, or None where anything in it is wrong.
+
+    Args:
+        kind: the section's dataclass.
+        content: what was written: a mapping of keys to values.
+        prefix: what the names of its keys begin with in a message, such as ``augment.``.
+        known: every key of all sections, for one that stands in the wrong place.
+        problems: gets a sentence for every key that is missing, unknown or has a wrong value.
+    """
+    what = prefix.rstrip(".") or "the file"
+    if not isinstance(content, Mapping):
+        problems.append(f"{what} must be a mapping of keys to values, not {_shown(content)}.")
+        return None
+    keys, before = hints(kind), len(problems)
+    problems += [_unknown(key, prefix, keys, known) for key in content if key not in keys]
+    values: dict[str, Any] = {}
+    for key, hint in keys.items():
+        if key not in content:
+            problems.append(f"{prefix}{key} is missing.")
+        elif dataclasses.is_dataclass(hint):
+            values[key] = check_section(typing.cast(type, hint), content[key], f"{prefix}{key}.", known, problems)
+        else:
+            values[key] = _value(hint, content[key], f"{prefix}{key}", problems)
+    return kind(**values) if len(problems) == before else None
+
+
+def _unknown(key: object, prefix: str, keys: Collection[str], known: Collection[str]) -> str:
+    """What to say of a key that a section does not have."""
+    name = key if isinstance(key, str) else _shown(key)
+    near = [prefix + close for close in difflib.get_close_matches(name, keys, 1, 0.6)]
+    near += [elsewhere for elsewhere in known if elsewhere.rpartition(".")[2] == name]
+    hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(keys)}."
+    return f"{prefix}{name} is not a setting. {hint}"
+
+
+def _value(hint: Any, value: object, key: str, problems: list[str]) -> Any:
+    """A single value with the type and range of its field; what is wrong goes to the problems."""
+    nullable = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    if nullable and value is None:
+        return None
+    if nullable:
+        hint = typing.get_args(hint)[0]
+    kind, limit = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint, None)
+    typed = _typed(kind, value)
+    if typed is not None and (limit is None or typed in limit):
+        return typed
+    allowed = str(limit) if isinstance(limit, OneOf) else ", ".join(filter(None, (KINDS[kind], str(limit or ""))))
+    problem = f"{key} is {_shown(value)}, but must be {allowed}{', or null' if nullable else ''}."
+    if isinstance(limit, OneOf) and (near := difflib.get_close_matches(str(typed), limit.words, 1)):
+        problem += f" Did you mean {near[0]}?"
+    elif kind is str and value is not None and not isinstance(value, str | Mapping | list):
+        problem += " Put it in quotes."
+    elif isinstance(value, str) and _unseen(value):
+        problem += " There are control characters or line breaks in it."
+    problems.append(problem)
+    return None
+
+
+def _typed(kind: type, value: object) -> Any:
+    """The value as one of ``kind``, or None where it is not: no truth value is a number, no quoted number either."""
+    if isinstance(value, bool) and kind is not bool:
+        return None
+    if kind is float:
+        if isinstance(value, str) and EXPONENT.fullmatch(value):
+            value = float(value)  # readers of YAML 1.1 take 1e-5 for text
+        try:
+            return float(value) if isinstance(value, int | float) else None
+        except OverflowError:
+            return None
+    if not isinstance(value, kind) or (isinstance(value, str) and (not value.strip() or _unseen(value))):
+        return None
+    return kind(value)
+
+
+def _unseen(text: str) -> bool:
+    return any(unicodedata.category(character) in UNSEEN for character in text)
+
+
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxother, _short.maxlist, _short.maxdict = 2, 80, 80, 4, 4
+
+
+def _shown(value: object) -> str:
+    """A value as a message shows it: as in YAML, and never longer than a line."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    try:
+        return _short.repr(value)
+    except ValueError:
+        return "a number of thousands of digits"  # which Python refuses to write out
