@@ -8,7 +8,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from unfreeze.backbones import create_backbone
 from unfreeze.chains import ADDITIONS
 from unfreeze.device import autocast, native_bf16, to_device
-from unfreeze.frozen import ConvAct, OneDNNConvAct, frozen_copy
+from unfreeze.frozen import ConvAct, OneDNNConvAct, _eval_copy, frozen_copy
+from unfreeze.models import Head
 
 CPU = torch.device("cpu")
 FOLDED = ["timm:tf_efficientnet_lite0", "timm:resnet10t", "timm:test_efficientnet", "torchvision:resnet18"]
@@ -54,6 +55,24 @@ def test_a_copy_predicts_what_the_network_predicts(name: str, size: int) -> None
     assert error < 1.5 * (rounded - exact).norm() / exact.norm() + 1e-3
     assert fast is not network
     assert (frozen_copy(fast, images) is fast) == any(isinstance(m, OneDNNConvAct) for m in fast.modules())
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_a_copy_is_where_the_network_is(name: str) -> None:
+    copied = _eval_copy(create_backbone(name, "none", 64).to("meta"))  # the one other device that is always there
+    assert {tensor.device.type for tensor in copied.state_dict().values()} == {"meta"}
+
+
+def test_logits_are_told_apart_where_bf16_is_native() -> None:
+    head = Head(4, 2, 0.0).eval()
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).eval()
+    images = torch.rand(2, 3, 8, 8)
+    nn.init.zeros_(head[2].weight)
+    head[2].bias.data = torch.tensor([9.0, 9.01])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        for model in (network, frozen_copy(network, images)):
+            logits = model(images)
+            assert logits.dtype == torch.float32 and (logits[:, 0] < logits[:, 1]).all()
 
 
 @pytest.mark.parametrize("name", FOLDED)

@@ -129,6 +129,17 @@ def test_joined_views_are_the_views_one_after_the_other() -> None:
     assert torch.equal(together, torch.cat([here(packed, part, RAW) for part in parts]))
 
 
+def test_what_lies_beyond_an_edge_is_mirrored_beside_larger_images_as_well() -> None:
+    rng = np.random.default_rng(0)
+    pixels = [rng.integers(100, 256, (SIZE, width, 3), dtype=np.uint8) for width in (SIZE, 2 * SIZE)]
+    packed, angle = packed_in_memory(pixels, ["a", "b"], SIZE), np.float32(np.radians(2))
+    views = plain_views(np.arange(2), packed.sizes, SIZE)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]], np.float32)
+    views = dataclasses.replace(views, linear=np.stack([turn, turn]), plain=False)
+    batch = as_on_a_gpu(packed, views, RAW)
+    np.testing.assert_allclose(batch[0].permute(1, 2, 0), expected(packed[0], views, 0), atol=1e-4)
+
+
 @pytest.mark.parametrize("plain", [True, False])
 def test_pieces_of_a_batch_are_the_batch_and_half_precision_is_rounded_once(
     plain: bool, monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tasks.warm import ADDRESS, warm_process
+from tasks.warm import ADDRESS, IMPORTS, warm_process
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="only where a process can be forked safely"
@@ -114,3 +114,14 @@ def gone(*numbers: int) -> None:
             return
         time.sleep(0.1)
     raise AssertionError(f"still there: {numbers}")
+
+
+def test_what_is_imported_before_the_fork_asks_for_no_gpu() -> None:
+    code = (
+        "import importlib, torch\n"
+        "def asked(*_): raise SystemExit('a GPU was asked for')\n"
+        "torch.cuda.is_available = torch.cuda.device_count = torch.cuda._lazy_init = asked\n"
+        f"for name in {IMPORTS!r}: importlib.import_module(name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

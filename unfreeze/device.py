@@ -41,7 +41,8 @@ def autocast(device: torch.device) -> AbstractContextManager[object]:
 def seed_everything(seed: int) -> None:
     """Make the rest of this process repeat itself bit for bit on the same machine.
 
-    Python, NumPy and torch are seeded; cuDNN and cuBLAS are told to use deterministic algorithms.
+    Python, NumPy and torch are seeded; on a GPU all that can be is told to use deterministic algorithms, and torch warns of
+    what cannot.
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -49,6 +50,9 @@ def seed_everything(seed: int) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
+    if torch.cuda.is_available():  # attention has its own, and what has none is warned of
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4

@@ -7,8 +7,10 @@ computes convolution and activation in one pass over memory, with weights laid o
 
 import copy
 import dataclasses
+import logging
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from unfreeze.chains import POST_OPS, TOLERANCE, chains, edges, traced
 from unfreeze.device import native_bf16
+
+logger = logging.getLogger("unfreeze")
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -126,7 +130,7 @@ def frozen_copy(network: nn.Module, images: torch.Tensor) -> nn.Module:
     if OneDNNConvAct in kinds or not any(issubclass(kind, nn.Conv2d) for kind in kinds):
         return network
     batch, images = len(images), images[:2].float()
-    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False), _full_precision():
         copied = _eval_copy(network)
         expected = copied(images)
         folded = traced(copied, images, trains=False)
@@ -135,15 +139,23 @@ def frozen_copy(network: nn.Module, images: torch.Tensor) -> nn.Module:
         shapes = _fold(folded)
         found = folded(images)
     if not torch.allclose(found, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max())):
+        logger.info("folded, the network predicts something else: it is used as it is, which takes longer")
         return _eval_copy(network)
-    if images.device.type == "cpu" and native_bf16(images.device):
+    if not native_bf16(images.device):
+        return folded
+    if images.device.type == "cpu":
         for name, (count, *shape) in shapes.items():
             joined: Any = folded.get_submodule(name)
             folded.set_submodule(name, OneDNNConvAct(joined, (count * batch // len(images), *shape)))
-        for module in folded.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.data = module.weight.data.bfloat16()  # as autocast would, but once
+    for module in folded.modules():
+        if type(module) in (nn.Conv2d, nn.Linear):  # and nothing that has reasons of its own for full precision
+            module.weight.data = module.weight.data.bfloat16()  # as autocast would, but once
     return folded
+
+
+def _full_precision() -> AbstractContextManager[None]:
+    """Without TF32, with which convolutions of a deep network differ by as much as is held against the copy."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 def _eval_copy(network: nn.Module) -> nn.Module:
@@ -192,6 +204,7 @@ def _overwrite(graph: fx.GraphModule, turns: dict[fx.Node, int]) -> None:
 
 
 def _split(module: Any) -> nn.Sequential:
-    norm = nn.BatchNorm2d(module.num_features, module.eps, module.momentum, module.affine)
+    device = module.running_mean.device
+    norm = nn.BatchNorm2d(module.num_features, module.eps, module.momentum, module.affine, device=device)
     norm.load_state_dict(module.state_dict())
     return nn.Sequential(norm, *(part for part in (module.drop, module.act) if type(part) is not nn.Identity)).eval()

@@ -12,6 +12,18 @@ from unfreeze.errors import UserError
 from unfreeze.layer_groups import backbone_groups
 
 
+class Logits(nn.Linear):
+    """A linear layer that computes in full precision, also where the network around it does not.
+
+    In bfloat16 two logits between 8 and 16 that differ by less than 1/16 are the same number: a tie of classes.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+        """Logits (B, C), float32, of (B, F)."""
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float())
+
+
 class Head(nn.Sequential):
     """Activations (B, F) -> logits (B, C): BatchNorm, dropout, a linear layer.
 
@@ -19,7 +31,7 @@ class Head(nn.Sequential):
     """
 
     def __init__(self, features: int, classes: int, dropout: float) -> None:
-        super().__init__(nn.BatchNorm1d(features), nn.Dropout(dropout), nn.Linear(features, classes))
+        super().__init__(nn.BatchNorm1d(features), nn.Dropout(dropout), Logits(features, classes))
         self.features, self.classes, self.dropout = features, classes, dropout
 
 

@@ -20,6 +20,9 @@ from unfreeze.views import Views
 LINEAR = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
 PIECE = 400_000
 """Values that are lit together on a processor: a core's cache holds them as floats."""
+ROUNDING = 1e-3
+"""Pixels by which a view that touches its image's edge may be said to go beyond it. No more: beside a smaller image its
+batch's canvas is empty."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ def _grid(
     """
     last = (sizes - 1).astype(np.float32)
     reach = np.abs(views.linear).sum(2) * (image_size - 1) / 2
-    inside = bool(((views.centre >= reach - 0.5) & (views.centre + reach <= last + 0.5)).all())
+    inside = bool(((views.centre >= reach - ROUNDING) & (views.centre + reach <= last + ROUNDING)).all())
     extent = np.array(canvas.pixels.shape[2:0:-1], np.float32)
     to_grid = np.float32(2) / extent
     shift = (to_grid * (np.float32(0.5) - canvas.origin) - np.float32(1)).astype(np.float32)
