@@ -178,3 +178,11 @@ def test_inputs_are_scaled_as_the_weights_want_it_also_when_they_are_loaded_agai
     again = load_backbone(tmp_path / "backbone.safetensors").eval()
     with torch.no_grad():
         assert torch.equal(again(images), theirs.eval()(images))
+
+
+def test_modules_that_are_shared_are_kept(tmp_path: Path) -> None:
+    backbone = create_backbone("timm:coat_tiny", "none", 32)  # whose blocks share what encodes positions
+    save_backbone(backbone, tmp_path / "backbone.safetensors")
+    loaded = load_backbone(tmp_path / "backbone.safetensors")
+    for name, tensor in backbone.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name

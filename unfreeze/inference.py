@@ -1,6 +1,7 @@
 """Predict images with nothing but a file of weights: what `unfreeze predict` and a served model do."""
 
 import io
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,9 +33,10 @@ class Predictor:
         self._device = best_device()
         self._model = to_device(model, self._device)
         self.classes: list[str] = self._meta["classes"]
+        self._one_at_a_time = threading.Lock()
 
     def predict(self, images: Sequence[str | Path | io.BytesIO], tta_views: int = 0) -> pd.DataFrame:
-        """Classify images.
+        """Classify images; threads that ask at once wait for one another.
 
         Args:
             images: files, or their bytes.
@@ -44,7 +46,8 @@ class Predictor:
             A row per image: ``predicted``, ``p_<class>``..., and ``reason`` why it could not be read (else empty), in
             which case the rest is missing.
         """
-        rows = [self._chunk(images[i : i + CHUNK], tta_views) for i in range(0, max(1, len(images)), CHUNK)]
+        with self._one_at_a_time:  # tracing a network changes how every module of the process is called
+            rows = [self._chunk(images[i : i + CHUNK], tta_views) for i in range(0, max(1, len(images)), CHUNK)]
         return pd.concat(rows, ignore_index=True)
 
     def _chunk(self, images: Sequence[str | Path | io.BytesIO], tta_views: int) -> pd.DataFrame:

@@ -100,7 +100,8 @@ def _head_meta(head: Head) -> Meta:
 def _save(module: nn.Module, path: Path, meta: Mapping[str, Any]) -> None:
     from safetensors.torch import save
 
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    # Copies: a tensor that several modules share has several names, which safetensors refuses.
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
     # Not by safetensors' own hand, whose errors do not say which file it was, nor that the disk is full.
     write_whole(path, save(tensors, {"unfreeze": json.dumps(meta)}))
 
