@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import checkpoints, compare, memory, orchestration
-from benchmarks.figure import draw
-from benchmarks.work import Work, make_work
+from benchmarks.figure import draw, result_name
+from benchmarks.work import make_work
 from flows.overrides import apply_overrides, read_overrides
 from unfreeze.settings import load_settings
 
@@ -46,7 +46,7 @@ def main() -> None:
             if {"speed", "accuracy"} & set(chosen.parts):
                 workers = compare.helpful_workers(work, _say) if chosen.workers is None else chosen.workers
                 work = dataclasses.replace(work, workers=workers)
-            file = results / f"{chosen.name or _name(work)}.json"
+            file = results / f"{chosen.name or result_name(dataclasses.asdict(work.settings))}.json"
             result = _read(file)
             measured: dict[str, Callable[[], Any]] = {
                 "speed": lambda: compare.speed(work, chosen.repeats, _say),
@@ -54,10 +54,11 @@ def main() -> None:
                 "accuracy": lambda: compare.accuracy(work, chosen.seeds, _say),
                 "checkpoints": lambda: checkpoints.measure(work, _say),
             }
+            about = compare.about(work)
             for part, measure in measured.items():
                 if part in chosen.parts:
                     result[part] = measure()
-                    result["about"] = result.get("about", {}) | {part: {"date": today, **compare.about(work)}}
+                    result["about"] = result.get("about", {}) | {part: {"date": today, **about}}
                     _write(file, result)  # a part takes minutes, and the next may be stopped
     for name, module in (("orchestration", orchestration), ("memory", memory)):
         if name in chosen.parts:
@@ -77,19 +78,19 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, help="processes that load images for fastai (default: what helps it most)"
     )
-    parser.add_argument("--name", help="of the results' file")
-    return parser.parse_args()
+    parser.add_argument(
+        "--name", help="of the results' file; --settings need one, which keeps them apart from the default ones"
+    )
+    chosen = parser.parse_args()
+    if chosen.settings and not chosen.name:
+        parser.error("--settings needs a --name for the file of results")
+    return chosen
 
 
 def _overrides(chosen: argparse.Namespace) -> list[str]:
     """What is asked for beside `params.yaml`: a file's values, and over these the flags'."""
     given = [f"{key}={value}" for key in SETTINGS.values() if (value := vars(chosen)[key]) is not None]
     return (read_overrides(chosen.settings) if chosen.settings else []) + given
-
-
-def _name(work: Work) -> str:
-    source = Path(work.source.removeprefix("sample:")).name
-    return f"{source}-{work.settings.backbone.name.split(':')[1]}-{work.image_size}"
 
 
 def _say(text: str) -> None:

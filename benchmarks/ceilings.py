@@ -31,7 +31,7 @@ _for_good = contextlib.ExitStack()
 
 
 def forward(work: Work) -> Ways:
-    """Images per second of the frozen network, by way."""
+    """Images per second of the frozen network, by way; 0 of one that is not to be had here."""
     device, ways = best_device(), {}
     for count in (work.settings.batch_size, 2 * work.settings.batch_size):
         for name, model, batch, context in _variants(work, count, train=False):
@@ -40,7 +40,9 @@ def forward(work: Work) -> Ways:
                 with torch.no_grad(), context():  # constants are not folded in inference mode
                     model(batch)
 
-            ways[f"{name}, {count} images"] = count / _seconds(run, FORWARD_REPEATS, device)
+            ways[f"{name}, {count} images"] = (
+                count / _seconds(run, FORWARD_REPEATS, device) if model is not None else 0.0
+            )
     return ways
 
 
@@ -110,8 +112,7 @@ def _each_variant(work: Work, count: int, train: bool, unfreeze: Unfreeze) -> It
     if not train:
         yield "unfreeze, folded", frozen_copy(prepared(to_device(plain(), device)), last), last, context
         frozen = _constant(prepared(plain().to(memory_format=torch.channels_last)), last, context)
-        if frozen is not None:
-            yield "compiled with its weights as constants", frozen, last, context
+        yield "compiled with its weights as constants", frozen, last, context
 
 
 def _constant(model: Any, batch: torch.Tensor, context: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import subprocess
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +19,7 @@ from unfreeze.packed import open_packed
 CASES = {
     "lr_find": "LR finder, whole network",
     "frozen_epoch": "augmented epoch, frozen network",
+    "frozen_norms_epoch": "the same, fastai's BatchNorm frozen too",
     "full_epoch": "epoch, whole network",
     "tta": "TTA of the validation images",
 }
@@ -31,13 +33,17 @@ PARTS = {
     ceilings.training: {"epoch of the whole network": ours.full_rate},
 }
 """What of ours is held against which ceiling."""
+ALL, OURS = "unfreeze, all layers", "unfreeze, its settings"
+"""What trains in the end of our recipe."""
 
 
 def speed(work: Work, repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Seconds of each case on both sides, and their ratios by the medians."""
+    """Seconds of each case on both sides, and their ratios by the medians; and of what ours find done, the packing."""
     result: dict[str, Any] = {}
     with ExitStack() as stack:
         us, them = (stack.enter_context(_process()) for _ in range(2))
+        result["packing"] = us.submit(ours.packing, work).result()
+        say(f"reading and packing the images, once: {result['packing']:.1f} s")
         for name in CASES:
             times: dict[str, list[float]] = {"unfreeze": [], "fastai": []}
             for _ in range(repeats):
@@ -83,22 +89,27 @@ def shares(work: Work, repeats: int, say: Callable[[str], None]) -> dict[str, An
 
 
 def accuracy(work: Work, seeds: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """From images to evaluated model on both sides with equal epochs: seconds and accuracies for each seed."""
-    runs: dict[str, list[dict[str, float]]] = {"unfreeze": [], "fastai": []}
+    """From images to evaluated model on both sides with equal epochs: seconds and accuracies for each seed.
+
+    Of ours twice: with all layer groups unfrozen in the end, as fastai has it, and with those that the settings say.
+    """
+    runs: dict[str, list[dict[str, float]]] = {ALL: [], OURS: [], "fastai": []}
     with ExitStack() as stack:
         us, them = (stack.enter_context(_process()) for _ in range(2))
+        turns = ((ALL, us, ours.recipe, (ours.WHOLE,)), (OURS, us, ours.recipe, ()), ("fastai", them, peer.recipe, ()))
         for seed in range(seeds):
-            for name, pool, function in (("unfreeze", us, ours.recipe), ("fastai", them, peer.recipe)):
-                runs[name].append(pool.submit(function, work, seed).result())
+            for name, pool, function, more in turns:
+                runs[name].append(pool.submit(function, work, seed, *more).result())
                 last = runs[name][-1]
                 say(f"{name}, seed {seed}: " + ", ".join(f"{key} {value:.4g}" for key, value in last.items()))
     means = {
         name: {key: sum(run[key] for run in found) / len(found) for key in found[0]} for name, found in runs.items()
     }
-    ratio = median(run["seconds"] for run in runs["fastai"]) / median(run["seconds"] for run in runs["unfreeze"])
-    say(f"images to evaluated model: {ratio:.1f} x")
+    seconds = {name: median(run["seconds"] for run in found) for name, found in runs.items()}
+    ratios = {name: seconds["fastai"] / seconds[name] for name in (ALL, OURS)}
+    say("images to evaluated model: " + ", ".join(f"{name} {ratio:.1f} x" for name, ratio in ratios.items()))
     epochs = {"frozen": work.frozen_epochs, "full": work.full_epochs}
-    return {"runs": runs, "means": means, "ratio": ratio, "epochs": epochs}
+    return {"runs": runs, "means": means, "ratios": ratios, "epochs": epochs}
 
 
 def about(work: Work) -> dict[str, Any]:
@@ -108,7 +119,8 @@ def about(work: Work) -> dict[str, Any]:
 
     import torch
 
-    packages = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm", "fastai")}
+    installed = {package.name: package.version for package in importlib.metadata.distributions()}
+    packages = {name: installed.get(name) for name in ("torch", "torchvision", "timm", "fastai")}
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     described = Path("/proc/cpuinfo")
     lines = described.read_text().splitlines() if described.exists() else []
@@ -122,17 +134,25 @@ def about(work: Work) -> dict[str, Any]:
         "views": work.views,
         "fastai_workers": work.workers,
         "packages": packages,
+        "code": _revision(),
         "machine": cuda or f"{processor or platform.machine()}, {torch.get_num_threads()} threads",
     }
 
 
+def _revision() -> str | None:
+    """The commit that is measured, and whether something was changed since."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
 def helpful_workers(work: Work, say: Callable[[str], None]) -> int:
-    """How many processes that load images make fastai fastest: none, or one per core.
+    """How many processes that load images make fastai fastest: none, one, or one per core.
 
     The second epoch of each counts.
     """
     times = {}
-    for workers in (0, os.cpu_count() or 1):
+    for workers in sorted({0, 1, os.cpu_count() or 1}):
         with _process() as them:
             asked = dataclasses.replace(work, workers=workers)
             times[workers] = [them.submit(peer.frozen_epoch, asked).result() for _ in range(2)][-1]

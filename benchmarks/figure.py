@@ -8,14 +8,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from benchmarks.compare import CASES, PARTS
+from benchmarks.compare import ALL, CASES, OURS, PARTS
 from unfreeze.plotting import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, save_png
 
 Result = dict[str, Any]
 COLOURS, MARKERS = (BLUE, SKY, RED, ORANGE, GREEN, PURPLE), "osD^v"
 Rows = dict[str, tuple[str, ...]]
-RATIOS: Rows = {what: ("speed", case, "ratio") for case, what in CASES.items()} | {
-    "images to evaluated model": ("accuracy", "ratio")
+RATIOS: Rows = {
+    **{what: ("speed", case, "ratio") for case, what in CASES.items()},
+    "images to evaluated model, all layers": ("accuracy", "ratios", ALL),
+    "the same, with the settings' layers": ("accuracy", "ratios", OURS),
 }
 SHARES: Rows = {
     name: ("shares", name, "share")
@@ -27,12 +29,13 @@ SHARES: Rows = {
 
 
 def draw(results: Path, path: Path) -> None:
-    """Draw every comparison in a folder of results; nothing where there is none.
+    """Draw the comparisons in a folder of results that have a name of `result_name`; nothing where there is none.
 
     A row for each case, a point for each comparison that has it: coloured by network and size, shaped by the images.
     """
-    read = [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
-    found = [result for result in read if {"speed", "shares", "accuracy"} & set(result)]
+    read = {file.stem: json.loads(file.read_text()) for file in sorted(results.glob("*.json"))}
+    found = [result for name, result in read.items() if {"speed", "shares", "accuracy"} & set(result)
+             and name == result_name(_settings(result))]  # fmt: skip
     if not found:
         return
     colours = dict(zip(sorted({_network(result) for result in found}), COLOURS, strict=False))
@@ -62,6 +65,16 @@ def draw(results: Path, path: Path) -> None:
     ] + [Line2D([], [], color=GREY, marker=marker, linestyle="", label=name) for name, marker in markers.items()]
     figure.legend(handles=legend, loc="outside lower center", ncols=3, frameon=False)
     save_png(figure, path)
+
+
+def result_name(settings: Any) -> str:
+    """Name of the results of some images, network and size, all other settings being the default ones.
+
+    Args:
+        settings: all of them, as a mapping of sections.
+    """
+    source = Path(settings["data"]["source"].removeprefix("sample:")).name
+    return f"{source}-{settings['backbone']['name'].split(':')[1]}-{settings['data']['image_size']}"
 
 
 def _network(result: Result) -> str:

@@ -10,21 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
-from benchmarks.work import Work, classifier, timed
+from benchmarks.work import SWEEP, Work, classifier, timed
 from unfreeze.batches import Batch, Loader, activation_batches, shuffled
 from unfreeze.device import seed_everything
 from unfreeze.evaluating import Candidate, choose
 from unfreeze.lr_finder import pick_rate, suggest
 from unfreeze.measuring import score
-from unfreeze.models import Classifier, Head, decay_groups
+from unfreeze.models import Classifier, decay_groups
 from unfreeze.packing import pack
 from unfreeze.predicting import backbone_activations, predict_tta
 from unfreeze.range_test import range_test
 from unfreeze.recipe import Rows, fit_augmented, fit_full, fit_head, unfrozen
 from unfreeze.rendering import read_canvas
-from unfreeze.settings import TrainAugmented, TrainFull, Unfreeze
+from unfreeze.settings import LRFind, TrainAugmented, TrainFull, Unfreeze
 from unfreeze.sources import read_source
 from unfreeze.training import make_optimizer
 from unfreeze.views import random_views
@@ -40,15 +41,22 @@ def _classifier(work: Work) -> tuple[Classifier, Loader]:
 
 
 def lr_find(work: Work) -> float:
-    """Seconds for an LR range test of the unfrozen network."""
+    """Seconds for an LR range test of the unfrozen network, as many batches as `Work.sweep`."""
     model, loader = _classifier(work)
-    return timed(lambda: _find(work, model, loader, WHOLE, work.sweep))
+    sweep, curves = dataclasses.replace(work.settings.unfreeze_lr_find, **SWEEP, iterations=work.sweep), []
+    seconds = timed(lambda: curves.append(_find(work, model, loader, WHOLE, sweep)))
+    assert len(curves[0]) == work.sweep
+    return seconds
 
 
 def frozen_epoch(work: Work) -> float:
     """Seconds for an augmented epoch of the head through the frozen network, and its validation."""
     model, loader = _classifier(work)
     return timed(lambda: _augmented(work, model, loader, 1, 1e-4))
+
+
+frozen_norms_epoch = frozen_epoch
+"""Nothing of ours trains in a frozen network; the peer has an epoch of its own for it."""
 
 
 def full_epoch(work: Work) -> float:
@@ -100,14 +108,24 @@ def _trained(loader: Loader) -> int:
     return sum(len(rows) for rows in shuffled(loader.packed.rows("train"), loader.batch_size, 0, 0))
 
 
-def recipe(work: Work, seed: int) -> dict[str, float]:
-    """From images to evaluated model: seconds, and accuracies on valid and test, plain and with TTA."""
+def packing(work: Work) -> float:
+    """Seconds for decoding and packing the images, which the cases above find done."""
+    with tempfile.TemporaryDirectory() as folder:
+        return timed(lambda: pack(read_source(work.source), Path(folder), work.settings.data, work.settings.seed))
+
+
+def recipe(work: Work, seed: int, unfreeze: Unfreeze | None = None) -> dict[str, float]:
+    """From images to evaluated model: seconds, and accuracies on valid and test, plain and with TTA.
+
+    ``unfreeze`` says which layer groups train in the end, where it is not to be what the settings say.
+    """
     start = time.perf_counter()
     seed_everything(seed)
     with tempfile.TemporaryDirectory() as folder:
         # The split is the peer's; the pixels are packed anew, which is part of the work.
         pack(read_source(work.source), Path(folder), work.settings.data, work.settings.seed)
-        here = dataclasses.replace(work, folder=Path(folder), settings=dataclasses.replace(work.settings, seed=seed))
+        settings = dataclasses.replace(work.settings, seed=seed, unfreeze=unfreeze or work.settings.unfreeze)
+        here = dataclasses.replace(work, folder=Path(folder), settings=settings)
         model, loader, activations = prepare(here, seed)
         labels = loader.packed.labels[loader.packed.rows("valid")]
         states, predicted = {}, {}
@@ -140,7 +158,8 @@ def stages(work: Work, model: Classifier, loader: Loader, activations: Activatio
         order = shuffled(train, settings.batch_size, settings.seed, epoch)
         return activation_batches(activations, packed.labels, order[first:], loader.device)
 
-    rate = _pick(work, model.head, decay_groups(model.head.parameters()), on_activations, settings.lr_find.iterations)
+    groups = decay_groups(model.head.parameters())
+    rate = _rate(settings.lr_find, lambda: _sweep(work, model.head, groups, on_activations, settings.lr_find))
     fit_head(
         model.head, activations, packed.labels, train, valid, rate, settings.train_head, settings.train, settings.batch_size,
         settings.seed, loader.device,
@@ -148,7 +167,8 @@ def stages(work: Work, model: Classifier, loader: Loader, activations: Activatio
     yield "train_head"
     _augmented(work, model, loader, work.frozen_epochs, rate)
     yield "train_augmented"
-    rate = _find(work, model, loader, settings.unfreeze, settings.unfreeze_lr_find.iterations)
+    sweep = settings.unfreeze_lr_find
+    rate = _rate(sweep, lambda: _find(work, model, loader, settings.unfreeze, sweep))
     _full(work, model, loader, settings.unfreeze, work.full_epochs, rate)
     yield "train_full"
 
@@ -177,26 +197,27 @@ def _rows(loader: Loader, validate: bool) -> tuple[Rows, Rows]:
     return loader.packed.rows("train"), valid if validate else valid[:0]
 
 
-def _find(work: Work, model: Classifier, loader: Loader, unfreeze: Unfreeze, batches: int) -> float:
+def _find(work: Work, model: Classifier, loader: Loader, unfreeze: Unfreeze, sweep: LRFind) -> pd.DataFrame:
     rows = loader.packed.rows("train")
 
     def augmented(epoch: int, first: int) -> Iterator[Batch]:
         return loader.augmented(rows, work.settings.augment, work.settings.seed, epoch, first)
 
     with unfrozen(model, loader, rows, unfreeze) as groups:
-        return _pick(work, model, groups, augmented, batches)
+        return _sweep(work, model, groups, augmented, sweep)
 
 
-def _pick(
-    work: Work, model: Any, groups: Any, batches: Callable[[int, int], Iterator[Batch]], iterations: int
-) -> float:
-    optimizer = make_optimizer(groups, work.settings.train)
-    sweeping = work.settings.lr_find if isinstance(model, Head) else work.settings.unfreeze_lr_find
-    if sweeping.rate is not None:
-        return sweeping.rate
-    sweeping = dataclasses.replace(sweeping, iterations=iterations)
-    curve = range_test(model, optimizer, batches, sweeping, work.settings.train)
-    return pick_rate(suggest(curve["rate"].to_numpy(), curve["loss"].to_numpy()), sweeping.pick)
+def _sweep(
+    work: Work, model: Any, groups: Any, batches: Callable[[int, int], Iterator[Batch]], sweep: LRFind
+) -> pd.DataFrame:
+    return range_test(model, make_optimizer(groups, work.settings.train), batches, sweep, work.settings.train)
+
+
+def _rate(sweep: LRFind, test: Callable[[], pd.DataFrame]) -> float:
+    if sweep.rate is not None:
+        return sweep.rate
+    curve = test()
+    return pick_rate(suggest(curve["rate"].to_numpy(), curve["loss"].to_numpy()), sweep.pick)
 
 
 def predict_views(work: Work, model: Classifier, loader: Loader, split: str) -> Any:

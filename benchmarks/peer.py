@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.work import Work, backbone, files, timed
+from benchmarks.work import SWEEP, Work, backbone, files, timed
 
 
-def make_learner(work: Work, seed: int = 0) -> Any:
-    """A learner with our backbone's weights in its body, on the same images and split."""
+def make_learner(work: Work, seed: int = 0, train_bn: bool = True) -> Any:
+    """A learner with our backbone's weights in its body, on the same images and split.
+
+    ``train_bn``: whether BatchNorms train in a frozen network as well, as they do by fastai's default.
+    """
     from fastai.vision import all as fastai
 
     fastai.set_seed(seed)
@@ -26,13 +29,24 @@ def make_learner(work: Work, seed: int = 0) -> Any:
     )  # fmt: skip
     library, short = work.settings.backbone.name.split(":")
     arch = short if library == "timm" else getattr(fastai, short)
-    learner = fastai.vision_learner(loaders, arch, pretrained=False, normalize=False, metrics=fastai.accuracy)
+    learner = fastai.vision_learner(
+        loaders, arch, pretrained=False, normalize=False, metrics=fastai.accuracy, train_bn=train_bn
+    )
     body = learner.model[0]
     theirs, ours = body.state_dict(), network.body.state_dict()
     assert [v.shape for v in theirs.values()] == [v.shape for v in ours.values()]
     body.load_state_dict(dict(zip(theirs, ours.values(), strict=True)))
+    _check_same(network, body, work.image_size)
     learner.freeze()
     return learner
+
+
+def _check_same(network: Any, body: Any, size: int) -> None:
+    """See that our network's activations are the means of its feature maps."""
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        ours, theirs = network.eval()(images), body.eval()(images).mean((2, 3))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 def _augmentations(work: Work) -> list[Any]:
@@ -43,24 +57,32 @@ def _augmentations(work: Work) -> list[Any]:
 
 
 @cache
-def _learner(work: Work) -> Any:
-    return make_learner(work)
+def _learner(work: Work, train_bn: bool = True) -> Any:
+    return make_learner(work, train_bn=train_bn)
 
 
 def lr_find(work: Work) -> float:
-    """Seconds for an LR range test of the unfrozen network."""
+    """Seconds for an LR range test of the unfrozen network, as many batches as `Work.sweep`."""
     learner = _learner(work)
     learner.unfreeze()
+    start, end = SWEEP.values()
     with _quiet(learner):
-        return timed(lambda: learner.lr_find(num_it=work.sweep, show_plot=False))
+        seconds = timed(lambda: learner.lr_find(start, end, work.sweep, stop_div=False, show_plot=False))
+    assert len(learner.recorder.losses) == work.sweep
+    return seconds
 
 
-def frozen_epoch(work: Work) -> float:
-    """Seconds for an augmented epoch of the head through the frozen network, and its validation."""
-    learner = _learner(work)
+def frozen_epoch(work: Work, train_bn: bool = True) -> float:
+    """Seconds for an augmented epoch of the head, and the BatchNorms, of the frozen network, and its validation."""
+    learner = _learner(work, train_bn)
     learner.freeze()
     with _quiet(learner):
         return timed(lambda: learner.fit_one_cycle(1, 1e-4))
+
+
+def frozen_norms_epoch(work: Work) -> float:
+    """Seconds for such an epoch of the head alone."""
+    return frozen_epoch(work, train_bn=False)
 
 
 def full_epoch(work: Work) -> float:

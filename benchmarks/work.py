@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -16,6 +17,9 @@ from unfreeze.packed import open_packed
 from unfreeze.packing import pack
 from unfreeze.settings import Settings
 from unfreeze.sources import read_source
+
+SWEEP: dict[str, Any] = {"start": 1e-6, "end": 1e-4}
+"""Rates of a timed LR range test: none breaks a network, so that both sides see every batch."""
 
 
 @dataclass(frozen=True)

@@ -32,12 +32,18 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
 def test_a_settings_file_counts_and_flags_go_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "my.yaml"
     file.write_text("data:\n  image_size: 224\nbackbone:\n  weights: none\n")
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "--settings", str(file), "--weights", "pretrained"])
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--settings", str(file), "--weights", "pretrained", "--name", "my"])
     shutil.copy(ROOT / "params.yaml", tmp_path)
     apply_overrides(tmp_path / "params.yaml", bench._overrides(bench._arguments()))
     found, usual = load_settings(tmp_path / "params.yaml"), load_settings(ROOT / "params.yaml")
     assert (found.data.image_size, found.backbone.weights) == (224, "pretrained")
     assert (found.data.source, found.backbone.name) == (usual.data.source, usual.backbone.name)
+
+
+def test_results_of_other_settings_have_a_name_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--settings", str(tmp_path / "my.yaml")])
+    with pytest.raises(SystemExit):
+        bench._arguments()
 
 
 @pytest.mark.parametrize("case", compare.CASES)
@@ -103,14 +109,16 @@ def test_a_figure_of_what_was_found(tmp_path: Path) -> None:
 
     drawn = []
     for name, source, found in (
-        ("one", "sample:elpv", {"speed": cases, "shares": shares}),
-        ("two", "photos", {"speed": cases, "shares": shares}),
-        ("three", "photos", {"accuracy": {"ratio": 8.0}}),
+        ("elpv-lite-160", "sample:elpv", {"speed": cases, "shares": shares}),
+        ("photos-lite-160", "photos", {"speed": cases, "shares": shares}),
+        ("pets-lite-160", "pets", {"accuracy": {"ratios": {compare.ALL: 8.0, compare.OURS: 9.0}}}),
+        ("with-other-settings", "pets", {"accuracy": {"ratios": {compare.ALL: 20.0}}}),
     ):
         (tmp_path / f"{name}.json").write_text(json.dumps({"about": about(source), **found}))
         figure.draw(tmp_path, tmp_path / "figure.png")
         drawn.append((tmp_path / "figure.png").read_bytes())
     assert all(png.startswith(b"\x89PNG") for png in drawn) and len(set(drawn)) == 3
+    assert drawn[-1] == drawn[-2]
     (tmp_path / "memory.json").write_text(json.dumps({"growth_mb": 3}))  # nothing of the figure's
     figure.draw(tmp_path, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes() == drawn[-1]
