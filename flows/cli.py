@@ -35,18 +35,19 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     run = commands.add_parser("run", help="run the recipe; what has not changed is not run again")
-    run.add_argument(
-        "--settings", type=Path, metavar="FILE",
-        help="change the values named in FILE in params.yaml first, for example settings/photographs.yaml",
-    )  # fmt: skip
-    run.add_argument(
-        "-S", "--set-param", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="change a value in params.yaml, as in `dvc exp run -S`; may be repeated",
-    )  # fmt: skip
-    run.set_defaults(command=_run)
-
-    check = commands.add_parser("check", help="check params.yaml and the source of images without running anything")
-    check.set_defaults(command=_check)
+    check = commands.add_parser(
+        "check", help="check settings and the source of images; runs nothing, and leaves params.yaml as it is"
+    )
+    for command, does in ((run, _run), (check, _check)):
+        command.add_argument(
+            "--settings", type=Path, metavar="FILE",
+            help="with the values named in FILE put into params.yaml first, for example settings/photographs.yaml",
+        )  # fmt: skip
+        command.add_argument(
+            "-S", "--set-param", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+            help="with this value put into params.yaml, as in `dvc exp run -S`; may be repeated",
+        )  # fmt: skip
+        command.set_defaults(command=does)
 
     predict = commands.add_parser("predict", help="classify images with the trained model")
     predict.add_argument("images", nargs="+", type=Path, help="files, or folders of images")
@@ -89,14 +90,13 @@ def _run(chosen: argparse.Namespace) -> int:
 
 
 def _run_alone(chosen: argparse.Namespace) -> int:
-    from flows.overrides import apply_overrides, read_overrides
+    from flows.overrides import apply_overrides
     from tasks.stopping import GRACE
     from tasks.workspace import alone
     from unfreeze.settings import load_settings
     from unfreeze.sources import read_source
 
-    overrides = (read_overrides(chosen.settings) if chosen.settings else []) + chosen.overrides
-    if overrides:
+    if overrides := _overrides(chosen):
         with alone("step", GRACE):  # which may be a step of `dvc repro`
             apply_overrides("params.yaml", overrides, check=lambda settings: read_source(settings.data.source))
     else:
@@ -123,17 +123,26 @@ def _run_alone(chosen: argparse.Namespace) -> int:
     return 0
 
 
+def _overrides(chosen: argparse.Namespace) -> list[str]:
+    """The values to change in params.yaml: a file's, and over these the single ones."""
+    from flows.overrides import read_overrides
+
+    return (read_overrides(chosen.settings) if chosen.settings else []) + chosen.overrides
+
+
 def _check(chosen: argparse.Namespace) -> int:
+    from flows.overrides import with_overrides
     from flows.watched import check_watchable
     from unfreeze.backbones import check_backbone
-    from unfreeze.settings import load_settings
+    from unfreeze.settings import load_settings, parse_text
     from unfreeze.sources import read_source
 
-    settings = load_settings()
+    overrides = _overrides(chosen)
+    settings = parse_text(with_overrides("params.yaml", overrides)) if overrides else load_settings()
     table = read_source(settings.data.source)
     check_watchable(settings.data.source)
     check_backbone(settings.backbone.name, settings.backbone.weights, settings.data.image_size)
-    print(f"params.yaml is right; {len(table)} images in {settings.data.source}:")
+    print(f"params.yaml{' with these changes' if overrides else ''} is right; {len(table)} images in {settings.data.source}:")
     for label, count in table["label"].value_counts().sort_index().items():
         print(f"  {count:7,d}  {label}")
     return 0

@@ -39,6 +39,14 @@ def apply_overrides(
     Raises:
         UserError: there is no such key, or the settings would be wrong with these values; nothing is written then.
     """
+    text = with_overrides(path, overrides)
+    check(parse_text(text, str(path)))
+    if text != read_text(path):
+        _replace(Path(path).resolve(), text)
+
+
+def with_overrides(path: str | Path, overrides: list[str]) -> str:
+    """The text of a file of settings with some values changed. Arguments and errors as for `apply_overrides`."""
     text = read_text(path)
     if not isinstance(read_yaml(text, str(path)), Mapping):
         parse_text(text, str(path))  # says why not
@@ -51,9 +59,7 @@ def apply_overrides(
         _set(content, override, str(path))
     buffer = io.StringIO()
     yaml.dump(content, buffer)
-    check(parse_text(buffer.getvalue(), str(path)))
-    if buffer.getvalue() != text:
-        _replace(Path(path).resolve(), buffer.getvalue())
+    return buffer.getvalue()
 
 
 def read_overrides(path: str | Path) -> list[str]:

@@ -7,6 +7,7 @@ import pytest
 
 from flows.cli import main
 from flows.overrides import apply_overrides, read_overrides
+from tests.integration.project import paint
 from unfreeze.errors import UserError
 from unfreeze.settings import flatten, load_settings
 
@@ -215,4 +216,18 @@ def test_images_that_are_not_there_change_nothing(
     monkeypatch.chdir(params.parent)
     assert main(["run", "-S", "seed=7", "-S", "data.source=nowhere"]) == 2
     assert "nowhere does not exist" in capsys.readouterr().err
+    assert params.read_text(encoding="utf-8") == TEXT
+
+
+def test_check_looks_at_changes_and_makes_none(
+    params: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(params.parent)
+    paint(params.parent / "photos", 0)
+    network = ["-S", "backbone.name=timm:test_efficientnet", "-S", "backbone.weights=none", "-S", "data.image_size=32"]
+    assert main(["check", "-S", "data.source=photos", *network]) == 0
+    assert "with these changes is right; 48 images in photos" in capsys.readouterr().out
+    assert main(["check", "-S", "data.source=fotos", *network]) == 2
+    assert main(["check", "-S", "data.valid=2"]) == 2
+    assert "data.valid is 2" in capsys.readouterr().err
     assert params.read_text(encoding="utf-8") == TEXT
