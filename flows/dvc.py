@@ -76,6 +76,8 @@ def stale_stages() -> set[str]:
     if done.returncode == 0:
         return set(json.loads(done.stdout or "{}"))
     said = (done.stderr.strip() or done.stdout.strip()).partition("\n\n")[0]
+    if said.endswith("is not a git repository"):
+        raise UserError("DVC works in a clone of the project, or after `git init` in a copy of it: there is no Git here.")
     is_lock = UNREADABLE_LOCK.search(said) and "merge conflicts" not in said
     raise (DamagedLock if is_lock else UserError)(f"DVC cannot tell what has changed: {said}")
 

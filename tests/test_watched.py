@@ -89,3 +89,11 @@ def test_what_dvc_says_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ) as caught:
         dvc.stale_stages()
     assert "\n\n" not in str(caught.value)
+
+
+def test_a_copy_without_git_is_told_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc" / "config").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="after `git init`"):
+        dvc.stale_stages()
