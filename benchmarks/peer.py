@@ -43,8 +43,8 @@ def make_learner(work: Work, seed: int = 0, train_bn: bool = True) -> Any:
 
 def _check_same(network: Any, body: Any, size: int) -> None:
     """See that our network's activations are the means of its feature maps."""
-    images = torch.randn(2, 3, size, size)
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng():
+        images = torch.randn(2, 3, size, size)
         ours, theirs = network.eval()(images), body.eval()(images).mean((2, 3))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 

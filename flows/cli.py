@@ -142,7 +142,9 @@ def _check(chosen: argparse.Namespace) -> int:
     table = read_source(settings.data.source)
     check_watchable(settings.data.source)
     check_backbone(settings.backbone.name, settings.backbone.weights, settings.data.image_size)
-    print(f"params.yaml{' with these changes' if overrides else ''} is right; {len(table)} images in {settings.data.source}:")
+    print(
+        f"params.yaml{' with these changes' if overrides else ''} is right; {len(table)} images in {settings.data.source}:"
+    )
     for label, count in table["label"].value_counts().sort_index().items():
         print(f"  {count:7,d}  {label}")
     return 0

@@ -77,7 +77,9 @@ def stale_stages() -> set[str]:
         return set(json.loads(done.stdout or "{}"))
     said = (done.stderr.strip() or done.stdout.strip()).partition("\n\n")[0]
     if said.endswith("is not a git repository"):
-        raise UserError("DVC works in a clone of the project, or after `git init` in a copy of it: there is no Git here.")
+        raise UserError(
+            "DVC works in a clone of the project, or after `git init` in a copy of it: there is no Git here."
+        )
     is_lock = UNREADABLE_LOCK.search(said) and "merge conflicts" not in said
     raise (DamagedLock if is_lock else UserError)(f"DVC cannot tell what has changed: {said}")
 
