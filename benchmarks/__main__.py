@@ -19,7 +19,6 @@ from benchmarks import checkpoints, compare, memory, orchestration
 from benchmarks.figure import draw, result_name
 from benchmarks.work import make_work
 from flows.overrides import apply_overrides, read_overrides
-from tasks.environment import set_environment
 from unfreeze.settings import load_settings
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +33,6 @@ PARTS = ("speed", "shares", "accuracy", "checkpoints", "orchestration", "memory"
 
 def main() -> None:
     """Measure the parts asked for and keep them beside those measured before."""
-    set_environment()  # before there are threads, and for the processes of both sides
     chosen = _arguments()
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)

@@ -34,18 +34,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="unfreeze", description="Easy steps to a world-class image classifier.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    run = commands.add_parser("run", help="run the recipe; what has not changed is not run again")
+    run = commands.add_parser(
+        "run", help="run the recipe, with changes written into params.yaml first; what has not changed is not run again"
+    )
     check = commands.add_parser(
         "check", help="check settings and the source of images; runs nothing, and leaves params.yaml as it is"
     )
     for command, does in ((run, _run), (check, _check)):
         command.add_argument(
             "--settings", type=Path, metavar="FILE",
-            help="with the values named in FILE put into params.yaml first, for example settings/photographs.yaml",
+            help="with the values named in FILE over those of params.yaml, for example settings/photographs.yaml",
         )  # fmt: skip
         command.add_argument(
             "-S", "--set-param", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-            help="with this value put into params.yaml, as in `dvc exp run -S`; may be repeated",
+            help="with this value over that of params.yaml, as in `dvc exp run -S`; may be repeated",
         )  # fmt: skip
         command.set_defaults(command=does)
 
