@@ -40,10 +40,13 @@ def test_a_settings_file_counts_and_flags_go_over_it(tmp_path: Path, monkeypatch
     assert (found.data.source, found.backbone.name) == (usual.data.source, usual.backbone.name)
 
 
-def test_results_of_other_settings_have_a_name_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_of_other_settings_have_a_name_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--settings", str(tmp_path / "my.yaml")])
     with pytest.raises(SystemExit):
         bench._arguments()
+    assert "--settings needs a --name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("case", compare.CASES)

@@ -167,6 +167,10 @@ class Settings:
     checkpoint: CheckpointSettings
 
 
+KNOWN = tuple(key_names(Settings))
+"""Every key, as ``section.key``."""
+
+
 def load_settings(path: str | Path = "params.yaml") -> Settings:
     """Read and check a file of settings.
 
@@ -205,7 +209,7 @@ def parse_settings(content: object, where: str = "params.yaml") -> Settings:
         UserError: lists every key that is missing, unknown or has a wrong value.
     """
     problems: list[str] = []
-    settings = check_section(Settings, content, "", tuple(key_names(Settings)), problems)
+    settings = check_section(Settings, content, "", KNOWN, problems)
     if settings is not None:
         problems += _across(settings)
     if settings is None or problems:
@@ -226,7 +230,7 @@ def parse_section(kind: type[S], content: object, name: str, where: str) -> S:
         UserError: lists, in one line, every key that is missing, unknown or has a wrong value.
     """
     problems: list[str] = []
-    section = check_section(kind, content, f"{name}.", tuple(key_names(Settings)), problems)
+    section = check_section(kind, content, f"{name}.", KNOWN, problems)
     if section is None:
         raise UserError(f"{where}: {' '.join(problems)}")
     return section
