@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 
@@ -33,41 +33,52 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--head", action="store_true", help="train the head on precomputed activations alone")
     parser.add_argument("--epochs", type=int, default=4, help="of the whole network (default: %(default)s)")
+    parser.add_argument("--views", type=int, nargs="+", default=[], help="of TTA (default: as evaluate.tta_views)")
     chosen = parser.parse_args()
     for key in ("train_augmented.", "train_full."):
         if key in " ".join(chosen.changes):
             parser.error(f"{key}* cannot be tried: --epochs says how long the whole network is trained")
     for source in chosen.source:
         with tempfile.TemporaryDirectory() as folder:
-            compare(source, Path(folder), chosen.changes, chosen.seeds, "train_head" if chosen.head else "train_full",
-                    chosen.epochs, lambda row: print(row, flush=True))  # fmt: skip
+            last = "train_head" if chosen.head else "train_full"
+            for row in compare(source, Path(folder), chosen.changes, chosen.seeds, last, chosen.epochs, chosen.views):
+                print(row, flush=True)
 
 
 def compare(
-    source: str, folder: Path, changes: list[str], seeds: int, last: str, epochs: int, say: Callable[[str], None]
-) -> None:
+    source: str, folder: Path, changes: list[str], seeds: int, last: str, epochs: int, views: list[int]
+) -> Iterator[str]:
     """Rows of a table in Markdown: means over the seeds, and how many seeds had a lower log loss than without a change."""
-    say(f"| {Path(source).name}, {last}, {seeds} seeds | plain: accuracy, log loss | with TTA | log loss lower in |")
-    say("|---|---|---|---|")
-    usual: list[tuple[Scores, Scores]] = []
+    averaged = [f"{count} views" for count in views] or ["with TTA"]
+    columns = [
+        f"{Path(source).name}, {last}, {seeds} seeds",
+        "plain: accuracy, log loss",
+        *averaged,
+        "log loss lower in",
+    ]
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
+    usual: list[list[Scores]] = []
     for number, change in enumerate(["", *changes]):
         settings = folder / f"{number}.yaml"
         shutil.copy(ROOT / "params.yaml", settings)
         apply_overrides(settings, [f"data.source={source}", *change.split()])
         work = make_work(folder / "packed", load_settings(settings))
-        work = dataclasses.replace(work, full_epochs=epochs, views=work.settings.evaluate.tta_views)
+        work = dataclasses.replace(work, full_epochs=epochs)
+        counts = views or [work.settings.evaluate.tta_views]
         _, _, activations = prepare(work, 0)
-        scores = [trial(work, seed, last, activations) for seed in range(seeds)]
+        scores = [trial(work, seed, last, activations, counts) for seed in range(seeds)]
         usual = usual or scores
-        lower = [sum(s[i].loss < u[i].loss for s, u in zip(scores, usual, strict=True)) for i in (0, 1)]
-        plain, averaged = (
-            f"{mean(s[i].accuracy for s in scores):.4f}, {mean(s[i].loss for s in scores):.4f}" for i in (0, 1)
-        )
-        say(f"| {change or 'params.yaml'} | {plain} | {averaged} | {lower[0]}, {lower[1]} |")
+        cells = [
+            f"{mean(s.accuracy for s in found):.4f}, {mean(s.loss for s in found):.4f}"
+            for found in zip(*scores, strict=True)
+        ]
+        lower = [str(sum(s[i].loss < u[i].loss for s, u in zip(scores, usual, strict=True))) for i in range(len(cells))]
+        yield f"| {change or 'params.yaml'} | {' | '.join(cells)} | {', '.join(lower)} |"
 
 
-def trial(work: Work, seed: int, last: str, activations: Activations) -> tuple[Scores, Scores]:
-    """Train up to a stage; scores on the validation images, plain and with TTA."""
+def trial(work: Work, seed: int, last: str, activations: Activations, views: list[int]) -> list[Scores]:
+    """Train up to a stage; scores on the validation images: plain, and with TTA of each number of views."""
     seed_everything(seed)
     work = dataclasses.replace(work, settings=dataclasses.replace(work.settings, seed=seed))
     model, loader = classifier(work, seed)
@@ -75,8 +86,8 @@ def trial(work: Work, seed: int, last: str, activations: Activations) -> tuple[S
         if name == last:
             break
     labels = loader.packed.labels[loader.packed.rows("valid")]
-    plain, averaged = predict_views(work, model, loader, "valid")
-    return score(plain, labels), score(averaged, labels)
+    found = [predict_views(dataclasses.replace(work, views=count), model, loader, "valid") for count in views]
+    return [score(probabilities, labels) for probabilities in (found[0][0], *(averaged for _, averaged in found))]
 
 
 if __name__ == "__main__":

@@ -61,13 +61,19 @@ def test_our_recipe_is_judged_on_valid_and_test(work: Work) -> None:
 
 
 def test_choices_are_judged_with_every_seed_on_validation_images(work: Work, tmp_path: Path) -> None:
-    rows: list[str] = []
     change = "train.label_smoothing=0.9 batch_size=8"
-    choices.compare(work.source, tmp_path, ["train_head.epochs=10", change], 2, "train_head", 1, rows.append)
-    usual, same, worse = (row.strip("| ").split(" | ") for row in rows[2:])
+    rows = choices.compare(work.source, tmp_path, ["train_head.epochs=10", change], 2, "train_head", 1, [])
+    _, _, usual, same, worse = (row.strip("| ").split(" | ") for row in rows)
     assert usual[0] == "params.yaml" and worse[0] == change
     assert usual[1:] == same[1:] and usual[3] == "0, 0"
     assert float(worse[1].split(", ")[1]) > float(usual[1].split(", ")[1])
+
+
+def test_choices_of_views_are_judged_on_one_training(work: Work, tmp_path: Path) -> None:
+    head, rule, usual = choices.compare(work.source, tmp_path, [], 1, "train_head", 1, [1, 4])
+    assert "plain" in head and "| 1 views | 4 views |" in head
+    _, plain, one, four, lower = usual.strip("| ").split(" | ")
+    assert lower == "0, 0, 0" and len({plain, one, four}) == 3 and rule.count("---") == 5
 
 
 def test_both_sides_see_the_same_images_in_the_same_split(work: Work) -> None:
