@@ -20,6 +20,7 @@ setup: $(READY)  ## install everything into .venv, at the versions that were tes
 
 # uv installs in a fraction of pip's time. Byte-compiling once here saves seconds at the start of every step.
 $(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; (3, 11) <= sys.version_info[:2] <= (3, 12) or sys.exit('unfreeze needs Python 3.11 or 3.12, and $(PYTHON) is %s.%s: make $(MAKECMDGOALS) PYTHON=python3.12' % sys.version_info[:2])"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --constraint constraints.txt --editable '.[dev]'
@@ -48,8 +49,9 @@ bench: $(READY)  ## compare with fastai and with what this machine can do; BENCH
 	uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[bench]'
 	python -m benchmarks $(BENCH)
 
+# On the database that MLFLOW_TRACKING_URI names; where it names a server, which may be this one, on mlflow.db.
 ui: $(READY)  ## open MLflow's pages on the local database: http://127.0.0.1:5000
-	mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///mlflow.db
+	mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri $(or $(filter-out http%,$(MLFLOW_TRACKING_URI)),sqlite:///mlflow.db)
 
 server: $(READY)  ## start a Prefect server: http://127.0.0.1:4200
 	prefect server start --host 127.0.0.1

@@ -11,7 +11,7 @@ from prefect.context import FlowRunContext
 
 from flows import dvc
 from flows.away import SAME_PASS
-from flows.watched import check_watchable
+from flows.refusals import check_images
 from tasks import STAGES
 from tasks.masking import mask
 from tasks.powercut import TORN, drop_torn
@@ -39,9 +39,9 @@ def begin() -> Plan:
     """Start a pass: check the settings, ask DVC what is stale, give the pass its key and a terminal to draw on.
 
     Raises:
-        UserError: a setting is wrong, or DVC cannot watch the images.
+        UserError: a setting is wrong, or the images cannot be listed, watched or split.
     """
-    check_watchable(load_settings().data.source)
+    check_images(load_settings())
     for path in drop_torn():
         get_run_logger().warning(TORN, path)
     try:

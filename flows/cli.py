@@ -57,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
         "--model", type=Path, default=Path("artifacts/retrain/model.safetensors"),
         help="weights to use (default: %(default)s)",
     )  # fmt: skip
-    predict.add_argument("--tta", action="store_true", help="average over augmented views: slower, often better")
+    predict.add_argument(
+        "--tta", action="store_true", help=f"average over {TTA_VIEWS} augmented views: slower, often better"
+    )
     predict.add_argument("--csv", action="store_true", help="print CSV with every class's probability")
     predict.set_defaults(command=_predict)
 
@@ -93,16 +95,16 @@ def _run(chosen: argparse.Namespace) -> int:
 
 def _run_alone(chosen: argparse.Namespace) -> int:
     from flows.overrides import apply_overrides
+    from flows.refusals import check_for, check_images
     from tasks.stopping import GRACE
     from tasks.workspace import alone
     from unfreeze.settings import load_settings
-    from unfreeze.sources import read_source
 
     if overrides := _overrides(chosen):
         with alone("step", GRACE):  # which may be a step of `dvc repro`
-            apply_overrides("params.yaml", overrides, check=lambda settings: read_source(settings.data.source))
+            apply_overrides("params.yaml", overrides, check_for(overrides))
     else:
-        read_source(load_settings().data.source)
+        check_images(load_settings())
 
     from flows.away import go_on_without, is_away
     from flows.publish import what_waits
@@ -121,7 +123,7 @@ def _run_alone(chosen: argparse.Namespace) -> int:
         go_on_without()
     finally:
         if left := what_waits():
-            print(f"{left} `unfreeze publish` sends it, and so does the next run.", file=sys.stderr)
+            print(left, file=sys.stderr)
     return 0
 
 
@@ -134,16 +136,12 @@ def _overrides(chosen: argparse.Namespace) -> list[str]:
 
 def _check(chosen: argparse.Namespace) -> int:
     from flows.overrides import with_overrides
-    from flows.watched import check_watchable
-    from unfreeze.backbones import check_backbone
+    from flows.refusals import check_all
     from unfreeze.settings import load_settings, parse_text
-    from unfreeze.sources import read_source
 
     overrides = _overrides(chosen)
     settings = parse_text(with_overrides("params.yaml", overrides)) if overrides else load_settings()
-    table = read_source(settings.data.source)
-    check_watchable(settings.data.source)
-    check_backbone(settings.backbone.name, settings.backbone.weights, settings.data.image_size)
+    table = check_all(settings)
     print(
         f"params.yaml{' with these changes' if overrides else ''} is right; {len(table)} images in {settings.data.source}:"
     )

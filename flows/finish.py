@@ -8,9 +8,10 @@ from flows import dvc
 from flows.begin import Plan
 from flows.links import run_address
 from flows.stage import Outcome
-from tasks.journal import Journal, waiting
+from tasks.journal import Journal
 from tasks.masking import mask
 from tasks.powercut import settle
+from tasks.publishing import waiting_here
 from tasks.tracking import Delivery, begin_journal, conclude
 from unfreeze.settings import flatten, load_settings
 
@@ -33,7 +34,7 @@ def finish(outcomes: Mapping[str, Outcome], plan: Plan, status: str) -> None:
         log.info("Nothing to run: all %d steps are up to date.", len(outcomes))
     if ran and status == "FINISHED":
         settle()  # what the last step's DVC has taken
-    if waiting():
+    if waiting_here():
         Delivery(journal, log.warning).close()
     if ran and (address := run_address()):
         log.info("MLflow run: %s", address)

@@ -34,14 +34,15 @@ def apply_overrides(
     Args:
         path: the file.
         overrides: for example ``["train_full.cycles=2", "lr_find.rate=null"]``; values are YAML 1.2.
-        check: raises UserError where the settings, as they would be, are not to be kept.
+        check: raises UserError where the settings, as they would be, are not to be kept; not asked where nothing changes.
 
     Raises:
         UserError: there is no such key, or the settings would be wrong with these values; nothing is written then.
     """
     text = with_overrides(path, overrides)
-    check(parse_text(text, str(path)))
+    settings = parse_text(text, str(path))
     if text != read_text(path):
+        check(settings)
         _replace(Path(path).resolve(), text)
 
 

@@ -4,9 +4,9 @@ import sys
 import time
 
 from flows import dvc
-from tasks.journal import Busy, read_json, waiting
+from tasks.journal import Busy, waiting
 from tasks.masking import mask
-from tasks.publishing import Unreachable, address, client, reaching, send
+from tasks.publishing import Unreachable, address, client, meant_for, reaching, send, waiting_here
 
 BUSY = 60.0
 """Seconds to wait for another process that is sending."""
@@ -40,13 +40,26 @@ def publish(anyway: bool) -> int:
 
 
 def what_waits() -> str:
-    """A sentence that says what waits, nothing where nothing does."""
+    """Sentences that say what waits, and who sends it; nothing where nothing waits."""
     sentences = []
-    if count := len(waiting()):
-        sentences.append(f"MLflow at {address()} has not got everything: {_steps(count)} wait.")
+    if count := len(waiting_here()):
+        sentences.append(f"MLflow at {address()} has not got everything: {_wait(count)}.")
     if dvc.to_push():
         sentences.append("DVC's remote has not got everything.")
-    return " ".join(sentences)
+    if sentences:
+        sentences.append("`unfreeze publish` sends it, and so does the next run.")
+    return " ".join([*sentences, *_elsewhere()])
+
+
+def _elsewhere() -> list[str]:
+    """A sentence that says what waits for other servers than the one of the environment, where something does."""
+    others = [server for folder in waiting() if (server := meant_for(folder)) != address()]
+    if not others:
+        return []
+    return [
+        f"{_wait(len(others))} for MLflow at {', '.join(sorted(set(others)))}, and MLFLOW_TRACKING_URI names {address()}: "
+        "change it, or say `unfreeze publish --anyway`."
+    ]
 
 
 def _send(anyway: bool) -> list[str]:
@@ -62,16 +75,14 @@ def _send(anyway: bool) -> list[str]:
                     if time.monotonic() > until:
                         return ["Another process is sending; try again when it has ended."]
     except Unreachable as error:
-        return [f"{error} {_steps(len(waiting()))} wait; try again later."]
-    left = [read_json(folder / "head.json").get("address") for folder in waiting()]
-    others = sorted({str(other) for other in left} - {address()})
-    if others:
-        return [
-            f"{_steps(len(left))} wait for MLflow at {', '.join(others)}, and MLFLOW_TRACKING_URI names {address()}: "
-            "change it, or say --anyway."
-        ]
-    return [f"{_steps(len(left))} are being run now, or wait for their files' place."] if left else []
+        return [f"{error} {_wait(len(waiting()))}; try again later."]
+    here = len(waiting_here())
+    return _elsewhere() + ([f"{_wait(here)}: a step is being run now, or the files' place is away."] if here else [])
 
 
 def _steps(count: int) -> str:
     return f"{count} {'record of a step' if count == 1 else 'records of steps'}"
+
+
+def _wait(count: int) -> str:
+    return f"{_steps(count)} wait{'s' * (count == 1)}"

@@ -10,6 +10,7 @@ from flows.begin import begin
 from flows.finish import finish
 from flows.logs import log_sentences
 from flows.overrides import apply_overrides, as_overrides
+from flows.refusals import check_for
 from flows.stage import Outcome, run_stage, stage_task
 from tasks.stopping import GRACE, end_in_time
 from tasks.warm import warm_process
@@ -61,7 +62,8 @@ def recipe(settings: dict[str, Any] | None = None) -> dict[str, Outcome]:
     with alone("run"):
         if settings:
             with alone("step", GRACE):  # which may be a step of `dvc repro`
-                apply_overrides("params.yaml", as_overrides(settings))
+                overrides = as_overrides(settings)
+                apply_overrides("params.yaml", overrides, check_for(overrides))
         plan = begin()
         outcomes: dict[str, Outcome] = {}
         status = "FAILED"

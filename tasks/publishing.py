@@ -57,6 +57,16 @@ def address() -> str:
     return mask(os.environ["MLFLOW_TRACKING_URI"])
 
 
+def meant_for(folder: Path) -> str:
+    """The tracking server that a journal was written for, as it may be shown."""
+    return str(read_json(folder / "head.json").get("address"))
+
+
+def waiting_here() -> list[Path]:
+    """The journals that wait for the tracking server of the environment, the oldest first."""
+    return [folder for folder in waiting() if meant_for(folder) == address()]
+
+
 def client() -> Any:
     """An MLflow client for the tracking server of the environment."""
     # MLflow's own migrations announce each of their dozens of steps, and its HTTP client each attempt.
@@ -120,7 +130,7 @@ def send(
     with sending(PATIENCE / 2):
         for folder in waiting():
             mine = own is not None and folder == own.folder
-            elsewhere = read_json(folder / "head.json").get("address") != address()
+            elsewhere = meant_for(folder) != address()
             if not mine and ((elsewhere and not anyway) or is_being_written(folder)):
                 continue
             try:

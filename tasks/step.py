@@ -43,7 +43,10 @@ WORTH_A_RETRY = 1
 STOPPED = 143
 """Exit code of a step that was asked to stop."""
 
-LESS_MEMORY = "A smaller batch_size or data.image_size takes less. Started again, it goes on from its last checkpoint."
+LESS_MEMORY = (
+    "A smaller batch_size or data.image_size takes less, and the steps that see it begin anew; with the settings as they "
+    "are it goes on from its last checkpoint."
+)
 """What to do where there is not enough of it."""
 
 NO_MEMORY = ("out of memory", "not enough memory", "allocate memory", "_alloc_failed")

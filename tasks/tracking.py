@@ -24,9 +24,9 @@ from typing import Any
 
 from tasks import STAGES
 from tasks.files import artifact, write_json
-from tasks.journal import ROOT, Busy, Journal, Record, pass_folder, read_json, waiting
+from tasks.journal import ROOT, Busy, Journal, Record, pass_folder, read_json
 from tasks.masking import mask
-from tasks.publishing import address, client, metrics, reaching, reason, send
+from tasks.publishing import address, client, metrics, reaching, reason, send, waiting_here
 from tasks.stopping import dvc_above, identity
 
 logger = logging.getLogger("unfreeze")
@@ -86,7 +86,7 @@ class Delivery:
         self._closing.set()
         while self._thread.is_alive() and time.monotonic() < self._until:
             self._thread.join(0.05)
-        if not (left := [self._journal.folder] if self._journal else waiting()) or not left[0].exists():
+        if not (left := [self._journal.folder] if self._journal else waiting_here()) or not left[0].exists():
             return True
         if self._journal:
             self._journal.sync()

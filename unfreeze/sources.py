@@ -84,6 +84,11 @@ def _table(source: str) -> pd.DataFrame:
         if source not in SAMPLES:
             raise UserError(f"data.source: there is no {source}; there is {', '.join(SAMPLES)}.")
         return _frame([(str(file), path, label, "", "") for file, path, label in elpv()])
+    if "://" in source:
+        raise UserError(
+            f"data.source: {source} is an address, and images are read from this machine's file system: mount or download "
+            "them, and name the folder or CSV file."
+        )
     where = _where(source)
     if os.path.isdir(where):
         labels = where / "labels.csv"
