@@ -210,7 +210,7 @@ def _find(work: Work, model: Classifier, loader: Loader, unfreeze: Unfreeze, swe
 def _sweep(
     work: Work, model: Any, groups: Any, batches: Callable[[int, int], Iterator[Batch]], sweep: LRFind
 ) -> pd.DataFrame:
-    return range_test(model, make_optimizer(groups, work.settings.train), batches, sweep, work.settings.train)
+    return range_test(model, make_optimizer(groups, work.settings.train), batches, sweep)
 
 
 def _rate(sweep: LRFind, test: Callable[[], pd.DataFrame]) -> float:

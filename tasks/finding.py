@@ -10,7 +10,7 @@ from unfreeze.batches import Batch
 from unfreeze.lr_finder import pick_rate, suggest
 from unfreeze.plotting import lr_find_plot, save_png
 from unfreeze.range_test import range_test
-from unfreeze.settings import LRFind, Train
+from unfreeze.settings import LRFind
 
 
 def find_rate(
@@ -19,7 +19,6 @@ def find_rate(
     optimizer: torch.optim.Optimizer,
     batches: Callable[[int, int], Iterable[Batch]],
     settings: LRFind,
-    train: Train,
 ) -> dict[str, float]:
     """Sweep the rate over training batches, pick one, keep curve and plot.
 
@@ -28,12 +27,11 @@ def find_rate(
         model, optimizer: what is trained during the sweep and left as it was.
         batches: those of epoch n (from 0), from batch i (from 0) on.
         settings: the sweep's ends, its length, and the rule that picks.
-        train: label smoothing.
 
     Returns:
         Metrics: the rate to train with, and the points of the curve it was chosen among.
     """
-    curve = range_test(model, optimizer, batches, settings, train, run.checkpoint("sweep"))
+    curve = range_test(model, optimizer, batches, settings, run.checkpoint("sweep"))
     for i, (at, loss, smoothed) in enumerate(curve.itertuples(index=False, name=None)):
         run.tracker.curve({"rate": at, "loss": loss, "smoothed": smoothed}, i)
     picks = suggest(curve["rate"].to_numpy(), curve["loss"].to_numpy())

@@ -32,4 +32,4 @@ def lr_find(
         order = shuffled(rows, batch_size, derive_seed(seed, "lr_find"), epoch)
         return activation_batches(activations, packed.labels, order[first:], device)
 
-    return find_rate(run, model, optimizer, batches, lr_find, train)
+    return find_rate(run, model, optimizer, batches, lr_find)

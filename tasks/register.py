@@ -10,6 +10,7 @@ sentence and nothing is lost: tried again, it takes up what the first attempt ha
 
 import contextlib
 import hashlib
+import importlib.metadata
 import io
 import logging
 import os
@@ -17,7 +18,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from tasks.files import artifact, write_json
 from tasks.publishing import reaching
@@ -31,14 +34,13 @@ REQUIREMENTS = (
 """Packages that a served model is installed with."""
 
 KEY_TAG = "unfreeze.key"
-"""Tag of a version that says what it was made of: weights, the code that serves them, and the name."""
+"""Tag of a model and its version that says what they were made of: weights, the code that serves them, and the name."""
 
 
 @step
 def register(run: Run, register: Register) -> dict[str, float]:
     weights = artifact("retrain", "model.safetensors")
-    matrix = pd.read_csv(artifact("retrain", "confusion_matrix.csv"), index_col=0)
-    save_png(confusion_plot(matrix.to_numpy(), list(matrix.columns)), run.path("confusion_matrix.png"))
+    save_png(confusion_plot(*_confusion(artifact("retrain", "confusion_matrix.csv"))), run.path("confusion_matrix.png"))
     parent = run.tracker.parent()
     with reaching():
         found = _register(weights, register.model_name, parent, run.key)
@@ -52,13 +54,18 @@ def register(run: Run, register: Register) -> dict[str, float]:
     return {"version": version}
 
 
+def _confusion(path: Path) -> tuple[NDArray[np.int64], list[str]]:
+    """The confusion matrix (C, C) and the names of the classes, as they were written: pandas would rename a class `true`,
+    as the corner of the table is called."""
+    table = pd.read_csv(path, header=None, dtype=str, keep_default_na=False)
+    return table.iloc[1:, 1:].to_numpy().astype(np.int64), list(table.iloc[0, 1:])
+
+
 def _register(weights: Path, name: str, parent: str, key: str) -> Any:
     """Log the model to the parent run as an MLflow pyfunc and register it, if that is not done, perhaps by an earlier pass
     that was killed before DVC had noted it; returns the version."""
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    import importlib.metadata
-
     import mlflow
 
     mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
@@ -69,25 +76,31 @@ def _register(weights: Path, name: str, parent: str, key: str) -> Any:
     # MLflow says on stderr what it did; what goes wrong it raises.
     with mlflow.start_run(run_id=parent), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        model = _logged(client, parent)
+        model = _logged(client, parent, key)
         if model is None:
             model = mlflow.pyfunc.log_model(
                 name="model",
                 python_model=str(root / "tasks" / "serving.py"),
                 artifacts={"weights": str(weights)},
                 code_paths=[str(root / "unfreeze")],
-                pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in REQUIREMENTS],
+                pip_requirements=[f"{package}=={_version(package)}" for package in REQUIREMENTS],
+                tags={KEY_TAG: key},
             ).model_id
         return mlflow.register_model(f"models:/{model}", name, tags={KEY_TAG: key})
 
 
-def _logged(client: Any, parent: str) -> str | None:
-    """The id of the model that an earlier attempt has logged whole; what it has logged in part is removed."""
+def _version(package: str) -> str:
+    """The version that is installed, as package indexes know it: without what a build for one device adds (``+cu126``)."""
+    return importlib.metadata.version(package).partition("+")[0]
+
+
+def _logged(client: Any, parent: str, key: str) -> str | None:
+    """The id of the model with this key that an earlier attempt has logged whole; what was logged in part is removed."""
     experiment = client.get_run(parent).info.experiment_id
     whole = None
     for model in client.search_logged_models([experiment], filter_string=f"source_run_id = '{parent}'"):
-        if model.status == "READY":
-            whole = str(model.model_id)
-        else:
+        if model.status != "READY":
             client.delete_logged_model(model.model_id)
+        elif model.tags.get(KEY_TAG) == key:
+            whole = str(model.model_id)
     return whole

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from tasks import STAGES
+from tasks.files import artifact
 
 ROOT = Path(".unfreeze/checkpoints")
 
@@ -36,9 +37,10 @@ def fingerprint(stage: str, settings: Mapping[str, Any]) -> str:
 
 
 def clear_earlier(stage: str) -> None:
-    """Remove the checkpoints of the steps before this one, which have finished."""
+    """Remove the checkpoints of the steps before this one that have finished."""
     for earlier in STAGES[: STAGES.index(stage)]:
-        shutil.rmtree(ROOT / earlier, ignore_errors=True)
+        if artifact(earlier, "metrics.json").exists():  # which DVC removes before it runs the step again
+            shutil.rmtree(ROOT / earlier, ignore_errors=True)
 
 
 def clear_foreign(kept: Path) -> None:

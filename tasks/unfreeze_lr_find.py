@@ -31,4 +31,4 @@ def unfreeze_lr_find(
 
     with unfrozen(model, loader, rows, unfreeze) as groups:
         optimizer = make_optimizer(groups, train)
-        return find_rate(run, model, optimizer, batches, unfreeze_lr_find, train)
+        return find_rate(run, model, optimizer, batches, unfreeze_lr_find)

@@ -202,7 +202,7 @@ def test_files_that_vanish_or_change_are_set_aside(photos: Path, monkeypatch: py
     }
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOTCONN, errno.EHOSTDOWN])
 def test_trouble_of_the_system_sets_no_image_aside(photos: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     usual = decoding._decode
 

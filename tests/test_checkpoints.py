@@ -221,6 +221,31 @@ def test_a_wish_to_stop_is_granted_after_the_batch_and_a_checkpoint(tmp_path: Pa
     assert not same(weights, again)
 
 
+def test_a_wish_to_stop_is_granted_in_the_middle_of_validation(tmp_path: Path) -> None:
+    weights, _, _ = training("adamw", None, stop=False)
+    wish = Interruption()
+    checkpoint = at(tmp_path, batches=None, interruption=wish)
+    model = network()
+    optimizer = make_optimizer([{"params": list(model.parameters())}], Train("adamw", 0.01, 0.0))
+    validated = []
+
+    def validate() -> Scores:
+        validated.append(wish.deferred)
+        if len(validated) == 2:
+            raise Interrupted  # as the signal's handler does where nothing is deferred
+        return Scores(0.5, 0.5)
+
+    schedule = make_schedule("sgdr", CYCLES, 1, 1, BATCHES)
+    with pytest.raises(Interrupted):
+        fit(model, optimizer, schedule, 0.05, epochs, train_mode=model.train, validate=validate, checkpoint=checkpoint)
+    assert validated == [False, False] and not wish.deferred
+    progress = at(tmp_path).load(trainable_state(model), optimizer)
+    assert progress is not None
+    assert (progress.epoch, progress.batch) == (1, BATCHES)
+    again, _, _ = training("adamw", at(tmp_path), stop=False)
+    assert same(weights, again)
+
+
 def test_the_interval_grows_with_the_cost(tmp_path: Path) -> None:
     checkpoint = at(tmp_path, seconds=0.0, batches=None)
     assert checkpoint.due()

@@ -81,6 +81,22 @@ def test_duplicates_are_those_that_comparing_all_pairs_finds(seed: int) -> None:
     assert found["conflict"].is_monotonic_decreasing and found["conflict"].any()
 
 
+def test_a_thousand_images_that_are_nearly_the_same_do_not_make_half_a_million_pairs() -> None:
+    one, n = gallery(0, 1), 1000
+    base = one[0].astype(int)
+    pictures = [
+        (base + np.random.default_rng(i).integers(-1, 2, base.shape)).clip(0, 255).astype(np.uint8) for i in range(n)
+    ]
+    table = pd.concat([one.table.iloc[:1]] * n, ignore_index=True).assign(
+        digest=[str(i) for i in range(n)], difference_hash=[difference_hash(Image.fromarray(p)) for p in pictures]
+    )
+    pixels = in_memory(np.concatenate([p.reshape(-1) for p in pictures]))
+    places = np.arange(n) * SIZE**2 * 3
+    images = PackedImages(pixels, table, one.classes, np.zeros(n, int), np.full((n, 2), SIZE), places, SIZE)
+    found = find_duplicates(images)
+    assert set(found["kind"]) == {"near"} and n / 2 <= len(found) <= 3 * 20 * n
+
+
 def test_a_thousand_copies_do_not_make_half_a_million_pairs() -> None:
     one = gallery(0, 1)
     n = 1000

@@ -3,11 +3,15 @@
 import re
 from collections.abc import Mapping
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from tasks.judging import keep_confusion
+from tasks.register import _confusion
+from tasks.step import Run
 from unfreeze.evaluate_report import Course, evaluate_report
 from unfreeze.evaluating import Candidate, Predictions
 from unfreeze.explore_report import explore_metrics, explore_report
@@ -214,3 +218,16 @@ def test_the_headline_compares_with_the_baseline() -> None:
     lead = 100 * (metrics["valid_tta_accuracy"] - metrics["valid_baseline_accuracy"])
     assert f"{abs(lead):.1f} percentage points {'above' if lead >= 0 else 'below'}" in text
     assert "the model was chosen on these very images" in text
+
+
+def test_a_class_may_be_called_as_the_corner_of_the_confusion_matrix_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "path", lambda run, name: tmp_path / name)
+    packed = packed_images(12, ["false", "true", "nan"])
+    rows = packed.rows("test")
+    probabilities = np.eye(3, dtype=np.float32)[packed.labels[rows]]
+    keep_confusion(Run.__new__(Run), packed, {"test": Predictions(rows, probabilities, probabilities)})
+    matrix, classes = _confusion(tmp_path / "confusion_matrix.csv")
+    assert classes == ["false", "true", "nan"]
+    assert matrix.tolist() == np.diag(np.bincount(packed.labels[rows], minlength=3)).tolist()

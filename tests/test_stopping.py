@@ -14,6 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tasks import resuming
+from tasks.files import artifact
 from tasks.step import Run, Step
 from tasks.stopping import alive, identity
 from tasks.workspace import alone
@@ -127,12 +128,15 @@ def test_checkpoints_of_finished_steps_and_of_other_settings_are_cleared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("train_head/a", "train_full/a", "train_full/b", "retrain/a"):
+    for name in ("precompute/a", "train_head/a", "train_full/a", "train_full/b", "retrain/a"):
         (resuming.ROOT / name).mkdir(parents=True)
+    for stage in ("ingest", "train_head"):  # precompute has not finished: a step after it was begun by hand
+        artifact(stage, "").mkdir(parents=True)
+        artifact(stage, "metrics.json").touch()
     resuming.clear_earlier("train_full")
     resuming.clear_foreign(resuming.ROOT / "train_full/a")
     left = sorted(str(path.relative_to(resuming.ROOT)) for path in resuming.ROOT.glob("*/*"))
-    assert left == ["retrain/a", "train_full/a"]
+    assert left == ["precompute/a", "retrain/a", "train_full/a"]
 
 
 def test_mlflow_knows_a_step_that_was_stopped_from_one_that_failed(

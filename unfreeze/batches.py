@@ -134,4 +134,4 @@ def activation_batches(
 ) -> Iterator[Batch]:
     """Batches of precomputed activations (B, F) and class numbers (B,), for the row numbers given."""
     for rows in batches:
-        yield torch.from_numpy(activations[rows]).to(device), torch.from_numpy(labels[rows]).to(device)
+        yield upload(torch.from_numpy(activations[rows]), device), upload(torch.from_numpy(labels[rows]), device)

@@ -127,6 +127,15 @@ class Checkpoint:
         finally:
             self.interruption.deferred = False
 
+    @contextmanager
+    def granting(self) -> Iterator[None]:
+        """A wish to stop is granted at once while this block of `deferring` runs, with a checkpoint to be written after it."""
+        self.interruption.deferred = False
+        try:
+            yield
+        finally:
+            self.interruption.deferred = True
+
     def _write(self, tensors: Tensors, numbers: Mapping[str, Any]) -> None:
         from safetensors.torch import save
 

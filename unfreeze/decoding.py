@@ -40,8 +40,15 @@ ORIENTATION = 0x0112
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""What the system says of its own trouble: an image that was set aside for it would be missing for good."""
+# fmt: off
+PASSING = (
+    errno.EIO, errno.EREMOTEIO, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENODEV, errno.ESTALE,
+    errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
+    errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED,
+)
+# fmt: on
+"""What the system says of its own trouble, disks and shares that are away included: an image that was set aside for it would
+be missing for good."""
 
 
 class BrokenImage(Exception):

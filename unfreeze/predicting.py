@@ -99,7 +99,7 @@ def predict_tta(
     found = (
         predict(model, batches(0)) if kept is None else _predict_on(model, batches, kept, len(loader.packed.classes))
     )
-    seen, plain = np.split(found, [len(owner)])
+    seen, plain = found[: len(owner)], np.array(found[len(owner) :])
     total = np.zeros(plain.shape)
     np.add.at(total, owner, seen)
     return plain, ((plain + total / counts[:, None]) / 2).astype(np.float32)
@@ -117,7 +117,7 @@ def _predict_on(
     while some := list(islice(outputs, TOGETHER)):
         kept.append(torch.cat([logits.softmax(1) for logits, _ in some]).cpu().numpy().tobytes(), len(some))
     kept.keep()
-    return np.fromfile(kept.path, np.float32).reshape(-1, classes)
+    return np.memmap(kept.path, np.float32, "r").reshape(-1, classes)  # views times images: more than memory may hold
 
 
 def backbone_activations(backbone: Backbone, loader: Loader, first: int = 0) -> Iterator[NDArray[np.float32]]:

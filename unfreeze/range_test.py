@@ -12,7 +12,7 @@ from unfreeze.batches import Batch
 from unfreeze.checkpoints import Checkpoint, Progress, trainable_state
 from unfreeze.lr_finder import lr_find
 from unfreeze.preserve import preserved
-from unfreeze.settings import LRFind, Train
+from unfreeze.settings import LRFind
 from unfreeze.training import set_rate, train_batch
 
 logger = logging.getLogger("unfreeze")
@@ -23,16 +23,17 @@ def range_test(
     optimizer: torch.optim.Optimizer,
     batches: Callable[[int, int], Iterable[Batch]],
     settings: LRFind,
-    train: Train,
     checkpoint: Checkpoint | None = None,
 ) -> pd.DataFrame:
     """LR range test: train on one batch after another, over as many epochs as it takes, and leave no trace.
+
+    Labels are not smoothed, whatever training does: the loss of a perfect network would not be 0, by which `suggest` and the
+    end of the sweep go.
 
     Args:
         model, optimizer: what is trained, in training mode, and left as it was.
         batches: those of epoch n (from 0), from batch i (from 0) on.
         settings: the sweep's ends and its length.
-        train: label smoothing.
         checkpoint: where to note how far the sweep has come, and to go on from, as in `fit`.
 
     Returns:
@@ -47,7 +48,7 @@ def range_test(
 
         def train_at(rate: float) -> float:
             set_rate(optimizer, rate)
-            loss = float(train_batch(model, optimizer, next(line), train.label_smoothing))
+            loss = float(train_batch(model, optimizer, next(line), label_smoothing=0.0))
             at.history.batches.append({"iteration": at.iteration, "rate": rate, "loss": loss})
             at.iteration, at.batch = at.iteration + 1, at.batch + 1
             if checkpoint and checkpoint.due():

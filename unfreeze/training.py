@@ -20,6 +20,7 @@ from unfreeze.checkpoints import Checkpoint, Progress, Tensors, put, trainable_s
 from unfreeze.device import autocast
 from unfreeze.errors import UserError
 from unfreeze.history import History
+from unfreeze.interruption import Interrupted
 from unfreeze.measuring import Scores
 from unfreeze.overfitting import until_overfitting
 from unfreeze.schedules import Schedule
@@ -126,6 +127,19 @@ def fit(
     at = (checkpoint.load(weights, optimizer) if checkpoint else None) or Progress()
     if at.iteration:
         listener.resumed(at)
+
+    def judge() -> Scores:
+        """Validation may take long, and changes nothing: what wants the training to stop does not wait for its end."""
+        assert validate is not None
+        if checkpoint is None:
+            return validate()
+        try:
+            with checkpoint.granting():
+                return validate()
+        except Interrupted:
+            checkpoint.save(weights, optimizer, at)
+            raise
+
     with checkpoint.deferring() if checkpoint else nullcontext():
         while not at.done:
             train_mode()
@@ -141,7 +155,7 @@ def fit(
                 if checkpoint and due:
                     checkpoint.save(weights, optimizer, at)
             _report(waiting, at, listener)
-            _judge(weights, schedule, validate, stop_when_overfitting, at, listener)
+            _judge(weights, schedule, judge if validate else None, stop_when_overfitting, at, listener)
             if checkpoint and at.done:
                 checkpoint.save(weights, optimizer, at)
     if at.best:

@@ -347,6 +347,11 @@ def test_a_model_is_registered_once_however_often_it_takes(server: Server, proxy
     assert len(client.search_model_versions("name = 'unfreeze'")) == 1
     (folder / "model.safetensors").write_bytes(b"other weights")
     assert "version 2 registered" in work.run("-m", "tasks", "register", **later)
+    (folder / "model.safetensors").write_bytes(
+        b"yet others"
+    )  # and the same pass again: Prefect can run a flow run anew
+    assert "version 3 registered" in work.run("-m", "tasks", "register", **later)
+    assert len({version.source for version in client.search_model_versions("name = 'unfreeze'")}) == 3
     experiment = client.get_experiment_by_name(tmp_path.name)
     assert experiment is not None
-    assert len(client.search_logged_models([experiment.experiment_id])) == 2
+    assert len(client.search_logged_models([experiment.experiment_id])) == 3
