@@ -28,10 +28,10 @@ def changes(params: Path) -> list[tuple[str, str]]:
 
 
 def test_one_value_changes_one_line_and_keeps_its_comment(params: Path) -> None:
-    apply_overrides(params, ["train_full.cycles=2"])
-    old = "  cycles: 3               # a maximum with until_overfitting"
-    assert changes(params) == [(old, old.replace("3", "2"))]
-    assert load_settings(params).train_full.cycles == 2
+    apply_overrides(params, ["train_augmented.cycle_len=2"])
+    old = "  cycle_len: 1            # epochs"
+    assert changes(params) == [(old, old.replace("1", "2"))]
+    assert load_settings(params).train_augmented.cycle_len == 2
     assert [file.name for file in params.parent.iterdir()] == ["params.yaml"]
 
 
