@@ -77,12 +77,13 @@ def identity(process: psutil.Process) -> str:
 
 
 def dvc_above() -> psutil.Process | None:
-    """The nearest `dvc` among the processes that this one came from."""
+    """The nearest `dvc` among the processes that this one came from, as far up as this user may look."""
     process: psutil.Process | None = psutil.Process()
-    while process is not None:
-        if any(os.path.basename(word) == "dvc" for word in process.cmdline()[:3]):
-            return process
-        process = process.parent()
+    with contextlib.suppress(psutil.Error):
+        while process is not None:
+            if any(os.path.basename(word) == "dvc" for word in process.cmdline()[:3]):
+                return process
+            process = process.parent()
     return None
 
 

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from tasks import resuming
 from tasks.files import artifact
 from tasks.step import Run, Step
-from tasks.stopping import alive, identity
+from tasks.stopping import alive, dvc_above, identity
 from tasks.workspace import alone
 from unfreeze.errors import UserError
 from unfreeze.interruption import Interrupted
@@ -107,6 +107,14 @@ def test_one_run_at_a_time_in_a_workspace(tmp_path: Path, monkeypatch: pytest.Mo
         first.wait()
     with alone("run"), alone("run"):
         pass
+
+
+def test_a_parent_that_may_not_be_looked_at_is_no_dvc(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hidden(process: psutil.Process) -> list[str]:  # another user's, where /proc hides these
+        raise psutil.AccessDenied(process.pid)
+
+    monkeypatch.setattr(psutil.Process, "cmdline", hidden)
+    assert dvc_above() is None
 
 
 def test_checkpoints_depend_on_settings_images_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
