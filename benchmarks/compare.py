@@ -12,8 +12,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
+
 from benchmarks import ceilings, ours, peer
 from benchmarks.work import Work
+from tasks.stopping import die_with, identity
 from unfreeze.packed import open_packed
 
 CASES = {
@@ -171,10 +174,11 @@ def _process() -> ProcessPoolExecutor:
 
 
 def _prepare() -> None:
-    """Set up a process of the comparison: quiet, and with its own processes forked.
+    """Set up a process of the comparison: quiet, ending with the one that began it, and with its own processes forked.
 
     A spawned process would spawn too: fastai's workers would import all there is anew in every epoch, which took as long
     as the epoch. And what fastai's own use of torch is warned of is not for whoever reads the table.
     """
+    die_with([identity(psutil.Process(os.getppid()))])  # or it would go on beside what is measured next
     set_start_method("fork", force=True)
     warnings.filterwarnings("ignore", category=FutureWarning)
