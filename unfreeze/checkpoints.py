@@ -119,22 +119,13 @@ class Checkpoint:
         return None
 
     @contextmanager
-    def deferring(self) -> Iterator[None]:
-        """A wish to stop waits for the next checkpoint while the block runs."""
-        self.interruption.deferred = True
+    def deferring(self, defers: bool = True) -> Iterator[None]:
+        """A wish to stop waits for the next checkpoint while the block runs; or, within such a block, is granted at once."""
+        before, self.interruption.deferred = self.interruption.deferred, defers
         try:
             yield
         finally:
-            self.interruption.deferred = False
-
-    @contextmanager
-    def granting(self) -> Iterator[None]:
-        """A wish to stop is granted at once while this block of `deferring` runs, with a checkpoint to be written after it."""
-        self.interruption.deferred = False
-        try:
-            yield
-        finally:
-            self.interruption.deferred = True
+            self.interruption.deferred = before
 
     def _write(self, tensors: Tensors, numbers: Mapping[str, Any]) -> None:
         from safetensors.torch import save

@@ -128,13 +128,12 @@ def fit(
     if at.iteration:
         listener.resumed(at)
 
-    def judge() -> Scores:
-        """Validation may take long, and changes nothing: what wants the training to stop does not wait for its end."""
-        assert validate is not None
-        if checkpoint is None:
-            return validate()
+    def scored() -> Scores | None:
+        """Validation may take long, and changes nothing: a wish to stop does not wait for its end."""
+        if validate is None or checkpoint is None:
+            return validate() if validate else None
         try:
-            with checkpoint.granting():
+            with checkpoint.deferring(False):
                 return validate()
         except Interrupted:
             checkpoint.save(weights, optimizer, at)
@@ -155,7 +154,7 @@ def fit(
                 if checkpoint and due:
                     checkpoint.save(weights, optimizer, at)
             _report(waiting, at, listener)
-            _judge(weights, schedule, judge if validate else None, stop_when_overfitting, at, listener)
+            _judge(weights, schedule, scored(), stop_when_overfitting, at, listener)
             if checkpoint and at.done:
                 checkpoint.save(weights, optimizer, at)
     if at.best:
@@ -166,17 +165,16 @@ def fit(
 def _judge(
     weights: Tensors,
     schedule: Schedule,
-    validate: Callable[[], Scores] | None,
+    scores: Scores | None,
     stop_when_overfitting: bool,
     at: Progress,
     listener: Listener,
 ) -> None:
-    """At the end of an epoch: validate, and at the end of a cycle see whether it is the best, and the last."""
+    """At the end of an epoch: note how it went, and at the end of a cycle see whether it is the best, and the last."""
     rows = at.history.batches[at.iteration - at.batch :]
     cycle = sum(at.epoch >= end for end in schedule.cycle_ends)
     row = {"epoch": at.epoch, "cycle": cycle, "train_loss": float(np.mean([row["loss"] for row in rows]))}
-    if validate is not None:
-        scores = validate()
+    if scores is not None:
         row |= {"valid_loss": scores.loss, "valid_accuracy": scores.accuracy}
     row["rate"] = max(batch["rate"] for batch in rows)
     at.history.epochs.append(row)
@@ -187,7 +185,7 @@ def _judge(
         return
     listener.cycle(cycle)
     at.history.best_cycle = cycle
-    if stop_when_overfitting and validate is not None:
+    if stop_when_overfitting and scores is not None:
         ends = [at.history.epochs[end - 1] for end in schedule.cycle_ends if end <= at.epoch]
         stop, at.history.best_cycle = until_overfitting(
             [r["train_loss"] for r in ends], [r["valid_loss"] for r in ends]
