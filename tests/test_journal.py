@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flows.publish import publish
+from flows.publish import publish, what_waits
 from tasks import publishing
 from tasks.journal import Journal, is_being_written, read, waiting
 from unfreeze.errors import UserError
@@ -149,3 +149,13 @@ def test_a_damaged_database_is_told_in_a_sentence(head: dict[str, Any], capsys: 
     Path(os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///")).write_text("no database" * 500)
     assert publish(anyway=False) == 1
     assert "mlflow.db does not answer (" in capsys.readouterr().err and len(waiting()) == 1
+
+
+def test_what_waits_is_said_with_what_sends_it(head: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    ended(head, "parent", "child")
+    here = what_waits()
+    assert "mlflow.db has not got everything: 1 record of a step waits" in here and "so does the next run" in here
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    elsewhere = what_waits()
+    assert elsewhere.startswith("1 record of a step waits for MLflow at sqlite:///") and "--anyway" in elsewhere
+    assert "next run" not in elsewhere and not publishing.waiting_here() and len(waiting()) == 1
