@@ -1,0 +1,249 @@
+"""Whether trainings repeat themselves bit for bit: in another process, and after they were killed."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.pool import Pool
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from benchmarks.gpu.material import Row, Scale, classifier, digest, packed, row, settings, wait
+from unfreeze import predicting
+from unfreeze.batches import Batch, Loader
+from unfreeze.checkpoints import Checkpoint
+from unfreeze.device import deterministically, seed_everything
+from unfreeze.models import Classifier
+from unfreeze.predicting import backbone_activations, predict_tta
+from unfreeze.range_test import range_test
+from unfreeze.recipe import fit_augmented, fit_full, unfrozen
+from unfreeze.resumable import ResumableFile
+from unfreeze.settings import LRFind, TrainAugmented, TrainFull
+from unfreeze.train_step import GraphedStep, record, train_batch
+from unfreeze.training import Listener, make_optimizer, set_rate
+from unfreeze.views import Views
+
+AT_ONCE = 5
+
+
+def determinism(scale: Scale, data: Path) -> list[Row]:
+    """The same training twice, each in a process of its own."""
+    rows = []
+    with _processes() as pool:
+        runs = {name: [pool.apply_async(_trained, (scale, name)) for _ in range(2)] for name in scale.strict}
+        for name, (first, second) in runs.items():
+            try:
+                one, other = first.get(), second.get()
+            except Exception as error:
+                rows.append(row(f"{name}: {error}", False))
+                continue
+            for part in one:
+                rows.append(row(f"{name}, {part}: the same bits", one[part] == other[part]))
+    return rows
+
+
+def _trained(scale: Scale, name: str) -> dict[str, str]:
+    """Hashes of the weights and losses of some steps of training, by `freeze_to`."""
+    found, ours = {}, settings()
+    images = packed(scale.steps * scale.batch * 4 // 3 + 8, scale.size)
+    for first in (0, 1):
+        seed_everything(0)
+        model, loader = classifier(name, scale.size, images, scale.batch)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            history = fit_full(
+                model, loader, images.rows("train")[: scale.steps * scale.batch], np.arange(0), 1e-3,
+                TrainFull("sgdr", 1, 1, 1, False), replace(ours.unfreeze, freeze_to=first), ours.augment, ours.train, 0,
+            )  # fmt: skip
+        said = {str(w.message).split(" ")[0] for w in caught if "deterministic" in str(w.message)}
+        losses = [batch["loss"] for batch in history.batches]
+        key = f"freeze_to {first}" + (f" (torch warns of {', '.join(sorted(said))})" if said else "")
+        found[key] = digest([*model.state_dict().values(), torch.tensor(losses)])
+    return found
+
+
+def graphs(scale: Scale, data: Path) -> Iterator[Row]:
+    """Training steps replayed as CUDA graphs against the same steps without."""
+    if not torch.cuda.is_available():
+        yield row("CUDA graphs", "not without a GPU")
+        return
+    with _processes() as pool:
+        runs = {name: pool.apply_async(_both_ways, (scale, name)) for name in scale.strict}
+        for name, found in runs.items():
+            try:
+                yield from found.get()
+            except Exception as error:
+                yield row(f"{name}: {str(error)[:300]}", False)
+
+
+def _both_ways(scale: Scale, name: str) -> list[Row]:
+    rows = []
+    for kind in ("adamw", "sgd"):
+        eager, graphed = (_stepped(scale, name, kind, graphed) for graphed in (False, True))
+        rows.append(row(f"{name}, {kind}: a graph's steps have the same bits", eager[0] == graphed[0]))
+        rows.append(row(f"{name}, {kind}: losses of the last steps", f"{eager[1]:.6f}, {graphed[1]:.6f}"))
+        rows.append(row(f"{name}, {kind}: times as fast", round(eager[2] / graphed[2], 2)))
+    return rows
+
+
+def _stepped(scale: Scale, name: str, kind: str, graphed: bool) -> tuple[str, float, float]:
+    """Hash of weights, losses and random state after some steps, the last loss, and seconds of a step."""
+    ours = settings()
+    images = packed(scale.steps * scale.batch * 4 // 3 + 8, scale.size)
+    seed_everything(0)
+    model, loader = classifier(name, scale.size, images, scale.batch)
+    rows = images.rows("train")[: scale.steps * scale.batch]
+    with unfrozen(model, loader, rows, replace(ours.unfreeze, freeze_to=0)) as groups:
+        optimizer = make_optimizer(groups, replace(ours.train, optimizer=kind))
+        batches = list(loader.augmented(rows, ours.augment, 0, 0))
+        torch.manual_seed(1)
+        eager = partial(train_batch, model, optimizer, label_smoothing=0.0)
+        if graphed:
+            deterministically(lambda: record(model, optimizer, batches[0], 0.0))
+        step: Any = GraphedStep(model, optimizer, batches[0], 0.0) if graphed else eager
+        losses = []
+        for number, batch in enumerate(batches):
+            set_rate(optimizer, 1e-3 / (1 + number))
+            losses.append(deterministically(partial(step, batch)))
+        found = digest([*model.state_dict().values(), torch.stack(losses), torch.cuda.get_rng_state()])
+        wait()
+        start = time.perf_counter()
+        for batch in batches:
+            step(batch)
+        wait()
+        return found, float(losses[-1]), (time.perf_counter() - start) / len(batches)
+
+
+def resume(scale: Scale, data: Path) -> list[Row]:
+    """Trainings, a range test, predictions and activations that were killed at some batch, and went on in another process."""
+    folder = data / "resume"
+    with _processes() as pool:
+        whole = pool.apply_async(_worked, (scale, None, None))
+        killed = [pool.apply_async(_worked, (scale, folder / str(kill), kill)) for kill in scale.kills]
+        assert all(set(found.get().values()) == {"killed"} for found in killed)
+        again = [pool.apply_async(_worked, (scale, folder / str(kill), None)) for kill in scale.kills]
+        expected, rows = whole.get(), []
+        for kill, found in zip(scale.kills, again, strict=True):
+            for name, bits in found.get().items():
+                rows.append(row(f"{name} killed at batch {kill}: the same bits", bits == expected[name]))
+    return rows
+
+
+def _processes() -> Pool:
+    """Runs every call in a process of its own."""
+    return get_context("spawn").Pool(AT_ONCE if torch.cuda.is_available() else 1, maxtasksperchild=1)
+
+
+class _Killed(Exception):
+    """What stands for the end of the process, which ends right afterwards."""
+
+
+class _Ending(Loader):
+    """A loader at whose batch number ``kill`` the process ends."""
+
+    kill: int
+
+    def views(self, batches: Iterable[Views]) -> Iterator[Batch]:
+        for number, batch in enumerate(super().views(batches)):
+            if number == self.kill:
+                raise _Killed
+            yield batch
+
+
+def _worked(scale: Scale, folder: Path | None, kill: int | None) -> dict[str, str]:
+    """Hashes of the results of all that can be killed, or that it was."""
+    name = scale.recipe.network
+    return {
+        work.__name__.strip("_"): _until_killed(work, scale, name, folder, kill)
+        for work in (_whole_network, _augmented_head, _range_test, _tta, _precompute)
+    }
+
+
+def _until_killed(work: Callable[..., str], scale: Scale, name: str, folder: Path | None, kill: int | None) -> str:
+    seed_everything(0)
+    images = packed(12 * scale.batch * 4 // 3, scale.size)  # twelve batches to train on
+    model, loader = classifier(name, scale.size, images, scale.batch)
+    try:
+        return work(model, loader, folder, kill)
+    except _Killed:
+        return "killed"
+
+
+def _listener(kill: int | None) -> Listener:
+    def batches(rows: Any) -> None:
+        if kill is not None and rows[-1]["iteration"] >= kill:
+            raise _Killed
+
+    return Listener(batches=batches)
+
+
+def _checkpoint(folder: Path | None, name: str) -> Checkpoint | None:
+    return None if folder is None else Checkpoint(folder / name, "key", seconds=1e9, batches=1)
+
+
+def _whole_network(model: Classifier, loader: Loader, folder: Path | None, kill: int | None) -> str:
+    ours, rows = settings(), loader.packed.rows("train")
+    fit_full(
+        model, loader, rows, loader.packed.rows("valid"), 1e-3, TrainFull("sgdr", 1, 2, 1, True), ours.unfreeze,
+        ours.augment, ours.train, 0, _listener(kill), _checkpoint(folder, "full"),
+    )  # fmt: skip
+    return digest(model.state_dict().values())
+
+
+def _augmented_head(model: Classifier, loader: Loader, folder: Path | None, kill: int | None) -> str:
+    ours, rows = settings(), loader.packed.rows("train")
+    fit_augmented(
+        model, loader, rows, loader.packed.rows("valid"), 1e-3, TrainAugmented("sgdr", 2, 1, 1), ours.augment,
+        ours.train, 0, _listener(kill), _checkpoint(folder, "augmented"),
+    )  # fmt: skip
+    return digest(model.state_dict().values())
+
+
+def _range_test(model: Classifier, loader: Loader, folder: Path | None, kill: int | None) -> str:
+    ours, rows = settings(), loader.packed.rows("train")
+    seen = 0
+
+    def batches(epoch: int, first: int) -> Iterator[Batch]:
+        nonlocal seen
+        for batch in loader.augmented(rows, ours.augment, 0, epoch, first):
+            if seen == kill:
+                raise _Killed
+            seen += 1
+            yield batch
+
+    with unfrozen(model, loader, rows, ours.unfreeze) as groups:
+        optimizer = make_optimizer(groups, ours.train)
+        curve = range_test(
+            model, optimizer, batches, LRFind(1e-5, 0.1, 16, "minimum", None), _checkpoint(folder, "sweep")
+        )
+    return digest([torch.tensor(curve.to_numpy())])
+
+
+def _tta(model: Classifier, loader: Loader, folder: Path | None, kill: int | None) -> str:
+    rows, augment = np.arange(len(loader.packed)), settings().augment
+    if folder is None:
+        return digest(torch.from_numpy(found) for found in predict_tta(model, loader, rows, augment, 4))
+    if kill is not None:
+        loader = _Ending(loader.packed, loader.norm, loader.device, loader.batch_size)
+        object.__setattr__(loader, "kill", kill)  # the class is frozen
+    with mock.patch.object(predicting, "TOGETHER", 1), ResumableFile(folder / "tta", "key", 1e9) as kept:
+        return digest(torch.from_numpy(found) for found in predict_tta(model, loader, rows, augment, 4, kept))
+
+
+def _precompute(model: Classifier, loader: Loader, folder: Path | None, kill: int | None) -> str:
+    if folder is None:
+        return digest(map(torch.from_numpy, backbone_activations(model.backbone, loader)))
+    with ResumableFile(folder / "activations", "key", 1e9) as file:
+        for number, found in enumerate(backbone_activations(model.backbone, loader, sum(file.notes))):
+            if kill is not None and number == min(kill, 5):  # there are eight batches, of twice the size
+                raise _Killed
+            file.append(found.tobytes(), len(found))
+        file.keep()
+    content = np.fromfile(folder / "activations", np.float32)
+    return digest([torch.from_numpy(content)])

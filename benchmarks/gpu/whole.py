@@ -1,0 +1,136 @@
+"""The unit tests that take a device, and the whole recipe without Prefect, DVC and MLflow."""
+
+import copy
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.gpu.material import ROOT, Row, Scale, classifier, packed_folder, row, settings, wait
+from unfreeze.baseline import baseline_probabilities, fit_baseline
+from unfreeze.batches import activation_batches, shuffled
+from unfreeze.device import seed_everything
+from unfreeze.evaluating import Candidate, choose, evaluate_split
+from unfreeze.lr_finder import pick_rate, suggest
+from unfreeze.models import decay_groups
+from unfreeze.predicting import backbone_activations
+from unfreeze.range_test import range_test
+from unfreeze.recipe import fit_augmented, fit_full, fit_head, unfrozen
+from unfreeze.settings import TrainFull
+from unfreeze.training import make_optimizer
+
+Seconds = dict[str, float]
+
+
+def tests(scale: Scale, data: Path) -> list[Row]:
+    """Those tests of the library that are marked with a device, on this one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    files = [
+        str(p) for p in sorted((ROOT / "tests").rglob("test_*.py")) if "from tests.devices import" in p.read_text()
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rfE",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        f"device_{device}",
+        *files,
+    ]
+    if device == "cuda":
+        command += ["-n", "6", "--dist", "loadfile"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    print(done.stdout[-6000:], done.stderr[-1000:])
+    failed = re.findall(r"^(?:FAILED|ERROR) (.*)", done.stdout, re.M)
+    counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|error|skipped)", done.stdout)}
+    rows = [row("tests", ", ".join(f"{n} {kind}" for kind, n in counts.items())), row("passed", done.returncode == 0)]
+    return rows + [row(f"failed: {line[:300]}", False) for line in failed]
+
+
+def recipe(scale: Scale, data: Path) -> list[Row]:
+    """Precompute, rates, head, augmented head, whole network, evaluation: seconds per step."""
+    speed, ours, spent = scale.recipe, settings(), Seconds()
+    seed_everything(ours.seed)
+    images = packed_folder(data, speed.images, speed.size)
+    train, valid, test = (images.rows(split) for split in ("train", "valid", "test"))
+    model, loader = classifier(speed.network, speed.size, images, speed.batch)
+    labels = images.labels
+
+    with _timed(spent, "precompute"):
+        activations = np.concatenate(list(backbone_activations(model.backbone, loader)))
+    with _timed(spent, "logistic regression"):
+        baseline = baseline_probabilities(
+            fit_baseline(activations[train], labels[train]), activations, len(images.classes)
+        )
+
+    def batches(epoch: int, first: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        order = shuffled(train, speed.batch, ours.seed, epoch)
+        return activation_batches(activations, labels, order[first:], loader.device)
+
+    with _timed(spent, "lr_find"):
+        optimizer = make_optimizer(decay_groups(model.head.train().parameters()), ours.train)
+        curve = range_test(model.head, optimizer, batches, ours.lr_find)
+        rate = pick_rate(suggest(curve["rate"].to_numpy(), curve["loss"].to_numpy()), ours.lr_find.pick)
+    with _timed(spent, "train_head"):
+        fit_head(
+            model.head, activations, labels, train, valid, rate, ours.train_head, ours.train, speed.batch, ours.seed,
+            loader.device,
+        )  # fmt: skip
+    states = {"train_head": copy.deepcopy(model.state_dict())}
+    with _timed(spent, "train_augmented"):
+        fit_augmented(
+            model, loader, train, valid, rate, ours.train_augmented, ours.augment, ours.train, ours.seed
+        )  # fmt: skip
+    states["train_augmented"] = copy.deepcopy(model.state_dict())
+    with _timed(spent, "unfreeze_lr_find"), unfrozen(model, loader, train, ours.unfreeze) as groups:
+        curve = range_test(
+            model,
+            make_optimizer(groups, ours.train),
+            lambda epoch, first: loader.augmented(train, ours.augment, ours.seed, epoch, first),
+            ours.unfreeze_lr_find,
+        )
+        rate = pick_rate(suggest(curve["rate"].to_numpy(), curve["loss"].to_numpy()), ours.unfreeze_lr_find.pick)
+    with _timed(spent, "train_full"):
+        full = replace(ours.train_full, until_overfitting=True)
+        assert isinstance(full, TrainFull)
+        history = fit_full(
+            model, loader, train, valid, rate, full, ours.unfreeze, ours.augment, ours.train, ours.seed
+        )  # fmt: skip
+    states["train_full"] = copy.deepcopy(model.state_dict())
+    with _timed(spent, "evaluate"):
+        candidates = []
+        for name, state in states.items():
+            model.load_state_dict(state)
+            found, _ = evaluate_split(model, loader, valid, baseline[valid], ours.augment, ours.evaluate.tta_views)
+            candidates.append(Candidate(name, found.tta, labels[valid]))
+        best, _ = choose(candidates)
+        model.load_state_dict(states[best.name])
+        _, scores = evaluate_split(model, loader, test, baseline[test], ours.augment, ours.evaluate.tta_views)
+    epochs = len(history.epochs)
+    rows = [row(f"{name}, seconds", round(seconds, 2)) for name, seconds in spent.items()]
+    rows.append(
+        row(
+            f"all of it, seconds; {len(images)} images, {epochs} epochs of the whole network",
+            round(sum(spent.values()), 1),
+        )
+    )
+    return [*rows, row(f"test accuracy ({best.name})", round(scores["accuracy"], 4))]
+
+
+@contextmanager
+def _timed(spent: Seconds, name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    wait()
+    spent[name] = time.perf_counter() - start

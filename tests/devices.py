@@ -1,0 +1,17 @@
+"""The devices that a test of the library runs on: the CPU, and a GPU where there is one."""
+
+import pytest
+import torch
+
+NEEDS_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param(torch.device("cpu"), id="device_cpu"),
+        pytest.param(
+            torch.device("cuda"),
+            id="device_cuda",
+            marks=NEEDS_A_GPU,
+        ),
+    ],
+)
