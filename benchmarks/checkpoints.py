@@ -14,7 +14,8 @@ from benchmarks.work import Work, classifier
 from unfreeze.checkpoints import Checkpoint, Progress, trainable_state
 from unfreeze.history import History
 from unfreeze.recipe import unfrozen
-from unfreeze.training import make_optimizer, set_rate, train_batch
+from unfreeze.train_step import train_batch
+from unfreeze.training import make_optimizer, set_rate
 
 ITERATIONS = 20_000
 """Rows of history in the checkpoint: a long training's."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.devices import DEVICES
 from unfreeze.batches import Batch
 from unfreeze.checkpoints import Checkpoint, Progress, trainable_state
 from unfreeze.history import History
@@ -21,6 +22,7 @@ from unfreeze.schedules import make_schedule
 from unfreeze.settings import Train
 from unfreeze.training import Listener, fit, make_optimizer
 
+CPU = torch.device("cpu")
 BATCHES, CYCLES = 3, 4
 VALID_LOSSES = (1.0, 0.4, 0.6, 0.7)
 """The second cycle is the best: its weights have to survive an interruption in the third and fourth."""
@@ -30,11 +32,11 @@ class Killed(Exception):
     """What a test raises where a process would be killed."""
 
 
-def network() -> nn.Sequential:
+def network(device: torch.device = CPU) -> nn.Sequential:
     torch.manual_seed(3)
     body = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Dropout(0.4), nn.AdaptiveAvgPool2d(1))
     model = nn.Sequential(body, nn.Flatten(), nn.Linear(4, 2))
-    return model.to(memory_format=torch.channels_last)
+    return model.to(device, memory_format=torch.channels_last)
 
 
 def epochs(epoch: int, first: int) -> Iterator[Batch]:
@@ -49,9 +51,10 @@ def training(
     kill_at: int | None = None,
     on: str = "batches",
     stop: bool = True,
+    device: torch.device = CPU,
 ) -> tuple[dict[str, torch.Tensor], History, list[int]]:
     """One process's share of a training; iterations and epochs that the listener was told of, replayed ones too."""
-    model = network()
+    model = network(device)
     told: list[int] = []
     done: list[dict[str, float]] = []
 
@@ -78,7 +81,7 @@ def training(
         make_optimizer([{"params": list(model.parameters())}], Train(optimizer, 0.01, 0.0)),
         make_schedule("sgdr", CYCLES, 1, 1, BATCHES),
         0.05,
-        epochs,
+        lambda epoch, first: ((x.to(device), y.to(device)) for x, y in epochs(epoch, first)),
         train_mode=model.train,
         validate=validate,
         stop_when_overfitting=stop,
@@ -97,17 +100,18 @@ def at(folder: Path, **changes: object) -> Checkpoint:
     return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
 
 
+@DEVICES
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("batches", [1, 2])
 @pytest.mark.parametrize(("on", "kill_at"), [*(("batches", i) for i in range(12)), *(("epoch", i) for i in range(4))])
 def test_killed_anywhere_it_ends_with_the_same_weights_and_history(
-    tmp_path: Path, optimizer: str, batches: int, on: str, kill_at: int
+    tmp_path: Path, optimizer: str, batches: int, on: str, kill_at: int, device: torch.device
 ) -> None:
-    weights, history, told = training(optimizer, None)
+    weights, history, told = training(optimizer, None, device=device)
     with pytest.raises(Killed):
-        training(optimizer, at(tmp_path, batches=batches), kill_at, on)
+        training(optimizer, at(tmp_path, batches=batches), kill_at, on, device=device)
     torch.manual_seed(99)  # another process starts with other chances
-    again, resumed, told_again = training(optimizer, at(tmp_path, batches=batches))
+    again, resumed, told_again = training(optimizer, at(tmp_path, batches=batches), device=device)
     assert same(weights, again)
     assert resumed == history
     assert told_again == told == list(range(12))

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from tests.devices import DEVICES
 from unfreeze.errors import UserError
 from unfreeze.lr_finder import exponential_rates, lr_find, pick_rate, smooth, suggest
 from unfreeze.preserve import preserved
@@ -324,11 +325,8 @@ def same(a: object, b: object) -> bool:
     return type(a) is type(b) and a == b
 
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_sweep_leaves_no_trace(device: str) -> None:
+@DEVICES
+def test_a_sweep_leaves_no_trace(device: torch.device) -> None:
     model, optimizer, train_batch = training(device)
     before = everything(model, optimizer)
     with preserved(model, optimizer):
@@ -336,12 +334,12 @@ def test_a_sweep_leaves_no_trace(device: str) -> None:
         during = everything(model, optimizer)
     assert len(curve) > 10
     assert same(everything(model, optimizer), before)
-    changed = {"tensors", "gradients", "optimizer", "python", "numpy", "cuda" if device == "cuda" else "torch"}
+    changed = {"tensors", "gradients", "optimizer", "python", "numpy", "cuda" if device.type == "cuda" else "torch"}
     assert all(not same(during[part], before[part]) for part in changed)  # there was something to restore
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_training_goes_on_as_if_there_had_been_no_sweep(device: str) -> None:
+@DEVICES
+def test_training_goes_on_as_if_there_had_been_no_sweep(device: torch.device) -> None:
     def losses(sweeps: bool) -> list[float]:
         random.seed(1)
         np.random.seed(1)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.devices import DEVICES
 from unfreeze import predicting, recipe
 from unfreeze.backbones import create_backbone
 from unfreeze.batches import Batch, Loader, shuffled
@@ -44,7 +45,7 @@ def settings() -> Settings:
     return load_settings(Path(__file__).parent.parent / "params.yaml")
 
 
-def material() -> tuple[Classifier, Loader]:
+def material(device: torch.device = CPU) -> tuple[Classifier, Loader]:
     rng = np.random.default_rng(0)
     pixels = [rng.integers(0, 256, (SIZE, SIZE + 4, 3), dtype=np.uint8) for _ in range(60)]
     packed = packed_in_memory(pixels, ["a", "b"], SIZE)
@@ -52,14 +53,18 @@ def material() -> tuple[Classifier, Loader]:
     packed = dataclasses.replace(packed, labels=np.arange(60, dtype=np.int64) % 2)
     seed_everything(1)
     backbone = create_backbone("timm:tf_efficientnet_lite0", "none", SIZE)
-    model = to_device(Classifier(backbone, Head(backbone.num_features, 2, 0.5)), CPU)
-    return model, Loader(packed, Normalisation(backbone.mean, backbone.std), CPU, BATCH)
+    model = to_device(Classifier(backbone, Head(backbone.num_features, 2, 0.5)), device)
+    return model, Loader(packed, Normalisation(backbone.mean, backbone.std), device, BATCH)
 
 
 def augmented(
-    settings: Settings, checkpoint: Checkpoint | None = None, rate: float = 1e-3, **listener: Callable[..., None]
+    settings: Settings,
+    checkpoint: Checkpoint | None = None,
+    rate: float = 1e-3,
+    device: torch.device = CPU,
+    **listener: Callable[..., None],
 ) -> tuple[Classifier, History, Loader]:
-    model, loader = material()
+    model, loader = material(device)
     history = fit_augmented(
         model, loader, TRAIN, VALID, rate, TrainAugmented("sgdr", 2, 1, 1), settings.augment,
         settings.train, 7, Listener(**listener), checkpoint,
@@ -67,9 +72,10 @@ def augmented(
     return model, history, loader
 
 
+@DEVICES
 @pytest.mark.parametrize("kill_at", range(2 * BATCHES))
 def test_the_augmented_head_ends_the_same_whatever_batch_it_was_killed_at(
-    tmp_path: Path, settings: Settings, kill_at: int
+    tmp_path: Path, settings: Settings, kill_at: int, device: torch.device
 ) -> None:
     """Two batches go through the backbone together; the batch after the interruption may be the second of them."""
 
@@ -77,24 +83,25 @@ def test_the_augmented_head_ends_the_same_whatever_batch_it_was_killed_at(
         if rows[-1]["iteration"] >= kill_at:
             raise Killed
 
-    model, history, _ = augmented(settings)
+    model, history, _ = augmented(settings, device=device)
     checkpoint = Checkpoint(tmp_path / "training.safetensors", "key", seconds=1e9, batches=1)
     with pytest.raises(Killed):
-        augmented(settings, checkpoint, batches=kill)
-    again, resumed, _ = augmented(settings, checkpoint)
+        augmented(settings, checkpoint, batches=kill, device=device)
+    again, resumed, _ = augmented(settings, checkpoint, device=device)
     assert resumed == history
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
 
 
+@DEVICES
 @pytest.mark.parametrize("kill_at", [1, BATCHES, 13])
 def test_a_range_test_ends_the_same_whatever_batch_it_was_killed_at(
-    tmp_path: Path, settings: Settings, kill_at: int
+    tmp_path: Path, settings: Settings, kill_at: int, device: torch.device
 ) -> None:
     """Over several epochs, with dropout, an optimizer that remembers, and weights that differ from what they were."""
 
     def sweep(checkpoint: Checkpoint | None = None, last: int | None = None) -> tuple[list[float], list[float], int]:
-        model, loader = material()
+        model, loader = material(device)
         seen = 0
 
         def batches(epoch: int, first: int) -> Iterator[Batch]:
@@ -123,12 +130,13 @@ def test_a_range_test_ends_the_same_whatever_batch_it_was_killed_at(
     assert (whole, rest) == (14, 14 - kill_at)
 
 
+@DEVICES
 @pytest.mark.parametrize("kill_at", [1, 8, 9])
 def test_predictions_end_the_same_whatever_batch_they_were_killed_at(
-    tmp_path: Path, settings: Settings, kill_at: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, settings: Settings, kill_at: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of the views come first, and then those of the plain images; the last batch of each is a small one."""
-    model, loader = material()
+    model, loader = material(device)
     seen: list[int] = []
     last = math.inf
 
@@ -160,8 +168,9 @@ def test_predictions_end_the_same_whatever_batch_they_were_killed_at(
         assert seen == left
 
 
-def test_the_augmented_head_is_judged_as_it_predicts(settings: Settings) -> None:
-    model, history, loader = augmented(settings)
+@DEVICES
+def test_the_augmented_head_is_judged_as_it_predicts(settings: Settings, device: torch.device) -> None:
+    model, history, loader = augmented(settings, device=device)
     found = score(predict(model, loader.plain(VALID)), loader.packed.labels[VALID])
     assert history.epochs[-1]["valid_loss"] == pytest.approx(found.loss, abs=0.01)
     assert history.epochs[-1]["valid_accuracy"] == pytest.approx(found.accuracy, abs=1.01 / len(VALID))

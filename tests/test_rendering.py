@@ -8,10 +8,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from tests.devices import NEEDS_A_GPU
 from unfreeze import rendering
 from unfreeze.inference import packed_in_memory
 from unfreeze.packed import PackedImages
-from unfreeze.rendering import Normalisation, read_canvas, render, render_here
+from unfreeze.rendering import Normalisation, gather_canvas, read_canvas, render, render_here
 from unfreeze.settings import Augment
 from unfreeze.views import DIHEDRAL, Views, joined, plain_views, random_views
 
@@ -25,12 +26,46 @@ def here(packed: PackedImages, views: Views, norm: Normalisation) -> torch.Tenso
 
 
 def as_on_a_gpu(packed: PackedImages, views: Views, norm: Normalisation) -> torch.Tensor:
-    sizes = packed.sizes[views.rows]
-    return render(read_canvas(packed, views), views, sizes, packed.image_size, norm, torch.device("cpu"))
+    return rendered(packed, views, norm, torch.device("cpu"))
 
 
-WAYS = pytest.mark.parametrize("way", [here, as_on_a_gpu])
-ROUNDING: dict[Way, float] = {here: 0.5 / 255, as_on_a_gpu: 0.0}
+def on_a_gpu(packed: PackedImages, views: Views, norm: Normalisation) -> torch.Tensor:
+    return rendered(packed, views, norm, torch.device("cuda")).cpu()
+
+
+def lying_there(packed: PackedImages, views: Views, norm: Normalisation) -> torch.Tensor:
+    return gathered(packed, views, norm, torch.device("cpu"))
+
+
+def lying_on_a_gpu(packed: PackedImages, views: Views, norm: Normalisation) -> torch.Tensor:
+    return gathered(packed, views, norm, torch.device("cuda")).cpu()
+
+
+def gathered(packed: PackedImages, views: Views, norm: Normalisation, device: torch.device) -> torch.Tensor:
+    """As where all packed pixels are on the device already."""
+    pixels = np.empty(int(packed.sizes.prod(1).sum()) * 3, np.uint8)
+    packed.read(0, pixels)
+    canvas = gather_canvas(torch.from_numpy(pixels).view(-1, 3).to(device), packed, views)
+    return render(canvas, views, packed.sizes[views.rows], packed.image_size, norm, device)
+
+
+def rendered(packed: PackedImages, views: Views, norm: Normalisation, device: torch.device) -> torch.Tensor:
+    return render(read_canvas(packed, views), views, packed.sizes[views.rows], packed.image_size, norm, device)
+
+
+WAYS = pytest.mark.parametrize(
+    "way",
+    [
+        here,
+        as_on_a_gpu,
+        lying_there,
+        pytest.param(on_a_gpu, id="device_cuda", marks=NEEDS_A_GPU),
+        pytest.param(lying_on_a_gpu, id="device_cuda, lying there", marks=NEEDS_A_GPU),
+    ],
+)
+ROUNDING: dict[Way, float] = dict.fromkeys([as_on_a_gpu, lying_there, on_a_gpu, lying_on_a_gpu], 0.0) | {
+    here: 0.5 / 255
+}
 """OpenCV rounds to whole steps of 255."""
 
 

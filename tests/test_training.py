@@ -23,7 +23,8 @@ from unfreeze.recipe import fit_full, fit_head
 from unfreeze.rendering import Normalisation
 from unfreeze.schedules import make_schedule
 from unfreeze.settings import Augment, Settings, load_settings
-from unfreeze.training import Listener, fit, make_optimizer, set_rate, train_batch
+from unfreeze.train_step import train_batch
+from unfreeze.training import Listener, fit, make_optimizer, set_rate
 from unfreeze.views import random_views, tta_views
 from unfreeze.weights import load_classifier, save_classifier
 

@@ -4,6 +4,7 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -13,13 +14,17 @@ from numpy.typing import NDArray
 from unfreeze.device import precision
 from unfreeze.packed import PackedImages
 from unfreeze.progress import track
-from unfreeze.rendering import Normalisation, read_canvas, render, render_here, upload
+from unfreeze.rendering import Canvas, Normalisation, gather_canvas, read_canvas, render, render_here, upload
 from unfreeze.settings import Augment
 from unfreeze.views import Views, joined, plain_views, random_views
 
 T = TypeVar("T")
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Inputs (B, ...) and class numbers (B,), on the device."""
+SHARE_OF_CARD = 0.4
+"""Share of a GPU's free memory that packed pixels may take."""
+PIECE = 1 << 26
+"""Bytes that are read at once on their way to a GPU."""
 
 
 def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
@@ -105,14 +110,42 @@ class Loader:
         for views, inputs in self._rendered(batches):
             yield inputs, upload(torch.from_numpy(self.packed.labels[views.rows]), self.device)
 
+    @cached_property
+    def on_card(self) -> torch.Tensor | None:
+        """All packed pixels (P, 3) on the GPU, where they take at most `SHARE_OF_CARD` of its free memory; else None."""
+        count = int(self.packed.sizes.prod(1).sum())
+        if 3 * count > SHARE_OF_CARD * torch.cuda.mem_get_info(self.device)[0] or not packed_in_a_row(self.packed):
+            return None
+        pixels = torch.empty(3 * count, dtype=torch.uint8, device=self.device)
+        piece = torch.empty(min(PIECE, 3 * count), dtype=torch.uint8, pin_memory=True)
+        for start in range(0, 3 * count, PIECE):
+            some = piece[: 3 * count - start]
+            self.packed.read(start, some.numpy())
+            pixels[start : start + len(some)] = some  # waits, so that the piece can be filled again
+        return pixels.view(-1, 3)
+
     def _rendered(self, batches: Iterable[Views]) -> Iterator[tuple[Views, torch.Tensor]]:
         if self.device.type == "cpu":  # which has no time to spare that a thread could use
             for views in batches:
                 yield views, render_here(self.packed, views, self.norm, precision(self.device))
             return
+        if self.on_card is not None:
+            for views in batches:
+                canvas = gather_canvas(self.on_card, self.packed, views)
+                yield views, self._render(canvas, views)
+            return
         for views, canvas in prefetch((views, read_canvas(self.packed, views)) for views in batches):
-            sizes = self.packed.sizes[views.rows]
-            yield views, render(canvas, views, sizes, self.packed.image_size, self.norm, self.device)
+            yield views, self._render(canvas, views)
+
+    def _render(self, canvas: Canvas, views: Views) -> torch.Tensor:
+        sizes = self.packed.sizes[views.rows]
+        return render(canvas, views, sizes, self.packed.image_size, self.norm, self.device)
+
+
+def packed_in_a_row(packed: PackedImages) -> bool:
+    """Whether the images lie one after the other from the file's beginning, with nothing between them."""
+    ends = packed.offsets + 3 * packed.sizes.prod(1)
+    return bool(packed.offsets[0] == 0 and (packed.offsets[1:] == ends[:-1]).all())
 
 
 def batches_per_epoch(images: int, batch_size: int) -> int:

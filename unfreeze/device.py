@@ -2,8 +2,10 @@
 
 import contextlib
 import ctypes
+import logging
 import os
 import random
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
@@ -11,6 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
+logger = logging.getLogger("unfreeze")
+
+T = TypeVar("T")
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -41,8 +46,7 @@ def autocast(device: torch.device) -> AbstractContextManager[object]:
 def seed_everything(seed: int) -> None:
     """Make the rest of this process repeat itself bit for bit on the same machine.
 
-    Python, NumPy and torch are seeded; on a GPU all that can be is told to use deterministic algorithms, and torch warns of
-    what cannot.
+    Python, NumPy and torch are seeded; on a GPU all is told to use deterministic algorithms (`deterministically`).
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -50,9 +54,28 @@ def seed_everything(seed: int) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-    if torch.cuda.is_available():  # attention has its own, and what has none is warned of
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    if torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def deterministically(work: Callable[[], T]) -> T:
+    """Do work as `seed_everything` has asked for, and return its result.
+
+    Where an operation has no deterministic form, which torch says by an error, it is named, and the rest of this process
+    goes on without the promise to repeat itself. Only the strict mode makes attention deterministic; where torch only warns
+    of what is not, the backward of flash, memory-efficient and cuDNN attention is left free to differ.
+    """
+    try:
+        return work()
+    except RuntimeError as error:
+        if "deterministic" not in str(error) or not torch.are_deterministic_algorithms_enabled():
+            raise
+        logger.warning(
+            "Not repeatable bit for bit on this GPU: %s", str(error).split(", but you set")[0].splitlines()[0]
+        )
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        return work()
 
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4

@@ -20,9 +20,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from unfreeze.chains import POST_OPS, TOLERANCE, chains, edges, traced
-from unfreeze.device import native_bf16
+from unfreeze.device import deterministically, native_bf16
 
 logger = logging.getLogger("unfreeze")
+
+FROZEN = "frozen copy"
+"""What a copy is marked with, in its ``meta``."""
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -127,16 +130,17 @@ def frozen_copy(network: nn.Module, images: torch.Tensor) -> nn.Module:
         The copy in eval mode without gradients; the network itself where it is one already, or has no convolutions.
     """
     kinds = {type(module) for module in network.modules()}
-    if OneDNNConvAct in kinds or not any(issubclass(kind, nn.Conv2d) for kind in kinds):
+    if getattr(network, "meta", {}).get(FROZEN) or not any(issubclass(kind, nn.Conv2d) for kind in kinds):
         return network
     batch, images = len(images), images[:2].float()
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False), _full_precision():
         copied = _eval_copy(network)
-        expected = copied(images)
+        expected = deterministically(lambda: copied(images))
         folded = traced(copied, images, trains=False)
         if folded is None:
             return _eval_copy(network)
         shapes = _fold(folded)
+        folded.meta[FROZEN] = True
         found = folded(images)
     if not torch.allclose(found, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max())):
         logger.info("folded, the network predicts something else: it is used as it is, which takes longer")

@@ -1,7 +1,9 @@
 """Predictions: plain, and averaged over views (test-time augmentation)."""
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain, islice
 
 import numpy as np
@@ -11,7 +13,7 @@ from torch import nn
 
 from unfreeze.backbones import Backbone
 from unfreeze.batches import Batch, Loader
-from unfreeze.device import autocast
+from unfreeze.device import autocast, deterministically
 from unfreeze.frozen import frozen_copy
 from unfreeze.progress import track
 from unfreeze.resumable import ResumableFile
@@ -46,7 +48,7 @@ def infer(network: nn.Module, batches: Iterable[Batch], fast: nn.Module | None =
     for inputs, labels in batches:
         fast = frozen_copy(network, inputs) if fast is None else fast
         with torch.no_grad(), autocast(inputs.device):
-            output = fast(inputs)
+            output = deterministically(partial(fast, inputs))
         yield output.float(), labels
 
 
@@ -133,5 +135,28 @@ def backbone_activations(backbone: Backbone, loader: Loader, first: int = 0) -> 
     """
     rows = np.arange(len(loader.packed))
     [(whole, _)] = loader.plain(rows[: loader.wide])  # what is left may not fill a batch
-    for activations, _ in infer(backbone, loader.plain(rows[first:]), frozen_copy(backbone, whole)):
-        yield activations.cpu().numpy()
+    outputs = infer(backbone, loader.plain(rows[first:]), frozen_copy(backbone, whole))
+    yield from _fetched(activations for activations, _ in outputs)
+
+
+def _fetched(outputs: Iterable[torch.Tensor], ahead: int = 3) -> Iterator[NDArray[np.float32]]:
+    """Outputs as arrays, in their order; a GPU goes on with the next ones while one is on its way to the processor."""
+    waiting: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
+    for output in outputs:
+        if output.is_cuda:
+            host = torch.empty(output.shape, dtype=output.dtype, pin_memory=True).copy_(output, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            waiting.append((host, arrived))
+        else:
+            waiting.append((output, None))
+        if len(waiting) > ahead:
+            yield _arrived(*waiting.popleft())
+    while waiting:
+        yield _arrived(*waiting.popleft())
+
+
+def _arrived(host: torch.Tensor, arrived: torch.cuda.Event | None) -> NDArray[np.float32]:
+    if arrived is not None:
+        arrived.synchronize()
+    return host.numpy()

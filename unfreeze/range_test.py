@@ -13,7 +13,8 @@ from unfreeze.checkpoints import Checkpoint, Progress, trainable_state
 from unfreeze.lr_finder import lr_find
 from unfreeze.preserve import preserved
 from unfreeze.settings import LRFind
-from unfreeze.training import set_rate, train_batch
+from unfreeze.train_step import TrainStep
+from unfreeze.training import set_rate
 
 logger = logging.getLogger("unfreeze")
 
@@ -44,11 +45,11 @@ def range_test(
         at = (checkpoint.load(weights, optimizer) if checkpoint else None) or Progress()
         if at.iteration:
             logger.info("goes on at batch %d of %d, from a checkpoint", at.iteration + 1, settings.iterations)
-        line = _endless(batches, at)
+        line, step = _endless(batches, at), TrainStep(model, optimizer, label_smoothing=0.0)
 
         def train_at(rate: float) -> float:
             set_rate(optimizer, rate)
-            loss = float(train_batch(model, optimizer, next(line), label_smoothing=0.0))
+            loss = float(step(next(line)))
             at.history.batches.append({"iteration": at.iteration, "rate": rate, "loss": loss})
             at.iteration, at.batch = at.iteration + 1, at.batch + 1
             if checkpoint and checkpoint.due():

@@ -1,8 +1,8 @@
 """From packed pixels to the batch that a network sees: one warp and one multiply-add for each view.
 
-On a GPU the processor only copies bytes, of each image the rectangle that its view needs, and everything else (mirroring,
-turning, zooming, cropping, lighting, normalising) happens there for the whole batch at once, after an upload of one byte per
-value. On a processor OpenCV warps image by image, in half the time that it takes to warp them as one batch. The views are
+On a GPU everything (mirroring, turning, zooming, cropping, lighting, normalising) happens for the whole batch at once. The
+bytes that it needs, of each image the rectangle that its view touches, lie on the card already where all packed pixels have
+room there; else the processor copies them, one byte per value. On a processor OpenCV warps image by image, in half the time that it takes to warp them as one batch. The views are
 the same; what OpenCV rounds to whole steps of 255 is not.
 """
 
@@ -65,7 +65,7 @@ class Canvas:
     """The bytes that a batch of views needs.
 
     Attributes:
-        pixels: (B, H, W, 3) uint8; each image's rectangle in the upper left corner.
+        pixels: (B, H, W, 3) uint8; each image's rectangle in the upper left corner. Nothing looks at what is beyond it.
         origin: (B, 2) where in the image (x, y) the rectangle begins.
     """
 
@@ -82,6 +82,20 @@ def read_canvas(packed: PackedImages, views: Views) -> Canvas:
         w, h = behind - first
         packed.crop(row, first, behind, target[:h, :w])
     return Canvas(torch.from_numpy(pixels), low.astype(np.float32))
+
+
+def gather_canvas(pixels: torch.Tensor, packed: PackedImages, views: Views) -> Canvas:
+    """The same from packed pixels (P, 3) that lie on the device; beyond its rectangle an image's edge is repeated."""
+    low, high = _rectangles(packed, views)
+    wide = packed.sizes[views.rows, 0]
+    first = packed.offsets[views.rows] // 3 + low[:, 1] * wide + low[:, 0]
+    numbers = np.concatenate([first[:, None], wide[:, None], high - low - 1], 1)
+    first_, wide_, last_x, last_y = upload(torch.from_numpy(numbers), pixels.device)[:, :, None].unbind(1)
+    width, height = (high - low).max(0)
+    x = torch.arange(width, device=pixels.device).minimum(last_x)
+    y = torch.arange(height, device=pixels.device).minimum(last_y)
+    places = (first_ + y * wide_)[:, :, None] + x[:, None]
+    return Canvas(pixels[places], low.astype(np.float32))
 
 
 def _rectangles(packed: PackedImages, views: Views) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -108,7 +122,8 @@ def render(
         (B, 3, S, S) float32, channels last.
     """
     width = canvas.pixels.shape[2]
-    scale, offset = (upload(torch.from_numpy(v), device).repeat(1, width)[:, None] for v in _lighting(views, norm))
+    lit = upload(torch.from_numpy(np.stack(_lighting(views, norm))), device)
+    scale, offset = lit.repeat(1, 1, width)[:, :, None]
     # Lit before it is warped, which comes to the same, as a warp averages.
     rows = torch.addcmul(offset, upload(canvas.pixels, device).flatten(2).float(), scale)
     images = rows.unflatten(2, (width, 3)).permute(0, 3, 1, 2)
@@ -145,25 +160,22 @@ def _grid(
     linear, centre = views.linear, views.centre
     if inside:
         linear, centre = linear * to_grid[:, None], centre * to_grid + shift
-    offset = np.arange(image_size, dtype=np.float32) - (image_size - 1) / 2
-    along_x = linear[:, None, :, 0] * offset[:, None]
-    along_y = linear[:, None, :, 1] * offset[:, None] + centre[:, None]
-    x, y = (upload(torch.from_numpy(a), device) for a in (along_x, along_y))
+    numbers = np.concatenate([linear.transpose(0, 2, 1), centre[:, None], last[:, None], shift[:, None]], 1)
+    column_x, column_y, centre_, edge, term = (v[:, None] for v in upload(torch.from_numpy(numbers), device).unbind(1))
+    offset = (torch.arange(image_size, device=device) - (image_size - 1) / 2)[:, None]
+    x, y = column_x * offset, column_y * offset + centre_  # (B, S, 2) each
     # As complex numbers: the same sums, but long loops of them instead of pairs.
     x, y = torch.view_as_complex(x), torch.view_as_complex(y)
     place = torch.view_as_real(x[:, None] + y[:, :, None])
     if inside:
         return place
-    edge, factor, term = (
-        upload(torch.from_numpy(np.broadcast_to(a, last.shape).copy()), device)[:, None, None]
-        for a in (last, to_grid, shift)
-    )
+    edge, term, factor = edge[:, None], term[:, None], upload(torch.from_numpy(to_grid), device)
     # Mirrored at both edges, then from pixels to the grid's units.
     return place.abs_().sub_(edge).abs_().neg_().add_(edge).mul_(factor).add_(term)
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on the device; the copy goes on beside the work."""
-    if device.type == "cpu":
+    if device.type == "cpu" or tensor.is_cuda:
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -12,12 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from unfreeze.batches import Batch
 from unfreeze.checkpoints import Checkpoint, Progress, Tensors, put, trainable_state
-from unfreeze.device import autocast
 from unfreeze.errors import UserError
 from unfreeze.history import History
 from unfreeze.interruption import Interrupted
@@ -25,6 +23,7 @@ from unfreeze.measuring import Scores
 from unfreeze.overfitting import until_overfitting
 from unfreeze.schedules import Schedule
 from unfreeze.settings import Train
+from unfreeze.train_step import TrainStep
 
 REPORT_EVERY = 10
 """Batches between two looks at the losses: each look makes the processor wait for the device."""
@@ -61,29 +60,22 @@ def make_optimizer(groups: list[dict[str, Any]], train: Train) -> torch.optim.Op
 
     Fused: one pass over all parameters instead of one per operation.
     """
+    device = groups[0]["params"][0].device
+    graphs = device.type == "cuda"  # a CUDA graph reads rates and numbers of steps on the card
+    groups = [group | {"lr": torch.zeros((), device=device) if graphs else 0.0} for group in groups]
     if train.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=train.weight_decay, fused=True)
-    return torch.optim.AdamW(groups, lr=0.0, weight_decay=train.weight_decay, fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=train.weight_decay, fused=True, capturable=graphs)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give every group its share of ``rate``, which the last layer group trains at (differential rates)."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_scale", 1.0)
-
-
-def train_batch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, label_smoothing: float
-) -> torch.Tensor:
-    """One step of the optimizer; returns the batch's mean cross-entropy, still on the device."""
-    inputs, labels = batch
-    with autocast(inputs.device):
-        logits = model(inputs)
-    loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
+        value = rate * group.get("lr_scale", 1.0)
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
 
 
 def fit(
@@ -139,6 +131,7 @@ def fit(
             checkpoint.save(weights, optimizer, at)
             raise
 
+    step = TrainStep(model, optimizer, label_smoothing)
     with checkpoint.deferring() if checkpoint else nullcontext():
         while not at.done:
             train_mode()
@@ -146,7 +139,7 @@ def fit(
             for batch in epochs(at.epoch, at.batch):
                 now = rate * float(schedule.factors[at.iteration])
                 set_rate(optimizer, now)
-                waiting.append((now, train_batch(model, optimizer, batch, label_smoothing)))
+                waiting.append((now, step(batch)))
                 at.iteration, at.batch = at.iteration + 1, at.batch + 1
                 due = checkpoint is not None and checkpoint.due()
                 if due or len(waiting) == REPORT_EVERY:
