@@ -1,5 +1,6 @@
-"""The third door: a deployment on a work pool, with a real Prefect server, worker and MLflow server."""
+"""A deployment on a work pool, with a real Prefect server, worker and MLflow server."""
 
+import json
 import os
 import re
 import signal
@@ -10,13 +11,16 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
+import pytest
 from mlflow import MlflowClient
 
 from tasks import STAGES
-from tests.integration.project import Project
+from tests.integration.project import ROOT, Project
 
 
 def free_port() -> int:
@@ -58,70 +62,150 @@ def wait_for(address: str, log: Path) -> None:
     raise AssertionError(log.read_text())
 
 
-def test_a_deployment_on_the_gpu_pool_runs_the_recipe(make_project: Callable[[], Project], tmp_path: Path) -> None:
+@dataclass
+class Team:
+    """A project with its own Prefect server, worker and MLflow server."""
+
+    project: Project
+    prefect: str
+    mlflow: str
+    logs: Path
+    worker: subprocess.Popen[bytes] | None = None
+
+    def log(self, name: str) -> Path:
+        return self.logs / f"{name}.log"
+
+    def deploy(self) -> None:
+        """Run `make deploy` in the project, with the Python environment of this test."""
+        subprocess.run(
+            ["make", "--file", ROOT / "Makefile", "--old-file", ".venv/.ready", "deploy"],
+            cwd=self.project.folder,
+            env=self.project.environment,
+            check=True,
+        )
+
+    def request(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Ask the Prefect server: POST with a body, GET without."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.prefect}/{path}", data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.loads(answer.read() or "null")
+
+    def scheduled_by_itself(self, *states: str, seconds: float) -> list[dict[str, Any]]:
+        """Flow runs in these states that the schedule created; waits for the first one."""
+        wanted = {"flow_runs": {"state": {"type": {"any_": states}}}}
+        end = time.monotonic() + seconds
+        while True:
+            runs = [run for run in self.request("flow_runs/filter", wanted) if run["auto_scheduled"]]
+            if runs or time.monotonic() > end:
+                return runs
+            time.sleep(1)
+
+    def server_errors(self) -> list[str]:
+        """Lines of the Prefect server's log that report an error."""
+        lines = self.log("server").read_text().splitlines()
+        return [line for line in lines if re.search("ERROR|CRITICAL|Traceback", line)]
+
+
+@pytest.fixture(scope="module")
+def team(make_project: Callable[[], Project], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
+    """Servers and a worker, with the deployment as `make deploy` creates it."""
     project = make_project()
     prefect_port, mlflow_port = free_port(), free_port()
-    project.environment["PREFECT_API_URL"] = f"http://127.0.0.1:{prefect_port}/api"
+    api, tracking = f"http://127.0.0.1:{prefect_port}/api", f"http://127.0.0.1:{mlflow_port}"
+    project.environment |= {"PREFECT_API_URL": api, "MLFLOW_TRACKING_URI": tracking}
     project.environment["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
-    tracking = f"http://127.0.0.1:{mlflow_port}"
-    server_log, mlflow_log, worker_log = (tmp_path / name for name in ("server.log", "mlflow.log", "worker.log"))
+    team = Team(project, api, tracking, tmp_path_factory.mktemp("logs"))
+    prefect_server = ("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect_port))
     mlflow_server = ("mlflow", "server", "--host", "127.0.0.1", "--port", str(mlflow_port), "--workers", "1")
     with (
-        started(project, server_log, "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect_port)),
-        started(project, mlflow_log, *mlflow_server, "--backend-store-uri", f"sqlite:///{tmp_path}/served.db"),
+        started(project, team.log("server"), *prefect_server),
+        started(project, team.log("mlflow"), *mlflow_server, "--backend-store-uri", f"sqlite:///{team.logs}/served.db"),
     ):
-        wait_for(f"http://127.0.0.1:{prefect_port}/api/health", server_log)
-        wait_for(f"{tracking}/health", mlflow_log)
-        project.environment["MLFLOW_TRACKING_URI"] = tracking
-        project.run("prefect", "work-pool", "create", "gpu", "--type", "process")
-        project.run("prefect", "--no-prompt", "deploy", "--all")
-        deployment = project.run("prefect", "deployment", "inspect", "recipe/nightly")
-        assert "0 2 * * *" in deployment and "gpu" in deployment
+        wait_for(f"{api}/health", team.log("server"))
+        wait_for(f"{tracking}/health", team.log("mlflow"))
+        team.deploy()
+        with started(project, team.log("worker"), "prefect", "worker", "start", "--pool", "gpu") as team.worker:
+            yield team
 
-        with started(project, worker_log, "prefect", "worker", "start", "--pool", "gpu"):
-            # As a person triggers it, with a setting of one's own, waiting for its end.
-            parameters = 'settings={"train_full.cycles": 2}'
-            command = ("prefect", "deployment", "run", "recipe/nightly", "--watch", "--param", parameters)
-            output = project.run(*command, code=None)
-        assert "finished successfully" in output, output + worker_log.read_text()
-        assert "up to date" in project.run("dvc", "status")
 
-        mlflow = MlflowClient(tracking)
+@pytest.fixture
+def every_minute(team: Team) -> Iterator[None]:
+    """Deploy with a schedule of every minute, and pause the deployment afterwards."""
+    file = team.project.folder / "prefect.yaml"
+    nightly = file.read_text()
+    file.write_text(re.sub(r'cron: "[^"]*"', 'cron: "* * * * *"', nightly))
+    assert file.read_text() != nightly
+    team.deploy()
+    yield
+    deployment = team.request("deployments/name/recipe/nightly")["id"]
+    team.request(f"deployments/{deployment}/pause_deployment", {})
+
+
+def test_a_deployment_has_scheduled_runs_within_two_minutes(team: Team) -> None:
+    runs = team.scheduled_by_itself("SCHEDULED", seconds=120)
+    assert runs, team.log("server").read_text()
+    assert team.server_errors() == []
+
+
+def test_a_deployment_on_the_gpu_pool_runs_the_recipe(team: Team) -> None:
+    # As a person triggers it, with a setting of one's own, waiting for its end.
+    parameters = 'settings={"train_full.cycles": 2}'
+    command = ("prefect", "deployment", "run", "recipe/nightly", "--watch", "--param", parameters)
+    output = team.project.run(*command, code=None)
+    assert "finished successfully" in output, output + team.log("worker").read_text()
+    assert "up to date" in team.project.run("dvc", "status")
+
+    mlflow = MlflowClient(team.mlflow)
+    experiment = mlflow.get_experiment_by_name("unfreeze")
+    assert experiment is not None
+    runs = mlflow.search_runs([experiment.experiment_id])
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert len(runs) == 1 + len(STAGES) and len(parents) == 1
+    assert parents[0].data.tags["unfreeze.door"] == "deployment"
+    assert parents[0].data.params["train_full.cycles"] == "2"
+    links = team.project.run("prefect", "artifact", "ls")
+    for key in ("mlflow-run", "lr-find-plot", "evaluate-plot"):
+        assert key in links
+
+
+def test_a_schedule_of_every_minute_starts_runs_by_itself(team: Team, every_minute: None) -> None:
+    """The test before has finished all steps, so that a run takes seconds."""
+    runs = team.scheduled_by_itself("COMPLETED", "FAILED", "CRASHED", seconds=300)
+    assert {run["state_type"] for run in runs} == {"COMPLETED"}, team.log("worker").read_text()
+    assert team.server_errors() == []
+
+
+def test_a_cancelled_run_and_a_killed_worker_end_their_processes(team: Team) -> None:
+    project, worker = team.project, team.worker
+    assert worker is not None
+    mlflow = MlflowClient(team.mlflow)
+
+    # A person cancels a run in Prefect's pages: its step ends, the worker goes on, and nothing is reported as failed.
+    seven = ("--param", 'settings={"seed": 7}')
+    printed = project.run("prefect", "deployment", "run", "recipe/nightly", *seven)
+    run = re.findall(r"UUID: (\S+)", printed)[0]
+
+    def statuses() -> str:
         experiment = mlflow.get_experiment_by_name("unfreeze")
-        assert experiment is not None
-        runs = mlflow.search_runs([experiment.experiment_id])
-        parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-        assert len(runs) == 1 + len(STAGES) and len(parents) == 1
-        assert parents[0].data.tags["unfreeze.door"] == "deployment"
-        assert parents[0].data.params["train_full.cycles"] == "2"
-        links = project.run("prefect", "artifact", "ls")
-        for key in ("mlflow-run", "lr-find-plot", "evaluate-plot"):
-            assert key in links
+        return " ".join(r.info.status for r in mlflow.search_runs([experiment.experiment_id])) if experiment else ""
 
-        # A person cancels a pass in Prefect's pages: its step ends, the worker goes on, and nothing says that it failed.
-        with started(project, worker_log, "prefect", "worker", "start", "--pool", "gpu") as worker:
-            seven = ("--param", 'settings={"seed": 7}')
-            printed = project.run("prefect", "deployment", "run", "recipe/nightly", *seven)
-            run = re.findall(r"UUID: (\S+)", printed)[0]
+    assert "RUNNING" in wait_until(statuses, "RUNNING")
+    family = at_work(worker.pid)
+    project.run("prefect", "flow-run", "cancel", run)
+    _, left = psutil.wait_procs(family, timeout=90)
+    assert not left, [process.cmdline() for process in left]
+    assert worker.poll() is None, team.log("worker").read_text()
+    assert "CANCELLED" in wait_until(lambda: project.run("prefect", "flow-run", "inspect", run), "CANCELLED")
+    assert set(statuses().split()) <= {"FINISHED", "KILLED"}, statuses()
+    assert "KILLED" in statuses()
 
-            def statuses() -> str:
-                return " ".join(r.info.status for r in mlflow.search_runs([experiment.experiment_id]))
-
-            assert "RUNNING" in wait_until(statuses, "RUNNING")
-            family = at_work(worker.pid)
-            project.run("prefect", "flow-run", "cancel", run)
-            _, left = psutil.wait_procs(family, timeout=90)
-            assert not left, [process.cmdline() for process in left]
-            assert worker.poll() is None, worker_log.read_text()
-            assert "CANCELLED" in wait_until(lambda: project.run("prefect", "flow-run", "inspect", run), "CANCELLED")
-            assert set(statuses().split()) == {"FINISHED", "KILLED"}, statuses()
-
-            # Then the worker itself is killed in the middle of a pass: what it started ends with it.
-            project.run("prefect", "deployment", "run", "recipe/nightly", *seven)
-            family = at_work(worker.pid)
-            worker.kill()
-            gone, left = psutil.wait_procs(family, timeout=60)
-            assert gone and not left, [process.cmdline() for process in left]
+    # Then the worker itself is killed during a run: the processes that it started end with it.
+    project.run("prefect", "deployment", "run", "recipe/nightly", *seven)
+    family = at_work(worker.pid)
+    worker.kill()
+    gone, left = psutil.wait_procs(family, timeout=60)
+    assert gone and not left, [process.cmdline() for process in left]
 
 
 def at_work(pid: int) -> list[psutil.Process]:
