@@ -221,8 +221,8 @@ def at_work(pid: int) -> list[psutil.Process]:
 
 
 def wait_until(look: Callable[[], str], word: str) -> str:
-    """Look until the word is there, for a minute; returns what was seen last."""
-    end = time.monotonic() + 60
+    """Look until the word is there, for three minutes (busy machines are slow); returns what was seen last."""
+    end = time.monotonic() + 180
     while word not in (seen := look()) and time.monotonic() < end:
         time.sleep(0.2)
     return seen
