@@ -19,11 +19,13 @@ help:  ## show this list
 setup: $(READY)  ## install everything into .venv, at the versions that were tested together
 
 # uv installs in a fraction of pip's time. Byte-compiling once here saves seconds at the start of every step.
+# By the link DVC watches the sample's file under the name that data.source gives it.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; (3, 11) <= sys.version_info[:2] <= (3, 12) or sys.exit('unfreeze needs Python 3.11 or 3.12, and $(PYTHON) is %s.%s: make $(MAKECMDGOALS) PYTHON=python3.12' % sys.version_info[:2])"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --constraint constraints.txt --editable '.[dev]'
+	ln -sf samples/elpv.yaml sample:elpv
 	touch $@
 
 run: $(READY)  ## run the recipe as a Prefect flow

@@ -1,5 +1,5 @@
 """Speed and accuracy against a peer and against what the machine can do, each compared within one run."""
 
-from tasks.environment import set_environment
+from pipeline.process.environment import set_environment
 
 set_environment()  # before torch is imported, as for the steps

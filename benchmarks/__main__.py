@@ -18,8 +18,8 @@ from typing import Any
 from benchmarks import checkpoints, compare, memory, orchestration
 from benchmarks.figure import draw, result_name
 from benchmarks.work import make_work
-from flows.overrides import apply_overrides, read_overrides
-from unfreeze.settings import load_settings
+from unfreeze.settings.overrides import apply_overrides, read_overrides
+from unfreeze.settings.schema import load_settings
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {

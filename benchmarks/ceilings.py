@@ -16,12 +16,12 @@ import torch.nn.functional as F
 
 from benchmarks.ours import WHOLE
 from benchmarks.work import Work, classifier
+from unfreeze.acceleration.fast_training import fast_training
+from unfreeze.acceleration.frozen import frozen_copy
 from unfreeze.device import best_device, native_bf16, to_device
-from unfreeze.fast_training import fast_training
-from unfreeze.frozen import frozen_copy
-from unfreeze.models import freeze_to, parameter_groups, set_train_mode
-from unfreeze.settings import Unfreeze
-from unfreeze.training import make_optimizer, set_rate
+from unfreeze.models.freezing import freeze_to, parameter_groups, set_train_mode
+from unfreeze.settings.schema import Unfreeze
+from unfreeze.training.loop import make_optimizer, set_rate
 
 Ways = dict[str, float]
 Variant = tuple[str, Any, torch.Tensor, Any]
@@ -84,7 +84,7 @@ def _each_variant(work: Work, count: int, train: bool, unfreeze: Unfreeze) -> It
 
     def plain() -> Any:
         from benchmarks.work import backbone
-        from unfreeze.models import Classifier
+        from unfreeze.models.classifier import Classifier
 
         return Classifier(backbone(work), copy.deepcopy(base.head)).to(device)
 

@@ -11,11 +11,12 @@ import torch
 
 from benchmarks.ours import WHOLE
 from benchmarks.work import Work, classifier
-from unfreeze.checkpoints import Checkpoint, Progress, trainable_state
-from unfreeze.history import History
-from unfreeze.recipe import unfrozen
-from unfreeze.train_step import train_batch
-from unfreeze.training import make_optimizer, set_rate
+from unfreeze.training.checkpoints import Checkpoint, Progress
+from unfreeze.training.history import History
+from unfreeze.training.loop import make_optimizer, set_rate
+from unfreeze.training.phases import unfrozen
+from unfreeze.training.state import trainable_state
+from unfreeze.training.train_step import train_batch
 
 ITERATIONS = 20_000
 """Rows of history in the checkpoint: a long training's."""

@@ -1,4 +1,4 @@
-"""Settings against one another on validation images, for docs/choices.md; the test images take no part.
+"""Settings against one another on validation images, for benchmarks/notes/choices.md; the test images take no part.
 
 python -m benchmarks.choices --source sample:elpv --source ../photos --try train.label_smoothing=0.1 \\
     --try "augment.zoom=1.1 augment.lighting=0.2"
@@ -17,10 +17,10 @@ from statistics import mean
 
 from benchmarks.ours import Activations, predict_views, prepare, stages
 from benchmarks.work import Work, classifier, make_work
-from flows.overrides import apply_overrides
 from unfreeze.device import seed_everything
-from unfreeze.measuring import Scores, score
-from unfreeze.settings import load_settings
+from unfreeze.evaluation.metrics import Scores, score
+from unfreeze.settings.overrides import apply_overrides
+from unfreeze.settings.schema import load_settings
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,8 +16,8 @@ import psutil
 
 from benchmarks import ceilings, ours, peer
 from benchmarks.work import Work
-from tasks.stopping import die_with, identity
-from unfreeze.packed import open_packed
+from pipeline.process.signals import die_with, identity
+from unfreeze.data.packed import open_packed
 
 CASES = {
     "lr_find": "LR finder, whole network",

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from benchmarks.compare import ALL, CASES, OURS, PARTS
-from unfreeze.plotting import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, save_png
+from unfreeze.reports.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, save_png
 
 Result = dict[str, Any]
 COLOURS, MARKERS = (BLUE, SKY, RED, ORANGE, GREEN, PURPLE), "osD^v"

@@ -36,7 +36,7 @@ def measure(say: Callable[[str], None], counts: tuple[int, ...] = COUNTS) -> dic
 
 
 def _make(folder: Path, count: int) -> None:
-    """A packed set of random pixels, in the layout of `unfreeze.packing`."""
+    """A packed set of random pixels, in the layout of `unfreeze.data.packing`."""
     bytes_each = SIZE * SIZE * 3
     block = np.random.default_rng(0).integers(0, 256, bytes_each * 100, dtype=np.uint8).tobytes()
     with (folder / "pixels.bin").open("wb") as file:
@@ -69,10 +69,10 @@ def _read(folder: Path, batches: int) -> float:
 
     import torch
 
-    from unfreeze.batches import Loader, Normalisation
+    from unfreeze.batches.loader import Loader, Normalisation
+    from unfreeze.data.packed import open_packed
     from unfreeze.device import keep_memory
-    from unfreeze.packed import open_packed
-    from unfreeze.settings import Augment
+    from unfreeze.settings.schema import Augment
 
     keep_memory()
     packed = open_packed(folder)

@@ -14,21 +14,22 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from benchmarks.work import SWEEP, Work, classifier, timed
-from unfreeze.batches import Batch, Loader, activation_batches, shuffled
+from unfreeze.batches.loader import Batch, Loader, activation_batches, shuffled
+from unfreeze.batches.rendering import read_canvas
+from unfreeze.batches.views import random_views
+from unfreeze.data.packing import pack
+from unfreeze.data.sources import read_source
 from unfreeze.device import seed_everything
-from unfreeze.evaluating import Candidate, choose
-from unfreeze.lr_finder import pick_rate, suggest
-from unfreeze.measuring import score
-from unfreeze.models import Classifier, decay_groups
-from unfreeze.packing import pack
-from unfreeze.predicting import backbone_activations, predict_tta
-from unfreeze.range_test import range_test
-from unfreeze.recipe import Rows, fit_augmented, fit_full, fit_head, unfrozen
-from unfreeze.rendering import read_canvas
-from unfreeze.settings import LRFind, TrainAugmented, TrainFull, Unfreeze
-from unfreeze.sources import read_source
-from unfreeze.training import make_optimizer
-from unfreeze.views import random_views
+from unfreeze.evaluation.metrics import score
+from unfreeze.evaluation.model_choice import Candidate, choose
+from unfreeze.evaluation.predicting import backbone_activations, predict_tta
+from unfreeze.models.classifier import Classifier
+from unfreeze.models.freezing import decay_groups
+from unfreeze.settings.schema import LRFind, TrainAugmented, TrainFull, Unfreeze
+from unfreeze.training.loop import make_optimizer
+from unfreeze.training.lr_curve import pick_rate, suggest
+from unfreeze.training.phases import Rows, fit_augmented, fit_full, fit_head, unfrozen
+from unfreeze.training.range_test import range_test
 
 Activations = NDArray[np.float32]
 WHOLE = Unfreeze(freeze_to=0, lr_ratio=3, bn_freeze=True)

@@ -9,14 +9,14 @@ from typing import Any
 import pandas as pd
 import torch
 
-from unfreeze.backbones import Backbone, create_backbone
-from unfreeze.batches import Loader, Normalisation
+from unfreeze.batches.loader import Loader, Normalisation
+from unfreeze.data.packed import open_packed
+from unfreeze.data.packing import pack
+from unfreeze.data.sources import read_source
 from unfreeze.device import best_device, to_device
-from unfreeze.models import Classifier, Head
-from unfreeze.packed import open_packed
-from unfreeze.packing import pack
-from unfreeze.settings import Settings
-from unfreeze.sources import read_source
+from unfreeze.models.backbones import Backbone, create_backbone
+from unfreeze.models.classifier import Classifier, Head
+from unfreeze.settings.schema import Settings
 
 SWEEP: dict[str, Any] = {"start": 1e-6, "end": 1e-4}
 """Rates of a timed LR range test: none breaks a network, so that both sides see every batch."""

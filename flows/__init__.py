@@ -1,6 +1,9 @@
-"""What Prefect runs, and the command line in front of it."""
+"""What Prefect runs, and the command line in front of it.
 
-from tasks.environment import set_environment
+The only place that imports Prefect. It may import `pipeline` and `unfreeze`, not `tasks`: DVC starts the steps.
+"""
+
+from pipeline.process.environment import set_environment
 
 # A worker imports this package first of all, before Prefect's flow can ask for any of it.
 set_environment()

@@ -6,16 +6,15 @@ import signal
 import sys
 from pathlib import Path
 
-from tasks.files import disk_trouble
-from tasks.masking import mask
-from unfreeze.errors import UserError
+from pipeline.process.secrets import mask
+from unfreeze.errors import UserError, disk_trouble
 
 TTA_VIEWS = 8
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 well, 1 a step failed, 2 something for the user to mend, 130 interrupted."""
-    from tasks.environment import set_environment
+    from pipeline.process.environment import set_environment
 
     set_environment()
     chosen = _parser().parse_args(arguments)
@@ -78,9 +77,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(chosen: argparse.Namespace) -> int:
-    from flows.leftovers import leave_none
-    from tasks.stopping import INTERRUPTED, interrupt_in_time
-    from tasks.workspace import alone
+    from pipeline.process.lock import alone
+    from pipeline.process.orphans import leave_none
+    from pipeline.process.signals import INTERRUPTED, interrupt_in_time
 
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -94,11 +93,11 @@ def _run(chosen: argparse.Namespace) -> int:
 
 
 def _run_alone(chosen: argparse.Namespace) -> int:
-    from flows.overrides import apply_overrides
-    from flows.refusals import check_for, check_images
-    from tasks.stopping import GRACE
-    from tasks.workspace import alone
-    from unfreeze.settings import load_settings
+    from flows.checks import check_for, check_images
+    from pipeline.process.lock import alone
+    from pipeline.process.signals import GRACE
+    from unfreeze.settings.overrides import apply_overrides
+    from unfreeze.settings.schema import load_settings
 
     if overrides := _overrides(chosen):
         with alone("step", GRACE):  # which may be a step of `dvc repro`
@@ -106,7 +105,7 @@ def _run_alone(chosen: argparse.Namespace) -> int:
     else:
         check_images(load_settings())
 
-    from flows.away import go_on_without, is_away
+    from flows.prefect_server import go_on_without, is_away
     from flows.publish import what_waits
     from flows.recipe import recipe
     from flows.stage import StageFailed
@@ -129,15 +128,15 @@ def _run_alone(chosen: argparse.Namespace) -> int:
 
 def _overrides(chosen: argparse.Namespace) -> list[str]:
     """The values to change in params.yaml: a file's, and over these the single ones."""
-    from flows.overrides import read_overrides
+    from unfreeze.settings.overrides import read_overrides
 
     return (read_overrides(chosen.settings) if chosen.settings else []) + chosen.overrides
 
 
 def _check(chosen: argparse.Namespace) -> int:
-    from flows.overrides import with_overrides
-    from flows.refusals import check_all
-    from unfreeze.settings import load_settings, parse_text
+    from flows.checks import check_all
+    from unfreeze.settings.overrides import with_overrides
+    from unfreeze.settings.schema import load_settings, parse_text
 
     overrides = _overrides(chosen)
     settings = parse_text(with_overrides("params.yaml", overrides)) if overrides else load_settings()
@@ -152,8 +151,8 @@ def _check(chosen: argparse.Namespace) -> int:
 
 def _predict(chosen: argparse.Namespace) -> int:
     files = _image_files(chosen.images)
-    from unfreeze.inference import Predictor
-    from unfreeze.sources import shown
+    from unfreeze.data.sources import shown
+    from unfreeze.evaluation.predictor import Predictor
 
     table = Predictor(chosen.model).predict(files, TTA_VIEWS if chosen.tta else 0)
     table.insert(0, "path", [shown(str(file)) for file in files])
@@ -170,7 +169,7 @@ def _predict(chosen: argparse.Namespace) -> int:
 
 def _image_files(named: list[Path]) -> list[Path]:
     """The files named, and those in the folders named."""
-    from unfreeze.sources import walk
+    from unfreeze.data.sources import walk
 
     files: list[Path] = []
     for path in named:
@@ -184,8 +183,7 @@ def _image_files(named: list[Path]) -> list[Path]:
 
 def _report(chosen: argparse.Namespace) -> int:
     from flows.summary import print_summary
-    from tasks import STAGES
-    from tasks.files import artifact
+    from pipeline.artifacts import STAGES, artifact
 
     missing = [stage for stage in STAGES if not artifact(stage, "metrics.json").exists()]
     if missing:

@@ -4,9 +4,9 @@ import sys
 import time
 
 from flows import dvc
-from tasks.journal import Busy, waiting
-from tasks.masking import mask
-from tasks.publishing import Unreachable, address, client, meant_for, reaching, send, waiting_here
+from pipeline.process.secrets import mask
+from pipeline.tracking.journal import Busy, waiting
+from pipeline.tracking.sender import Unreachable, address, client, meant_for, reaching, send, waiting_here
 
 BUSY = 60.0
 """Seconds to wait for another process that is sending."""

@@ -6,15 +6,14 @@ from typing import Any
 from prefect import flow
 from prefect.exceptions import TerminationSignal
 
-from flows.begin import begin
-from flows.finish import finish
-from flows.logs import log_sentences
-from flows.overrides import apply_overrides, as_overrides
-from flows.refusals import check_for
+from flows.checks import check_for
+from flows.passes import begin, finish
+from flows.prefect_logs import log_sentences
 from flows.stage import Outcome, run_stage, stage_task
-from tasks.stopping import GRACE, end_in_time
-from tasks.warm import warm_process
-from tasks.workspace import alone
+from pipeline.process.forkserver import warm_process
+from pipeline.process.lock import alone
+from pipeline.process.signals import GRACE, end_in_time
+from unfreeze.settings.overrides import apply_overrides, as_overrides
 
 ingest = stage_task("ingest", "read every image once: validate, split, pack")
 explore = stage_task("explore", "look at the images: balance, samples, duplicates, leaks")

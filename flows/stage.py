@@ -15,11 +15,25 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Completed
 
 from flows import dvc
-from flows.begin import Plan, warn_of_remote
-from flows.links import publish_links
-from tasks.masking import mask
-from tasks.step import LESS_MEMORY, USER_ERROR
-from tasks.tracking import PASS
+from flows.prefect_links import publish_links
+from pipeline.exit_codes import LESS_MEMORY, USER_ERROR
+from pipeline.process.secrets import mask
+from pipeline.tracking.tracker import PASS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pass has to look at.
+
+    Attributes:
+        ask: the stages to ask DVC for: the first stale one and all that come after it, whose inputs may change.
+        pull: whether to look in DVC's remote for what the cache lacks.
+        push: whether there is a remote, to push to at the end.
+    """
+
+    ask: frozenset[str]
+    pull: bool
+    push: bool
 
 
 @dataclass(frozen=True)
@@ -33,7 +47,6 @@ class Outcome:
 
 _without_remote: set[str] = set()
 """Passes on whose way the remote went away: that is said once, and not tried again."""
-
 
 KILLED = f"It was killed, as the system does when memory runs out. {LESS_MEMORY}"
 """What to say of a step that got SIGKILL."""
@@ -128,3 +141,11 @@ def _clear_line() -> None:
     """Take a progress bar off the terminal before a line is logged over it."""
     if sys.stderr.isatty():
         sys.stderr.write("\r\x1b[K")
+
+
+def warn_of_remote(trouble: str) -> None:
+    """Say that DVC's remote cannot be used, and what that means."""
+    get_run_logger().warning(
+        "DVC's remote cannot be used (%s): what the cache lacks is computed, and what is new is pushed later.",
+        mask(trouble),
+    )

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from flows.links import way_to_experiments
+from flows.prefect_links import way_to_experiments
 from flows.stage import Outcome
-from tasks.files import artifact
+from pipeline.artifacts import artifact
 
 RESULTS = {
     "ingest": "{images:.0f} images, {broken:.0f} set aside",

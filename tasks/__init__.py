@@ -1,16 +1,4 @@
-"""The steps of the recipe, one file each; `tasks.step` says what makes a function a step."""
+"""The steps of the recipe, one file each, and nothing else; `pipeline.step` says what makes a function a step.
 
-STAGES = (
-    "ingest",
-    "explore",
-    "precompute",
-    "lr_find",
-    "train_head",
-    "train_augmented",
-    "unfreeze_lr_find",
-    "train_full",
-    "evaluate",
-    "retrain",
-    "register",
-)
-"""Names of the steps, in the order of the recipe: of Prefect's tasks, DVC's stages and MLflow's child runs alike."""
+They may import everything but `flows`; DVC starts them, and nothing imports them.
+"""

@@ -2,14 +2,15 @@
 
 import sys
 
-from tasks import STAGES, warm
-from tasks.environment import set_environment
+from pipeline.artifacts import STAGES
+from pipeline.process import forkserver
+from pipeline.process.environment import set_environment
 
 set_environment()  # before a step imports torch
 if len(sys.argv) != 2 or sys.argv[1] not in STAGES:
     sys.exit(f"usage: python -m tasks {'|'.join(STAGES)}")
-code = warm.hand_over(sys.argv[1])
+code = forkserver.hand_over(sys.argv[1])
 if code is None:
-    warm.run(sys.argv[1])
+    forkserver.run(sys.argv[1])
 else:
     sys.exit(code)

@@ -5,16 +5,23 @@ handed on: beyond chance, what a user gets is never worse there than the frozen 
 with the model that was chosen.
 """
 
-from tasks.files import artifact, write_json
-from tasks.judging import keep_confusion, write_predictions
-from tasks.materials import frozen_classifier, precomputed
-from tasks.reporting import write_report
-from tasks.step import Run, step
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from pipeline.artifacts import artifact, write_json
+from pipeline.inputs import frozen_classifier, precomputed
+from pipeline.results import keep_confusion, write_predictions
+from pipeline.step import Run, step
+from unfreeze.data.packed import PackedImages
 from unfreeze.device import seed_everything, to_device
-from unfreeze.evaluating import Candidate, Predictions, choose, evaluate_split
-from unfreeze.models import Classifier
-from unfreeze.settings import Augment, Evaluate
-from unfreeze.weights import load_classifier, load_head, save_classifier
+from unfreeze.evaluation.evaluating import Predictions, evaluate_split
+from unfreeze.evaluation.model_choice import Candidate, choose
+from unfreeze.models.classifier import Classifier
+from unfreeze.models.weights import load_classifier, load_head, save_classifier
+from unfreeze.reports.evaluate import Course, evaluate_report
+from unfreeze.reports.plots import confusion_plot, learning_curves_plot, rates_plot, save_png
+from unfreeze.settings.schema import Augment, Evaluate
 
 
 @step
@@ -63,3 +70,32 @@ def evaluate(run: Run, seed: int, batch_size: int, augment: Augment, evaluate: E
     write_report(run, packed, predictions, metrics, candidates, best.name, reason, seed)
     run.log("report: %s", run.path("report.html"))
     return metrics
+
+
+def write_report(
+    run: Run,
+    packed: PackedImages,
+    predictions: Mapping[str, Predictions],
+    metrics: Mapping[str, float],
+    candidates: Sequence[Candidate],
+    chosen: str,
+    reason: str,
+    seed: int,
+) -> None:
+    """Write `report.html` and the pictures in it, from what was measured and what the steps before left."""
+    trainings = ("train_head", "train_augmented", "train_full")
+    course = Course(
+        {
+            name: (pd.read_csv(artifact(name, "curve.csv")), run.read_metrics(name))
+            for name in ("lr_find", "unfreeze_lr_find")
+        },
+        {name: pd.read_csv(artifact(name, "history.csv")) for name in trainings},
+        pd.read_csv(artifact("train_full", "batches.csv")),
+        int(run.read_metrics("train_full")["best_cycle"]) - 1,
+    )
+    text = evaluate_report(packed, predictions, metrics, candidates, chosen, reason, course, seed)
+    run.path("report.html").write_text(text, encoding="utf-8")
+    matrix = pd.read_csv(run.path("confusion_matrix.csv"), index_col=0).to_numpy()
+    save_png(confusion_plot(matrix, packed.classes), run.path("confusion_matrix.png"))
+    save_png(learning_curves_plot(course.histories["train_full"], course.best_cycle), run.path("learning_curves.png"))
+    save_png(rates_plot(course.batches), run.path("rates.png"))

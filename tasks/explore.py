@@ -2,12 +2,12 @@
 
 import pandas as pd
 
-from tasks.files import artifact
-from tasks.step import Run, step
-from unfreeze.duplicates import find_duplicates
-from unfreeze.explore_report import explore_metrics, explore_report
-from unfreeze.packed import open_packed
-from unfreeze.settings import Data
+from pipeline.artifacts import artifact
+from pipeline.step import Run, step
+from unfreeze.data.duplicates import find_duplicates
+from unfreeze.data.packed import open_packed
+from unfreeze.reports.explore import explore_metrics, explore_report
+from unfreeze.settings.schema import Data
 
 
 @step

@@ -5,11 +5,11 @@ set aside with a reason. Backbone and weights are looked for here already, befor
 are no parameters of this step, as another backbone needs no other pixels.
 """
 
-from tasks.step import Run, step
+from pipeline.step import Run, step
+from unfreeze.data.packing import pack, stamps
+from unfreeze.data.sources import read_source
 from unfreeze.errors import TransientError, UserError
-from unfreeze.packing import pack, stamps
-from unfreeze.settings import Data, load_settings
-from unfreeze.sources import read_source
+from unfreeze.settings.schema import Data, load_settings
 
 CHANGED = (
     "data.source: images in {} were added, changed or removed while they were read, and DVC would note them as they are "
@@ -19,7 +19,7 @@ CHANGED = (
 
 @step
 def ingest(run: Run, seed: int, data: Data) -> dict[str, float]:
-    from unfreeze.backbones import check_backbone
+    from unfreeze.models.backbones import check_backbone
 
     backbone = load_settings().backbone
     check_backbone(backbone.name, backbone.weights, data.image_size)

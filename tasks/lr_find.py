@@ -2,18 +2,19 @@
 
 from collections.abc import Iterator
 
-from tasks.files import artifact
-from tasks.finding import find_rate
-from tasks.materials import precomputed
-from tasks.step import Run, step
-from unfreeze.batches import Batch, activation_batches, shuffled
+from pipeline.artifacts import artifact
+from pipeline.find_rate import find_rate
+from pipeline.inputs import precomputed
+from pipeline.step import Run, step
+from unfreeze.batches.loader import Batch, activation_batches, shuffled
+from unfreeze.data.packed import open_packed
 from unfreeze.device import best_device, seed_everything
-from unfreeze.models import Head, decay_groups
-from unfreeze.packed import open_packed
-from unfreeze.recipe import derive_seed
-from unfreeze.settings import Head as HeadSettings
-from unfreeze.settings import LRFind, Train
-from unfreeze.training import make_optimizer
+from unfreeze.models.classifier import Head
+from unfreeze.models.freezing import decay_groups
+from unfreeze.settings.schema import Head as HeadSettings
+from unfreeze.settings.schema import LRFind, Train
+from unfreeze.training.loop import make_optimizer
+from unfreeze.training.phases import derive_seed
 
 
 @step

@@ -9,17 +9,17 @@ import io
 
 import numpy as np
 
-from tasks.files import artifact
-from tasks.step import Run, step
-from unfreeze.backbones import create_backbone
-from unfreeze.baseline import baseline_probabilities, fit_baseline
-from unfreeze.batches import Loader, Normalisation
+from pipeline.artifacts import artifact
+from pipeline.step import Run, step
+from unfreeze.batches.loader import Loader, Normalisation
+from unfreeze.data.packed import open_packed
 from unfreeze.device import best_device, seed_everything, to_device
-from unfreeze.measuring import score
-from unfreeze.packed import open_packed
-from unfreeze.predicting import backbone_activations
-from unfreeze.settings import Backbone
-from unfreeze.weights import checksum, save_backbone
+from unfreeze.evaluation.baseline import baseline_probabilities, fit_baseline
+from unfreeze.evaluation.metrics import score
+from unfreeze.evaluation.predicting import backbone_activations
+from unfreeze.models.backbones import create_backbone
+from unfreeze.models.weights import checksum, save_backbone
+from unfreeze.settings.schema import Backbone
 
 
 @step

@@ -9,17 +9,17 @@ import json
 
 import numpy as np
 
-from tasks.files import artifact
-from tasks.fitting import keep, listener
-from tasks.judging import keep_confusion, write_predictions
-from tasks.materials import fresh_classifier, precomputed
-from tasks.step import Run, step
-from unfreeze.baseline import baseline_probabilities, fit_baseline
+from pipeline.artifacts import artifact
+from pipeline.inputs import fresh_classifier, precomputed
+from pipeline.results import keep_confusion, write_predictions
+from pipeline.step import Run, step
+from pipeline.training_log import keep, listener
 from unfreeze.device import seed_everything
-from unfreeze.evaluating import Predictions, evaluate_split
-from unfreeze.recipe import fit_augmented, fit_full, fit_head
-from unfreeze.settings import Augment, Evaluate, Head, Train, TrainAugmented, TrainFull, TrainHead, Unfreeze
-from unfreeze.weights import checksum, save_classifier
+from unfreeze.evaluation.baseline import baseline_probabilities, fit_baseline
+from unfreeze.evaluation.evaluating import Predictions, evaluate_split
+from unfreeze.models.weights import checksum, save_classifier
+from unfreeze.settings.schema import Augment, Evaluate, Head, Train, TrainAugmented, TrainFull, TrainHead, Unfreeze
+from unfreeze.training.phases import fit_augmented, fit_full, fit_head
 
 
 @step

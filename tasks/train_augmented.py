@@ -3,13 +3,13 @@
 Two or three short cycles, each annealing the rate that the finder picked.
 """
 
-from tasks.fitting import keep, listener
-from tasks.materials import frozen_classifier
-from tasks.step import Run, step
+from pipeline.inputs import frozen_classifier
+from pipeline.step import Run, step
+from pipeline.training_log import keep, listener
 from unfreeze.device import seed_everything
-from unfreeze.recipe import fit_augmented
-from unfreeze.settings import Augment, Train, TrainAugmented
-from unfreeze.weights import save_head
+from unfreeze.models.weights import save_head
+from unfreeze.settings.schema import Augment, Train, TrainAugmented
+from unfreeze.training.phases import fit_augmented
 
 
 @step

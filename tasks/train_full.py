@@ -7,13 +7,13 @@ are what the step hands on.
 import shutil
 from pathlib import Path
 
-from tasks.fitting import keep, listener
-from tasks.materials import frozen_classifier
-from tasks.step import Run, step
+from pipeline.inputs import frozen_classifier
+from pipeline.step import Run, step
+from pipeline.training_log import keep, listener
 from unfreeze.device import seed_everything
-from unfreeze.recipe import fit_full
-from unfreeze.settings import Augment, Train, TrainFull, Unfreeze
-from unfreeze.weights import save_classifier
+from unfreeze.models.weights import save_classifier
+from unfreeze.settings.schema import Augment, Train, TrainFull, Unfreeze
+from unfreeze.training.phases import fit_full
 
 
 @step

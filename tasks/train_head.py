@@ -1,16 +1,16 @@
 """Train the head on the precomputed activations: an epoch takes seconds."""
 
-from tasks.files import artifact
-from tasks.fitting import keep, listener
-from tasks.materials import precomputed
-from tasks.step import Run, step
+from pipeline.artifacts import artifact
+from pipeline.inputs import precomputed
+from pipeline.step import Run, step
+from pipeline.training_log import keep, listener
+from unfreeze.data.packed import open_packed
 from unfreeze.device import best_device, seed_everything
-from unfreeze.models import Head
-from unfreeze.packed import open_packed
-from unfreeze.recipe import fit_head
-from unfreeze.settings import Head as HeadSettings
-from unfreeze.settings import Train, TrainHead
-from unfreeze.weights import save_head
+from unfreeze.models.classifier import Head
+from unfreeze.models.weights import save_head
+from unfreeze.settings.schema import Head as HeadSettings
+from unfreeze.settings.schema import Train, TrainHead
+from unfreeze.training.phases import fit_head
 
 
 @step

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator
 
-from tasks.finding import find_rate
-from tasks.materials import frozen_classifier
-from tasks.step import Run, step
-from unfreeze.batches import Batch
+from pipeline.find_rate import find_rate
+from pipeline.inputs import frozen_classifier
+from pipeline.step import Run, step
+from unfreeze.batches.loader import Batch
 from unfreeze.device import seed_everything
-from unfreeze.recipe import derive_seed, unfrozen
-from unfreeze.settings import Augment, Train, Unfreeze, UnfreezeLRFind
-from unfreeze.training import make_optimizer
+from unfreeze.settings.schema import Augment, Train, Unfreeze, UnfreezeLRFind
+from unfreeze.training.loop import make_optimizer
+from unfreeze.training.phases import derive_seed, unfrozen
 
 
 @step

@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tasks.materials import precomputed
+from pipeline.inputs import precomputed
 from tests import corpus
-from unfreeze.backbones import create_backbone
-from unfreeze.decoding import BrokenImage, decode
+from unfreeze.data.decoding import BrokenImage, decode
+from unfreeze.data.packed import open_packed
 from unfreeze.errors import UserError
-from unfreeze.inference import Predictor
-from unfreeze.packed import open_packed
-from unfreeze.settings import load_settings
-from unfreeze.weights import load_backbone, load_classifier, load_head
+from unfreeze.evaluation.predictor import Predictor
+from unfreeze.models.backbones import create_backbone
+from unfreeze.models.weights import load_backbone, load_classifier, load_head
+from unfreeze.settings.schema import load_settings
 
 ROOT = Path(__file__).parent.parent
 NETWORK = "timm:test_efficientnet"

@@ -1,4 +1,11 @@
-"""Errors that are told in a sentence."""
+"""Errors that are told in a sentence, and the sentence for a disk that takes or gives no file."""
+
+import errno
+import os
+from pathlib import Path
+
+FULL, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EACCES, errno.EPERM, errno.EROFS)
+"""What the system says when there is no space for a file, and when it may not be written or read."""
 
 
 class UserError(Exception):
@@ -10,3 +17,18 @@ class UserError(Exception):
 
 class TransientError(UserError):
     """Something that may have gone away when the work is tried again, which is worth it; a step ends with code 1."""
+
+
+def disk_trouble(error: OSError, where: Path | None = None) -> str:
+    """A sentence for a full disk or a closed folder, empty for any other error.
+
+    Args:
+        error: what the system said.
+        where: the file or folder, if the error names none; without it only a full disk is told.
+    """
+    file = error.filename or where or (Path() if error.errno in FULL else None)
+    if error.errno not in FULL + FORBIDDEN or file is None:
+        return ""
+    path = Path(os.fsdecode(file)).absolute()
+    mend = "Make space" if error.errno in FULL else "See who may read and write there"
+    return f"{path}: {error.strerror}. {mend}, and start again: what was finished is kept."

@@ -15,13 +15,13 @@ import torch
 
 import unfreeze
 from benchmarks.gpu.material import CLASSES, Row, Scale, classifier, packed, row, wait
+from unfreeze.acceleration.frozen import frozen_copy
+from unfreeze.batches.rendering import Normalisation, read_canvas, render
+from unfreeze.batches.views import DIHEDRAL, Views, plain_views, random_views
+from unfreeze.data.packed import PackedImages
 from unfreeze.device import autocast, best_device, seed_everything
-from unfreeze.frozen import frozen_copy
-from unfreeze.inference import packed_in_memory
-from unfreeze.packed import PackedImages
-from unfreeze.rendering import Normalisation, read_canvas, render
-from unfreeze.settings import Augment
-from unfreeze.views import DIHEDRAL, Views, plain_views, random_views
+from unfreeze.evaluation.predictor import packed_in_memory
+from unfreeze.settings.schema import Augment
 
 RAW = Normalisation((0, 0, 0), (1, 1, 1))
 
@@ -125,7 +125,7 @@ def frozen(scale: Scale, data: Path) -> list[Row]:
         network = model.backbone
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             expected = network(batch.float())
-            with mock.patch("unfreeze.frozen.native_bf16", lambda device: False):
+            with mock.patch("unfreeze.acceleration.frozen.native_bf16", lambda device: False):
                 whole = frozen_copy(network, batch)
             difference = _relative(whole(batch.float()), expected)
         with torch.no_grad(), autocast(batch.device):

@@ -13,13 +13,13 @@ import pandas as pd
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from unfreeze.backbones import create_backbone
-from unfreeze.batches import Loader, Normalisation
+from unfreeze.batches.loader import Loader, Normalisation
+from unfreeze.data.packed import PackedImages, open_packed
 from unfreeze.device import best_device, to_device
-from unfreeze.inference import packed_in_memory
-from unfreeze.models import Classifier, Head
-from unfreeze.packed import PackedImages, open_packed
-from unfreeze.settings import Settings, load_settings
+from unfreeze.evaluation.predictor import packed_in_memory
+from unfreeze.models.backbones import create_backbone
+from unfreeze.models.classifier import Classifier, Head
+from unfreeze.settings.schema import Settings, load_settings
 
 ROOT = Path(__file__).parent.parent.parent
 DIFFERENT = 400
@@ -161,7 +161,7 @@ def packed(count: int, size: int) -> PackedImages:
 
 
 def packed_folder(base: Path, count: int, size: int) -> PackedImages:
-    """The same, on disk, as `unfreeze.packing.pack` writes them; made once. A tenth is for validation, a tenth for testing."""
+    """The same, on disk, as `unfreeze.data.packing.pack` writes them; made once. A tenth is for validation, a tenth for testing."""
     folder = base / f"packed-{size}"
     if not (folder / "dataset.json").exists():
         folder.mkdir(parents=True, exist_ok=True)

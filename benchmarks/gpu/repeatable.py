@@ -15,19 +15,19 @@ import numpy as np
 import torch
 
 from benchmarks.gpu.material import Row, Scale, classifier, digest, packed, row, settings, wait
-from unfreeze import predicting
-from unfreeze.batches import Batch, Loader
-from unfreeze.checkpoints import Checkpoint
+from unfreeze.batches.loader import Batch, Loader
+from unfreeze.batches.views import Views
 from unfreeze.device import deterministically, seed_everything
-from unfreeze.models import Classifier
-from unfreeze.predicting import backbone_activations, predict_tta
-from unfreeze.range_test import range_test
-from unfreeze.recipe import fit_augmented, fit_full, unfrozen
-from unfreeze.resumable import ResumableFile
-from unfreeze.settings import LRFind, TrainAugmented, TrainFull
-from unfreeze.train_step import GraphedStep, record, train_batch
-from unfreeze.training import Listener, make_optimizer, set_rate
-from unfreeze.views import Views
+from unfreeze.evaluation import predicting
+from unfreeze.evaluation.predicting import backbone_activations, predict_tta
+from unfreeze.models.classifier import Classifier
+from unfreeze.persistence.resumable import ResumableFile
+from unfreeze.settings.schema import LRFind, TrainAugmented, TrainFull
+from unfreeze.training.checkpoints import Checkpoint
+from unfreeze.training.loop import Listener, make_optimizer, set_rate
+from unfreeze.training.phases import fit_augmented, fit_full, unfrozen
+from unfreeze.training.range_test import range_test
+from unfreeze.training.train_step import GraphedStep, record, train_batch
 
 AT_ONCE = 5
 

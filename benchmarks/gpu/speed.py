@@ -15,18 +15,19 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu.material import Row, Scale, Speed, classifier, packed_folder, row, settings, wait
-from unfreeze import train_step
-from unfreeze.backbones import create_backbone
-from unfreeze.batches import Loader, shuffled
+from unfreeze.acceleration.frozen import frozen_copy
+from unfreeze.batches.loader import Loader, shuffled
+from unfreeze.batches.rendering import read_canvas
+from unfreeze.batches.views import random_views
 from unfreeze.device import autocast, best_device, seed_everything, to_device
-from unfreeze.frozen import frozen_copy
-from unfreeze.models import Classifier, Head, freeze_to, parameter_groups, set_train_mode
-from unfreeze.predicting import backbone_activations, predict_tta
-from unfreeze.recipe import Rows, fit_augmented, fit_full
-from unfreeze.rendering import read_canvas
-from unfreeze.settings import TrainAugmented, TrainFull
-from unfreeze.training import Listener
-from unfreeze.views import random_views
+from unfreeze.evaluation.predicting import backbone_activations, predict_tta
+from unfreeze.models.backbones import create_backbone
+from unfreeze.models.classifier import Classifier, Head
+from unfreeze.models.freezing import freeze_to, parameter_groups, set_train_mode
+from unfreeze.settings.schema import TrainAugmented, TrainFull
+from unfreeze.training import train_step
+from unfreeze.training.loop import Listener
+from unfreeze.training.phases import Rows, fit_augmented, fit_full
 
 Run = Callable[[], object]
 WARM_UP = 3

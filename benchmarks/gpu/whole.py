@@ -14,17 +14,18 @@ import numpy as np
 import torch
 
 from benchmarks.gpu.material import ROOT, Row, Scale, classifier, packed_folder, row, settings, wait
-from unfreeze.baseline import baseline_probabilities, fit_baseline
-from unfreeze.batches import activation_batches, shuffled
+from unfreeze.batches.loader import activation_batches, shuffled
 from unfreeze.device import seed_everything
-from unfreeze.evaluating import Candidate, choose, evaluate_split
-from unfreeze.lr_finder import pick_rate, suggest
-from unfreeze.models import decay_groups
-from unfreeze.predicting import backbone_activations
-from unfreeze.range_test import range_test
-from unfreeze.recipe import fit_augmented, fit_full, fit_head, unfrozen
-from unfreeze.settings import TrainFull
-from unfreeze.training import make_optimizer
+from unfreeze.evaluation.baseline import baseline_probabilities, fit_baseline
+from unfreeze.evaluation.evaluating import evaluate_split
+from unfreeze.evaluation.model_choice import Candidate, choose
+from unfreeze.evaluation.predicting import backbone_activations
+from unfreeze.models.freezing import decay_groups
+from unfreeze.settings.schema import TrainFull
+from unfreeze.training.loop import make_optimizer
+from unfreeze.training.lr_curve import pick_rate, suggest
+from unfreeze.training.phases import fit_augmented, fit_full, fit_head, unfrozen
+from unfreeze.training.range_test import range_test
 
 Seconds = dict[str, float]
 

@@ -10,17 +10,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from flows.overrides import apply_overrides
+from unfreeze.settings.overrides import apply_overrides
 
 ROOT = Path(__file__).parent.parent.parent
 PARTS = (
     "unfreeze",
+    "pipeline",
     "tasks",
     "flows",
     "params.yaml",
     "dvc.yaml",
     "prefect.yaml",
-    "sample:elpv",
+    "samples",
     ".dvc",
     ".dvcignore",
     ".gitignore",

@@ -28,10 +28,11 @@ import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from tasks import STAGES, powercut
+from pipeline import dvc_cache
+from pipeline.artifacts import STAGES
 from tests.disk import Disk
 from tests.integration.project import SMALL, Project, make_project
-from unfreeze.samples import elpv
+from unfreeze.data.samples import elpv
 
 SETTINGS = SMALL | {
     "data.image_size": "64",
@@ -170,7 +171,7 @@ def cut(wild: Project, process: subprocess.Popen[bytes], disk: Disk) -> str:
     while any(psutil.pid_exists(one.pid) for one in killed):
         time.sleep(0.1)
     disk.cut()
-    note = wild.folder / powercut.NOTE
+    note = wild.folder / dvc_cache.NOTE
     if note.exists():  # the machine has started anew
         note.write_text(json.dumps(json.loads(note.read_text()) | {"boot": "another"}))
     return "the power failed"

@@ -13,12 +13,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from flows.overrides import apply_overrides
-from tasks.step import USER_ERROR
-from tasks.warm import warm_process
+from pipeline.exit_codes import USER_ERROR
+from pipeline.process.forkserver import warm_process
 from tests import corpus
 from tests.integration.conftest import Project
-from tests.test_reports import check
+from tests.unfreeze.reports.test_reports import check
+from unfreeze.settings.overrides import apply_overrides
 
 LABEL = '"><img src=x onerror=alert(1)>'
 NOWHERE = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from tasks import STAGES
+from pipeline.artifacts import STAGES
 from tests.integration.project import ROOT, Project
 
 

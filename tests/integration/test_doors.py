@@ -12,10 +12,10 @@ import yaml
 from mlflow import MlflowClient
 from PIL import Image
 
-from flows.overrides import apply_overrides
-from tasks import STAGES
+from pipeline.artifacts import STAGES
 from tests.integration.project import Project
 from tests.integration.test_deployment import free_port, started, wait_for
+from unfreeze.settings.overrides import apply_overrides
 
 AFTER_FULL = ["train_full", "evaluate", "retrain", "register"]
 

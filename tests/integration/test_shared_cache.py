@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from flows.overrides import apply_overrides
 from tests.integration.project import Project
+from unfreeze.settings.overrides import apply_overrides
 
 UPTO = "ingest"  # the seed decides how it splits
 

@@ -1,0 +1,115 @@
+"""What is refused before anything runs or is written: images that cannot be listed, watched or split, and a wrong network.
+
+DVC reads every file of the folder of images, and some it would wait for, or fail at with a traceback. `ingest` sets such
+things aside; DVC does not get that far.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator
+
+import pandas as pd
+
+from unfreeze.data.sources import read_source, shown
+from unfreeze.data.splits import assign_splits
+from unfreeze.errors import UserError
+from unfreeze.settings.schema import Settings
+
+NETWORK = ("backbone.", "data.image_size")
+"""How the keys begin that say which network sees what: seeing that they fit takes seconds, most of them to import torch."""
+
+
+def check_images(settings: Settings) -> pd.DataFrame:
+    """See that the images can be listed, watched by DVC, and split; opens none of them.
+
+    Returns:
+        The images, as `read_source` lists them.
+
+    Raises:
+        UserError: says what cannot be done, and with which image or class.
+    """
+    data = settings.data
+    table = read_source(data.source)
+    check_watchable(data.source)
+    assign_splits(table.assign(digest=""), data.valid, data.test, settings.seed)
+    return table
+
+
+def check_all(settings: Settings) -> pd.DataFrame:
+    """The same, and that the network and its weights are there and take images of this size. Raises UserError."""
+    from unfreeze.models.backbones import check_backbone
+
+    table = check_images(settings)
+    check_backbone(settings.backbone.name, settings.backbone.weights, settings.data.image_size)
+    return table
+
+
+def check_for(overrides: Iterable[str]) -> Callable[[Settings], pd.DataFrame]:
+    """What settings with these ``key=value`` changes have to pass before they are kept."""
+    return check_all if any(override.strip().startswith(NETWORK) for override in overrides) else check_images
+
+
+def check_watchable(source: str) -> None:
+    """Make sure that DVC can read all that is in a folder of images; opens none of it.
+
+    Args:
+        source: as `data.source` names it; what is no folder is fine.
+
+    Raises:
+        UserError: names the first things that it cannot read, and what to do.
+    """
+    if source.startswith("sample:") or not os.path.isdir(source):
+        return
+    found = [f"{shown(path)}: {why}" for path, why in _unwatchable(source)]
+    if found:
+        raise UserError(
+            f"data.source: DVC, which watches {source}, cannot read {len(found)} of the things in it; remove them, or list "
+            "the images in a CSV file and name that. Among them\n  " + "\n  ".join(found[:5])
+        )
+
+
+def _unwatchable(folder: str) -> Iterator[tuple[str, str]]:
+    seen: set[tuple[int, int]] = set()
+    waiting = [folder]
+    while waiting:
+        here = waiting.pop()
+        try:
+            status = os.stat(here)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(here) as opened:
+                entries = sorted(opened, key=lambda entry: entry.name)
+        except OSError as error:
+            yield here, str(error.strerror)
+            continue
+        for entry in entries:
+            if not _is_utf8(entry.name):
+                yield entry.path, "its name is not UTF-8"
+            elif entry.is_file(follow_symlinks=False):
+                if not os.access(entry.path, os.R_OK):
+                    yield entry.path, os.strerror(errno.EACCES)
+            elif why := _trouble(entry.path):
+                yield entry.path, why
+            elif os.path.isdir(entry.path):
+                waiting.append(entry.path)
+
+
+def _trouble(path: str) -> str:
+    """Why something that is no plain file cannot be read; nothing where it is a folder, or a link to what can."""
+    try:
+        mode = os.stat(path).st_mode
+        if not os.access(path, os.R_OK):
+            return os.strerror(errno.EACCES)
+    except OSError as error:
+        return str(error.strerror)
+    return "" if stat.S_ISDIR(mode) or stat.S_ISREG(mode) else "a pipe, socket or device"
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,94 @@
+"""The start and the end of a pass.
+
+At the start the settings and images are checked, DVC says what is stale, and the pass gets its key. At the end what came from
+the cache is put on MLflow's parent run too, and DVC's remote gets what is new.
+"""
+
+import os
+import sys
+import uuid
+from collections.abc import Mapping
+
+import psutil
+from prefect import get_run_logger
+from prefect.context import FlowRunContext
+
+from flows import dvc
+from flows.checks import check_images
+from flows.prefect_links import run_address
+from flows.prefect_server import SAME_PASS
+from flows.stage import Outcome, Plan, warn_of_remote
+from pipeline.artifacts import STAGES
+from pipeline.dvc_cache import TORN, drop_torn, settle
+from pipeline.process.secrets import mask
+from pipeline.process.signals import PARENT, die_with, identity
+from pipeline.tracking.journal import Journal
+from pipeline.tracking.sender import waiting_here
+from pipeline.tracking.tracker import DOOR, PASS, Delivery, begin_journal, conclude
+from unfreeze.data.samples import link_sample
+from unfreeze.settings.schema import flatten, load_settings
+
+
+def begin() -> Plan:
+    """Start a pass: check the settings, ask DVC what is stale, give the pass its key and a terminal to draw on.
+
+    Raises:
+        UserError: a setting is wrong, or the images cannot be listed, watched or split.
+    """
+    settings = load_settings()
+    check_images(settings)
+    link_sample(settings.data.source)
+    for path in drop_torn():
+        get_run_logger().warning(TORN, path)
+    try:
+        stale = dvc.stale_stages()
+    except dvc.DamagedLock as error:
+        aside = dvc.put_lock_aside()
+        get_run_logger().warning(
+            "%s It lies in %s now; what it named comes back from the cache.", mask(str(error)), aside
+        )
+        stale = dvc.stale_stages()
+    first = min((STAGES.index(stage) for stage in stale), default=len(STAGES))
+    context = FlowRunContext.get()
+    run = context.flow_run if context else None
+    os.environ[PASS] = os.environ.pop(SAME_PASS, "") or f"flow-{run.id if run else uuid.uuid4()}"
+    deployed = bool(run and run.deployment_id)
+    os.environ[DOOR] = "deployment" if deployed else "flow"
+    if deployed and (worker := psutil.Process().parent()):
+        die_with([identity(worker)])
+    os.environ[PARENT] = identity(psutil.Process())
+    if sys.stderr.isatty():
+        os.environ["UNFREEZE_TTY"] = os.ttyname(sys.stderr.fileno())
+    has_remote, trouble = dvc.find_remote() if stale else (False, None)
+    if trouble:
+        warn_of_remote(trouble)
+    return Plan(frozenset(STAGES[first:]), has_remote and trouble is None, has_remote)
+
+
+def finish(outcomes: Mapping[str, Outcome], plan: Plan, status: str) -> None:
+    """Conclude the pass, and send what earlier passes have left.
+
+    Args:
+        outcomes: of the steps that are up to date.
+        plan: of the pass.
+        status: FINISHED, FAILED or KILLED.
+    """
+    log = get_run_logger()
+    ran = any(outcome.ran for outcome in outcomes.values())
+    journal: Journal | None = None
+    if ran:
+        journal = begin_journal("", flatten(load_settings()), {})
+        conclude(journal, tuple(outcomes), status)
+    elif status == "FINISHED":
+        log.info("Nothing to run: all %d steps are up to date.", len(outcomes))
+    if ran and status == "FINISHED":
+        settle()  # what the last step's DVC has taken
+    if waiting_here():
+        Delivery(journal, log.warning).close()
+    if ran and (address := run_address()):
+        log.info("MLflow run: %s", address)
+    if ((ran and plan.push) or dvc.to_push()) and (trouble := dvc.push()):
+        log.warning(
+            "DVC's remote did not take everything; the next pass sends the rest, or `unfreeze publish`: %s",
+            mask(trouble),
+        )

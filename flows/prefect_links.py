@@ -1,0 +1,63 @@
+"""Links from Prefect to MLflow: the run, the learning-rate plots, the confusion matrices, as Prefect artifacts."""
+
+import os
+
+from prefect import get_run_logger
+from prefect.artifacts import create_link_artifact
+
+from pipeline.artifacts import artifact
+from pipeline.process.secrets import mask, without_credentials
+from pipeline.tracking.journal import pass_folder, read_json
+from pipeline.tracking.tracker import current_pass
+
+LINKED = {
+    "lr_find": ("lr_find.png", "LR plot of the head"),
+    "unfreeze_lr_find": ("lr_find.png", "LR plot of the whole network"),
+    "evaluate": ("confusion_matrix.png", "Confusion matrix"),
+    "register": ("confusion_matrix.png", "Confusion matrix of the retrained model"),
+}
+
+
+LOCAL_UI = "http://127.0.0.1:5000"
+"""The address that `make ui` serves the local database at."""
+
+
+def ui_address() -> str:
+    """Where MLflow's pages are: the tracking server, or `LOCAL_UI`."""
+    uri = without_credentials(os.environ["MLFLOW_TRACKING_URI"])
+    return uri.rstrip("/") if uri.startswith("http") else LOCAL_UI
+
+
+def way_to_experiments() -> str:
+    """How to get to MLflow's page of experiments, on its side for trained models: it would open on the one for chatbots."""
+    address = ui_address()
+    before = "make ui, then " if address == LOCAL_UI else ""
+    return f"{before}{address}/#/experiments?workflowType=machine_learning"
+
+
+def run_address() -> str | None:
+    """The page of this pass's MLflow run, once MLflow has it."""
+    parent = read_json(pass_folder(current_pass()[0]) / "parent.json")
+    return f"{ui_address()}/#/experiments/{parent['experiment']}/runs/{parent['run']}" if parent else None
+
+
+def publish_links(stage: str) -> None:
+    """Make Prefect artifacts of what a step leaves to look at; a server that does not answer costs only the link."""
+    if stage not in LINKED and stage != "ingest":
+        return
+    try:
+        _publish(stage)
+    except Exception as error:
+        get_run_logger().warning("No link to MLflow for %s: %s", stage, mask(str(error)).split("\n")[0])
+
+
+def _publish(stage: str) -> None:
+    address = run_address()
+    if address is None:
+        return
+    if stage == "ingest":
+        create_link_artifact(address, "MLflow run", key="mlflow-run")
+    else:
+        name, title = LINKED[stage]
+        if artifact(stage, name).exists():
+            create_link_artifact(f"{address}/artifacts/{stage}/{name}", title, key=f"{stage.replace('_', '-')}-plot")

@@ -1,0 +1,32 @@
+"""The steps, where they write, and small files that are written whole or not at all."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from unfreeze.persistence.atomic import write_whole
+
+STAGES = (
+    "ingest",
+    "explore",
+    "precompute",
+    "lr_find",
+    "train_head",
+    "train_augmented",
+    "unfreeze_lr_find",
+    "train_full",
+    "evaluate",
+    "retrain",
+    "register",
+)
+"""Names of the steps, in the order of the recipe: of Prefect's tasks, DVC's stages and MLflow's child runs alike."""
+
+
+def artifact(stage: str, name: str) -> Path:
+    """The path of a file that a step writes, relative to the project's root, where every step runs."""
+    return Path("artifacts") / stage / name
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, for people to read as well, whole or not at all."""
+    write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

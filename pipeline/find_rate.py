@@ -1,0 +1,45 @@
+"""What the two learning-rate finders have in common: sweep, pick, plot."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from pipeline.step import Run
+from unfreeze.batches.loader import Batch
+from unfreeze.reports.plots import lr_find_plot, save_png
+from unfreeze.settings.schema import LRFind
+from unfreeze.training.lr_curve import pick_rate, suggest
+from unfreeze.training.range_test import range_test
+
+
+def find_rate(
+    run: Run,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Callable[[int, int], Iterable[Batch]],
+    settings: LRFind,
+) -> dict[str, float]:
+    """Sweep the rate over training batches, pick one, keep curve and plot.
+
+    Args:
+        run: the step's execution.
+        model, optimizer: what is trained during the sweep and left as it was.
+        batches: those of epoch n (from 0), from batch i (from 0) on.
+        settings: the sweep's ends, its length, and the rule that picks.
+
+    Returns:
+        Metrics: the rate to train with, and the points of the curve it was chosen among.
+    """
+    curve = range_test(model, optimizer, batches, settings, run.checkpoint("sweep"))
+    for i, (at, loss, smoothed) in enumerate(curve.itertuples(index=False, name=None)):
+        run.tracker.curve({"rate": at, "loss": loss, "smoothed": smoothed}, i)
+    picks = suggest(curve["rate"].to_numpy(), curve["loss"].to_numpy())
+    rate = settings.rate if settings.rate is not None else pick_rate(picks, settings.pick)
+    metrics = {"rate": rate, "minimum": picks.minimum, "steepest": picks.steepest, "valley": picks.valley}
+    how = "given in params.yaml" if settings.rate is not None else f"rule: {settings.pick}"
+    run.log("rate %.2e (%s); lowest loss at %.2e", rate, how, picks.minimum)
+
+    curve.to_csv(run.path("curve.csv"), index=False)
+    save_png(lr_find_plot(curve, metrics), run.path("lr_find.png"))
+    return metrics

@@ -1,0 +1,54 @@
+"""What the steps start from: the classifier as an earlier step left it, and the images it is to see."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.artifacts import artifact
+from unfreeze.batches.loader import Loader, Normalisation
+from unfreeze.data.packed import open_packed
+from unfreeze.device import best_device, to_device
+from unfreeze.errors import UserError
+from unfreeze.models.classifier import Classifier, Head
+from unfreeze.models.weights import load_backbone, load_head
+
+
+def precomputed(name: str) -> NDArray[Any]:
+    """An array that the step precompute left, a row per image, mapped from its file.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    path = artifact("precompute", name)
+    try:
+        return np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        raise UserError(f"There is no {path}: run the step precompute first.") from None
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and run the recipe again.") from None
+
+
+def frozen_classifier(head_of: str, batch_size: int) -> tuple[Classifier, Loader]:
+    """The pretrained backbone with the head that a step trained, and a loader of the packed images for it.
+
+    Args:
+        head_of: name of the step whose head it is.
+        batch_size: images per batch.
+    """
+    return _on_device(load_head(artifact(head_of, "head.safetensors")), batch_size)
+
+
+def fresh_classifier(dropout: float, batch_size: int) -> tuple[Classifier, Loader]:
+    """The pretrained backbone with a new head, and a loader of the packed images for it."""
+    classes = len(open_packed(artifact("ingest", "")).classes)
+    features = precomputed("activations.npy").shape[1]
+    return _on_device(Head(features, classes, dropout), batch_size)
+
+
+def _on_device(head: Head, batch_size: int) -> tuple[Classifier, Loader]:
+    backbone = load_backbone(artifact("precompute", "backbone.safetensors"))
+    device = best_device()
+    norm = Normalisation(backbone.mean, backbone.std)
+    model = to_device(Classifier(backbone, head), device)
+    return model, Loader(open_packed(artifact("ingest", "")), norm, device, batch_size)

@@ -1,0 +1,5 @@
+"""Processes: their environment, signals, locks and secrets, the forkserver, and the end of orphans.
+
+It may import `unfreeze.errors` and `unfreeze.persistence`, and nothing else of the project; all of `pipeline`, `tasks` and
+`flows` may import it.
+"""

@@ -1,0 +1,188 @@
+"""A warm process: it has imported what all steps need, and forks one for each step of a pass.
+
+Importing torch, timm and MLflow takes longer than many a step's own work, and eleven steps would do it eleven times. A
+flow keeps one such process beside it; ``python -m tasks <step>``, which DVC starts, finds it by the environment variable
+``UNFREEZE_WARM`` and hands over its arguments, environment and output. The step is a process of its own all the same: its
+crash is its own, its memory is given back, it starts from no module of this project, and it dies with whoever waits for
+it. CUDA is not touched before the fork, and the threads that imports start (OpenBLAS's, Arrow's) are begun anew after it
+by their libraries.
+"""
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import select
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pipeline.process.signals import GRACE
+
+ADDRESS = "UNFREEZE_WARM"
+IMPORTS = ("torch", "torch._dynamo", "timm", "pandas", "sklearn.linear_model", "matplotlib.figure", "mlflow", "cv2")
+PR_SET_PDEATHSIG = 1
+
+
+@contextlib.contextmanager
+def warm_process() -> Iterator[None]:
+    """Keep a warm process while the block runs; where the system cannot fork like Linux, do without."""
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="unfreeze-") as folder:
+        address = str(Path(folder) / "warm")
+        with socket.socket(socket.AF_UNIX) as listener:
+            # Listening before the process is there: a step that comes early waits for it, and does not start cold.
+            listener.bind(address)
+            listener.listen()
+            number = listener.fileno()
+            # It ends when its standard input does: with the block, and with this process, however that ends.
+            command = [sys.executable, "-m", "pipeline.process.forkserver", str(number)]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[number])
+        os.environ[ADDRESS] = address
+        try:
+            yield
+        finally:
+            del os.environ[ADDRESS]
+            process.stdin.close()  # type: ignore[union-attr]
+            process.wait()
+
+
+def hand_over(step: str) -> int | None:
+    """Have the warm process run a step; returns its exit code, or None where there is no warm process."""
+    with socket.socket(socket.AF_UNIX) as connection:
+
+        def pass_on(number: int, frame: object) -> None:
+            connection.shutdown(socket.SHUT_WR)  # which the warm process takes for a wish to stop the step
+
+        # Ctrl-C reaches the step by itself, which ends after a checkpoint.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, pass_on)
+        try:
+            connection.connect(os.environ[ADDRESS])
+            request = json.dumps({"step": step, "folder": os.getcwd(), "environment": dict(os.environ)})
+            socket.send_fds(connection, [len(request.encode()).to_bytes(4, "big")], [1, 2])
+            connection.sendall(request.encode())
+        except (KeyError, OSError):
+            return None
+        answer = connection.recv(4)
+    if not answer:
+        return 1  # it is gone, and the step with it
+    code = int.from_bytes(answer, "big", signed=True)
+    if code < 0:
+        with contextlib.suppress(OSError):  # SIGKILL is always at its default
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)  # end as the step ended
+    return code
+
+
+def serve(listening: int) -> None:
+    """Fork a step for everyone who connects to a listening socket (its descriptor), until standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the steps end by themselves, and this process with the flow
+    with socket.socket(fileno=listening) as listener, selectors.DefaultSelector() as waiting:
+        for module in IMPORTS:
+            if select.select([sys.stdin], [], [], 0)[0]:
+                return
+            importlib.import_module(module)
+        waiting.register(sys.stdin, selectors.EVENT_READ, None)
+        waiting.register(listener, selectors.EVENT_READ, None)
+        while True:
+            for key, _ in waiting.select():
+                if key.fileobj is sys.stdin:
+                    return _stop_all(waiting)
+                if key.fileobj is listener:
+                    connection = listener.accept()[0]
+                    if (pid := _fork(connection)) is not None:
+                        ended = os.pidfd_open(pid)
+                        waiting.register(connection, selectors.EVENT_READ, (pid, ended, connection))
+                        waiting.register(ended, selectors.EVENT_READ, (pid, ended, connection))
+                elif key.fd == key.data[1]:
+                    _finish(waiting, *key.data)
+                elif key.fd in waiting.get_map():  # whoever waited for the step is gone, and the step not yet
+                    waiting.unregister(key.fileobj)
+                    os.kill(key.data[0], signal.SIGTERM)
+
+
+def _stop_all(waiting: selectors.BaseSelector) -> None:
+    """Ask the steps under way to stop, and give them time for a checkpoint; who needs longer is killed with this process."""
+    steps = {key.data[0]: key.data[1] for key in waiting.get_map().values() if key.data}
+    for pid in steps:
+        os.kill(pid, signal.SIGTERM)
+    end = time.monotonic() + GRACE
+    for ended in steps.values():
+        select.select([ended], [], [], max(0.0, end - time.monotonic()))
+
+
+def _finish(waiting: selectors.BaseSelector, pid: int, ended: int, connection: socket.socket) -> None:
+    """Tell how a step ended."""
+    waiting.unregister(ended)
+    os.close(ended)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with contextlib.suppress(KeyError):
+        waiting.unregister(connection)
+    with contextlib.suppress(OSError), connection:
+        connection.sendall(code.to_bytes(4, "big", signed=True))
+
+
+def _fork(connection: socket.socket) -> int | None:
+    """Fork and run the step that the connection asks for; returns its process id, None where nothing sound was asked."""
+    try:
+        size, outputs, _, _ = socket.recv_fds(connection, 4, 2)
+        request = json.loads(_receive(connection, int.from_bytes(size, "big")))
+    except (OSError, ValueError):
+        connection.close()
+        return None
+    if pid := os.fork():
+        for output in outputs:
+            os.close(output)
+        return pid
+    _become(request, outputs)
+
+
+def _receive(connection: socket.socket, size: int) -> bytes:
+    content = b""
+    while len(content) < size and (more := connection.recv(size - len(content))):
+        content += more
+    return content
+
+
+def _become(request: dict[str, Any], outputs: list[int]) -> NoReturn:
+    """Be the step: its folder, environment and output; ends the process."""
+    code = 1
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, output in zip((1, 2), outputs, strict=True):
+            os.dup2(output, number)
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        os.chdir(request["folder"])
+        run(request["step"])
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def run(step: str) -> None:
+    """Run a step in this process."""
+    getattr(importlib.import_module(f"tasks.{step}"), step).main()
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]))
+    os._exit(0)  # taking apart all that was imported takes seconds, and the flow waits for it

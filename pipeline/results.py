@@ -1,0 +1,45 @@
+"""What judging leaves behind: predictions and the confusion matrix."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from pipeline.step import Run
+from unfreeze.data.packed import PackedImages
+from unfreeze.evaluation.evaluating import Predictions
+from unfreeze.evaluation.metrics import confusion
+
+
+def write_predictions(path: Path, packed: PackedImages, predictions: Mapping[str, Predictions]) -> None:
+    """Write `predictions.csv`: path, split, label, predicted, ``p_<class>``..., then the same with TTA."""
+    classes = np.array(packed.classes, dtype=object)
+    tables = [pd.DataFrame({"path": [], "split": [], "label": [], "predicted": []})]
+    for split, found in predictions.items():
+        known = packed.table.iloc[found.rows]
+        columns = {
+            "path": known["path"].to_numpy(),
+            "split": split,
+            "label": known["label"].to_numpy(),
+            "predicted": classes[found.plain.argmax(1)],
+            **_columns(found.plain, packed.classes, "p_"),
+            "tta_predicted": classes[found.tta.argmax(1)],
+            **_columns(found.tta, packed.classes, "tta_p_"),
+        }
+        tables.append(pd.DataFrame(columns))
+    pd.concat(tables[1:] or tables).to_csv(path, index=False, lineterminator="\n")
+
+
+def keep_confusion(run: Run, packed: PackedImages, predictions: Mapping[str, Predictions]) -> None:
+    """Write the confusion matrix with TTA, of the test split where there is one, else of the validation split."""
+    found = predictions.get("test", predictions.get("valid"))
+    labels = packed.labels[found.rows] if found else packed.labels[:0]
+    predicted = found.tta.argmax(1) if found else labels
+    matrix = confusion(labels, predicted, len(packed.classes))
+    table = pd.DataFrame(matrix, index=pd.Index(packed.classes, name="true"), columns=packed.classes)
+    table.to_csv(run.path("confusion_matrix.csv"), lineterminator="\n")
+
+
+def _columns(probabilities: np.ndarray, classes: list[str], prefix: str) -> dict[str, np.ndarray]:
+    return {f"{prefix}{name}": probabilities[:, i].round(6) for i, name in enumerate(classes)}

@@ -1,0 +1,49 @@
+"""Where a step keeps its checkpoints, and what they depend on.
+
+They lie outside of DVC's outputs, which DVC removes before it runs a step. A training that has finished leaves its last
+ones, and a file that grew there stays beside the output that it became: only when a later step begins is it certain that
+DVC has taken what was written.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.artifacts import STAGES, artifact
+
+ROOT = Path(".unfreeze/checkpoints")
+
+
+def fingerprint(stage: str, settings: Mapping[str, Any]) -> str:
+    """A word that changes with all that a step's result depends on: its settings, and the files that `dvc.yaml` lists."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name in yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]:
+        path = Path(name)
+        digest.update(name.encode())
+        if not path.is_file():
+            continue
+        if path.suffix == ".bin":  # the pixels, which may be gigabytes: dataset.json beside them has their fingerprint
+            digest.update(str(path.stat().st_size).encode())
+        else:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def clear_earlier(stage: str) -> None:
+    """Remove the checkpoints of the steps before this one that have finished."""
+    for earlier in STAGES[: STAGES.index(stage)]:
+        if artifact(earlier, "metrics.json").exists():  # which DVC removes before it runs the step again
+            shutil.rmtree(ROOT / earlier, ignore_errors=True)
+
+
+def clear_foreign(kept: Path) -> None:
+    """Remove a step's checkpoints of other settings, images or code."""
+    for other in kept.parent.glob("*"):
+        if other != kept:
+            shutil.rmtree(other, ignore_errors=True)

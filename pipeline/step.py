@@ -1,0 +1,175 @@
+"""What makes a function a step of the recipe.
+
+A step is a function in a file of its own, `tasks/<name>.py`. Its parameters name the sections of `params.yaml` that it
+reads, and `dvc.yaml` lists just these; it returns its metrics, name -> number. Run as ``python -m tasks <name>`` by DVC,
+by hand or by a debugger, it checks the settings, tells MLflow, and writes ``artifacts/<name>/metrics.json``.
+"""
+
+import inspect
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pipeline import scratch
+from pipeline.artifacts import artifact, write_json
+from pipeline.dvc_cache import TORN, drop_torn, settle
+from pipeline.process.lock import alone
+from pipeline.process.secrets import mask
+from pipeline.process.signals import GRACE, die_with, step_works_for, stop_when_asked
+from pipeline.tracking.sender import Unreachable
+from pipeline.tracking.tracker import Tracker
+from unfreeze.errors import TransientError, UserError, disk_trouble
+from unfreeze.persistence.interruption import Interrupted, Interruption
+from unfreeze.settings.schema import CheckpointSettings, Settings, flatten, load_settings
+
+if TYPE_CHECKING:
+    from unfreeze.persistence.resumable import ResumableFile
+    from unfreeze.training.checkpoints import Checkpoint
+from pipeline.exit_codes import LESS_MEMORY, STOPPED, USER_ERROR, WORTH_A_RETRY, is_out_of_memory
+
+logger = logging.getLogger("unfreeze")
+
+CHANGED = (
+    "Its settings, its code or what it reads changed while it was at work, and DVC would note what it made as made from "
+    "what is there now. Start again to have it made anew; or put back what was changed, and what was computed is used."
+)
+"""What to say of a step that has other settings, code or inputs at its end than it had at its beginning."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One execution of a step, as the step's function sees it.
+
+    Attributes:
+        stage: name of the step.
+        tracker: tells MLflow.
+        key: a word that changes with all that the step depends on: settings, images and code.
+        often: when to write checkpoints.
+        interruption: a wish to stop.
+    """
+
+    stage: str
+    tracker: Tracker
+    key: str
+    often: CheckpointSettings
+    interruption: Interruption
+
+    def log(self, text: str, *values: object) -> None:
+        """A line for people."""
+        logger.info(text, *values)
+
+    def path(self, name: str) -> Path:
+        """Where the step writes a file of this name."""
+        return artifact(self.stage, name)
+
+    @cached_property
+    def scratch(self) -> Path:
+        """A folder that an interrupted execution leaves to the next one with the same settings, images and code."""
+        folder = scratch.ROOT / self.stage / self.key
+        scratch.clear_foreign(folder)
+        return folder
+
+    def checkpoint(self, name: str = "training") -> "Checkpoint":
+        """Where a training of this step notes how far it has come."""
+        from unfreeze.training.checkpoints import Checkpoint
+
+        path = self.scratch / f"{name}.safetensors"
+        return Checkpoint(path, self.key, self.often.seconds, self.often.batches, self.interruption)
+
+    def resumable(self, name: str, *depends: str) -> "ResumableFile":
+        """A file of this name that grows, and on what it depends beside settings, images and code; to be used as a context."""
+        from unfreeze.persistence.resumable import ResumableFile
+
+        return ResumableFile(self.scratch / name, " ".join((self.key, *depends)), self.often.seconds)
+
+    def read_metrics(self, stage: str) -> dict[str, float]:
+        """The metrics of an earlier step."""
+        return dict(json.loads(artifact(stage, "metrics.json").read_text()))
+
+
+@dataclass(frozen=True)
+class Step:
+    """A function that is a step, with the names of the settings that it reads."""
+
+    name: str
+    function: Callable[..., Mapping[str, float]]
+    sections: tuple[str, ...]
+
+    def main(self) -> None:
+        """Run the step in this process, which ends with code 2 and a sentence when the user has to mend something."""
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+        logging.getLogger().handlers[0].addFilter(masked)
+        logger.setLevel(logging.INFO)
+        interruption = Interruption()
+        stop_when_asked(interruption)
+        die_with(step_works_for())
+        try:
+            # Started again at once, it finds the one that was stopped at its last checkpoint.
+            with alone("step", GRACE):
+                self._run(interruption)
+        except (TransientError, Unreachable) as error:
+            self._end(str(error), WORTH_A_RETRY)
+        except UserError as error:
+            self._end(str(error), USER_ERROR)
+        except Interrupted:
+            self._end("stopped. Started again, it goes on from its last checkpoint.", STOPPED)
+        except (OSError, MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                self._end(f"Memory ran out. {LESS_MEMORY}", WORTH_A_RETRY)
+            if isinstance(error, OSError) and (sentence := disk_trouble(error, artifact(self.name, ""))):
+                self._end(sentence, USER_ERROR)
+            raise
+
+    def _end(self, sentence: str, code: int) -> NoReturn:
+        print(f"{self.name}: {mask(sentence)}", file=sys.stderr, flush=True)
+        sys.exit(code)
+
+    def _run(self, interruption: Interruption) -> None:
+        settings, chosen, key = self._depends()
+        torn = drop_torn()
+        for path in torn:
+            logger.warning(TORN, path)
+        settle()
+        if torn:
+            # In a flow, whose first act this is, there are none left.
+            self._end("DVC may have put it where this step would read it: start again.", WORTH_A_RETRY)
+        artifact(self.name, "").mkdir(parents=True, exist_ok=True)
+        tracker = Tracker(self.name, flatten(settings), flatten(chosen))
+        scratch.clear_earlier(self.name)
+        run = Run(self.name, tracker, key, settings.checkpoint, interruption)
+        status, metrics, start = "FAILED", {}, time.perf_counter()
+        try:
+            metrics = {k: float(v) for k, v in self.function(run, **chosen).items()}
+            if self._depends()[2] != key:  # DVC is about to note what there is now as what the step has read
+                raise UserError(CHANGED)
+            write_json(artifact(self.name, "metrics.json"), metrics)
+            status = "FINISHED"
+        except (Interrupted, KeyboardInterrupt):
+            status = "KILLED"
+            raise
+        finally:
+            tracker.close(status, metrics, time.perf_counter() - start)
+
+    def _depends(self) -> tuple[Settings, dict[str, Any], str]:
+        """All settings, those that the step reads, and the key of all that it depends on, as they are now."""
+        settings = load_settings()
+        chosen = {section: getattr(settings, section) for section in self.sections}
+        return settings, chosen, scratch.fingerprint(self.name, flatten(chosen))
+
+
+def step(function: Callable[..., Mapping[str, float]]) -> Step:
+    """Make a function a step: ``function(run, <sections of params.yaml>...) -> metrics``."""
+    run, *sections = inspect.signature(function).parameters
+    return Step(function.__name__, function, tuple(sections))
+
+
+def masked(record: logging.LogRecord) -> bool:
+    """Mask a log record; keep it."""
+    record.msg, record.args = mask(record.getMessage()), ()
+    return True

@@ -1,0 +1,63 @@
+"""MLflow's registry: log the retrained model to the pass's parent run, and register it under its name."""
+
+import contextlib
+import importlib.metadata
+import io
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+REQUIREMENTS = (
+    "torch", "torchvision", "timm", "safetensors", "numpy", "opencv-python-headless", "pillow", "pandas", "pyyaml", "tqdm",
+)  # fmt: skip
+"""Packages that a served model is installed with."""
+
+KEY_TAG = "unfreeze.key"
+"""Tag of a model and its version that says what they were made of: weights, the code that serves them, and the name."""
+
+
+def register_model(weights: Path, name: str, parent: str, key: str) -> Any:
+    """Log the model to the parent run as an MLflow pyfunc and register it, if that is not done, perhaps by an earlier pass
+    that was killed before DVC had noted it; returns the version."""
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    import mlflow
+
+    mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
+    client = mlflow.MlflowClient()
+    if versions := client.search_model_versions(f"tags.`{KEY_TAG}` = '{key}'"):
+        return versions[0]
+    root = Path(__file__).parent.parent.parent
+    # MLflow says on stderr what it did; what goes wrong it raises.
+    with mlflow.start_run(run_id=parent), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        model = _logged(client, parent, key)
+        if model is None:
+            model = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(Path(__file__).with_name("served_model.py")),
+                artifacts={"weights": str(weights)},
+                code_paths=[str(root / "unfreeze")],
+                pip_requirements=[f"{package}=={_version(package)}" for package in REQUIREMENTS],
+                tags={KEY_TAG: key},
+            ).model_id
+        return mlflow.register_model(f"models:/{model}", name, tags={KEY_TAG: key})
+
+
+def _version(package: str) -> str:
+    """The version that is installed, as package indexes know it: without what a build for one device adds (``+cu126``)."""
+    return importlib.metadata.version(package).partition("+")[0]
+
+
+def _logged(client: Any, parent: str, key: str) -> str | None:
+    """The id of the model with this key that an earlier attempt has logged whole; what was logged in part is removed."""
+    experiment = client.get_run(parent).info.experiment_id
+    whole = None
+    for model in client.search_logged_models([experiment], filter_string=f"source_run_id = '{parent}'"):
+        if model.status != "READY":
+            client.delete_logged_model(model.model_id)
+        elif model.tags.get(KEY_TAG) == key:
+            whole = str(model.model_id)
+    return whole

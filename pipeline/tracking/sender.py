@@ -1,0 +1,311 @@
+"""From the journals to MLflow: every record once, however often the server goes away in between.
+
+A request whose answer was lost is made again, so every request is one that changes nothing the second time: runs carry a
+tag by which they are found before they are created, points keep the time at which they were measured (MLflow drops a point
+that it has), and files, tags and states are put in the place of themselves.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifacts import write_json
+from pipeline.process.secrets import mask
+from pipeline.tracking.journal import (
+    Journal,
+    Record,
+    forget_old_passes,
+    is_being_written,
+    pass_folder,
+    read,
+    read_json,
+    remove,
+    sending,
+    waiting,
+)
+
+logger = logging.getLogger("unfreeze")
+
+PASS_TAG, EXECUTION_TAG = "unfreeze.pass", "unfreeze.execution"
+PATIENCE = 5.0
+"""Seconds within which a server that is well has answered."""
+SPEED = 1e6
+"""Bytes of a file that it has taken in a second."""
+REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"}
+REFUSING = {400, 413, 415, 422}
+"""How MLflow, and whoever stands before it, says that it will never take something."""
+DELETED = (
+    "MLflow's experiment {} was deleted: what is logged to it waits until it is there again "
+    "(`mlflow experiments restore --experiment-id {}`)."
+)
+BATCH = 1000
+"""Metrics that MLflow takes in a request; of parameters it takes a tenth."""
+
+
+class Unreachable(Exception):
+    """The tracking server does not answer: a sentence that says so, for people."""
+
+
+def address() -> str:
+    """The tracking server of the environment, as it may be shown."""
+    return mask(os.environ["MLFLOW_TRACKING_URI"])
+
+
+def meant_for(folder: Path) -> str:
+    """The tracking server that a journal was written for, as it may be shown."""
+    return str(read_json(folder / "head.json").get("address"))
+
+
+def waiting_here() -> list[Path]:
+    """The journals that wait for the tracking server of the environment, the oldest first."""
+    return [folder for folder in waiting() if meant_for(folder) == address()]
+
+
+def client() -> Any:
+    """An MLflow client for the tracking server of the environment."""
+    # MLflow's own migrations announce each of their dozens of steps, and its HTTP client each attempt.
+    for name, level in (("alembic", logging.WARNING), ("urllib3.connectionpool", logging.ERROR)):
+        logging.getLogger(name).setLevel(level)
+    # urllib3 says on import that it could not speak SOCKS, which nobody asked it to.
+    warnings.filterwarnings("ignore", message="SOCKS support in urllib3")
+    from mlflow import MlflowClient
+
+    return MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+
+
+@contextlib.contextmanager
+def reaching() -> Iterator[None]:
+    """Say in a sentence when MLflow cannot be reached in the block.
+
+    Raises:
+        Unreachable: for the errors of a server that is away, or not well.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(("mlflow", "requests", "urllib3", "sqlalchemy")) or _is_refusal(error):
+            raise
+        raise Unreachable(f"MLflow at {address()} does not answer ({reason(error)}).") from None
+
+
+def reason(error: Exception) -> str:
+    """An error in a few words, without what nobody may see."""
+    if isinstance(error, Unreachable):
+        return str(error)
+    text = (str(error).splitlines() or [""])[0]
+    for known in ("Connection refused", "timed out", "Connection aborted", "Name or service not known"):
+        if known in text:
+            return known.lower()
+    return mask(f"{type(error).__name__}: {text[:200]}")
+
+
+def send(
+    client: Any,
+    own: Journal | None = None,
+    anyway: bool = False,
+) -> Iterator[float]:
+    """Send what waits, the oldest first, and remove what has been sent to its end.
+
+    Args:
+        client: an MLflow client.
+        own: the journal that this process writes; those of other processes are sent when these have ended.
+        anyway: send also what was meant for another address than that of the environment.
+
+    Yields:
+        before each request, the seconds after which a server that is well will have answered.
+
+    Raises:
+        Busy: another process is sending.
+        Exception: what MLflow's client raises for a server that does not answer, or not well; what it has not taken waits.
+            Trouble of another journal than the own one alone is for whoever sends the rest.
+    """
+    yield PATIENCE
+    trouble: Exception | None = None
+    with sending(PATIENCE / 2):
+        for folder in waiting():
+            mine = own is not None and folder == own.folder
+            elsewhere = meant_for(folder) != address()
+            if not mine and ((elsewhere and not anyway) or is_being_written(folder)):
+                continue
+            try:
+                yield from _send(client, folder, mine)
+            except _OfOne as error:
+                if mine or own is None:
+                    trouble = trouble or error.trouble
+        forget_old_passes()
+    if trouble:
+        raise trouble
+
+
+class _OfOne(Exception):
+    """Trouble of one journal, while the server is well and may take the others."""
+
+    def __init__(self, trouble: Exception) -> None:
+        super().__init__(str(trouble))
+        self.trouble = trouble
+
+
+def _send(client: Any, folder: Path, is_written: bool) -> Iterator[float]:
+    """Send what is new of a journal, which is still written or has been before this began."""
+    head, sent = read_json(folder / "head.json"), read_json(folder / "sent.json")
+    yield PATIENCE
+    experiment = client.get_experiment_by_name(head["experiment"])
+    if experiment and experiment.lifecycle_stage != "active":  # it would refuse what it takes once it is restored
+        raise _OfOne(Unreachable(DELETED.format(mask(head["experiment"]), experiment.experiment_id)))
+    if "runs" not in sent:
+        sent = {"offset": 0, "runs": (yield from _open(client, head, experiment))}
+        _note(folder, sent)
+    ended = sent.get("ended", False)  # and yet there: the power failed before its removal was on the disk
+    for record, end in _batches(read(folder, sent["offset"])):
+        run = sent["runs"].get(record.get("run"))
+        if "metrics" in record:
+            yield PATIENCE
+            _ask("metrics", client.log_batch, run, metrics=_metrics(record["metrics"]))
+        elif "tag" in record:
+            yield PATIENCE
+            _ask("a tag", client.set_tag, run, *record["tag"])
+        elif "file" in record and (copy := folder / record["file"]).exists():
+            yield PATIENCE + copy.stat().st_size / SPEED
+            try:
+                _ask(copy.name, client.log_artifact, run, str(copy), record["to"])
+            except Exception as error:  # the files' place may be away
+                raise _OfOne(error) from error
+        elif "status" in record:
+            yield PATIENCE
+            _ask("a state", client.set_terminated, run, record["status"], record["when"])
+        ended = "closed" in record
+        sent |= {"offset": end, "ended": ended}
+        _note(folder, sent)
+    if not ended and not is_written:
+        yield from _kill(client, folder, sent["runs"])
+        ended = True
+    if ended:
+        remove(folder)
+
+
+def _note(folder: Path, sent: Mapping[str, Any]) -> None:
+    """Write down how far the server has taken a journal; no waiting for the disk, as what is sent again changes nothing."""
+    partial = folder / "sent.partial"
+    partial.write_text(json.dumps(sent), encoding="utf-8")
+    partial.replace(folder / "sent.json")
+
+
+def _open(client: Any, head: Mapping[str, Any], experiment: Any) -> Generator[float, None, dict[str, str]]:
+    """Find or create the runs of a journal, and its experiment where there is none; returns their ids."""
+    yield PATIENCE
+    experiment_id = experiment.experiment_id if experiment else client.create_experiment(head["experiment"])
+    source = head.get("source", {})
+    tags = {PASS_TAG: head["pass"], "unfreeze.door": head["door"], **source}
+    parent = yield from _run(client, experiment_id, (PASS_TAG, head["pass"]), head, "parent", tags)
+    folder = pass_folder(head["pass"])
+    write_json(folder / "parent.json", {"experiment": experiment_id, "run": parent})
+    runs = {"parent": parent}
+    if head["stage"]:
+        tags = {
+            "mlflow.parentRunId": parent,
+            "unfreeze.stage": head["stage"],
+            EXECUTION_TAG: head["execution"],
+            **source,
+        }
+        runs["child"] = yield from _run(client, experiment_id, (EXECUTION_TAG, head["execution"]), head, "child", tags)
+    return runs
+
+
+def _run(
+    client: Any, experiment: str, tag: tuple[str, str], head: Mapping[str, Any], kind: str, tags: dict[str, str]
+) -> Generator[float, None, str]:
+    """Find a run by its tag, or create it; returns its id. It has its parameters then, and is running, unless all that is
+    to come is the end of its pass: killed in between, one that had ended would seem to run until something is sent again."""
+    from mlflow.entities import Param
+
+    yield PATIENCE
+    found = client.search_runs([experiment], f"tags.`{tag[0]}` = '{tag[1]}'", max_results=10)
+    before = read_json(pass_folder(head["pass"]) / "parent.json").get("run")
+    found.sort(key=lambda run: (run.info.run_id != before, not run.data.params, run.info.run_id))
+    for extra in found[1:]:  # a server that hung has taken a request late
+        if not extra.data.params and not extra.data.metrics:
+            client.delete_run(extra.info.run_id)
+    yield PATIENCE
+    if found:
+        run, known = found[0], found[0].data.params
+        if head["stage"] and run.info.status != "RUNNING":
+            client.update_run(run.info.run_id, status="RUNNING")
+    else:
+        name = head["name"] if kind == "parent" else head["stage"]
+        run, known = client.create_run(experiment, start_time=head["when"], tags=tags, run_name=name), {}
+    new = [Param(key, value) for key, value in head["params"][kind].items() if key not in known]
+    for i in range(0, len(new), BATCH // 10):
+        yield PATIENCE
+        _ask("parameters", client.log_batch, run.info.run_id, params=new[i : i + BATCH // 10])
+    return str(run.info.run_id)
+
+
+def _kill(client: Any, folder: Path, runs: Mapping[str, str]) -> Iterator[float]:
+    """End the run of a step that was killed, and its pass if nothing came after it."""
+    when = int((folder / "records.jsonl").stat().st_mtime * 1000)
+    later = [other for other in waiting() if other.parent == folder.parent and other.name > folder.name]
+    for kind, run in runs.items():
+        if kind == "child" or not later:
+            yield PATIENCE
+            _ask("a state", client.set_terminated, run, "KILLED", when)
+
+
+def _batches(records: Iterator[tuple[Record, int]]) -> Iterator[tuple[Record, int]]:
+    """The records, with the metrics of a run that follow one another joined, as many as a request takes."""
+    batch: Record | None = None
+    end = 0
+    for record, after in records:
+        points = [(k, v, record["when"], record["at"]) for k, v in record.get("metrics", {}).items()]
+        if batch and (not points or batch["run"] != record["run"] or len(batch["metrics"]) + len(points) > BATCH):
+            yield batch, end
+            batch = None
+        if not points:
+            yield record, after
+        elif batch:
+            batch["metrics"] += points
+        else:
+            batch = {"run": record["run"], "metrics": points}
+        end = after
+    if batch:
+        yield batch, end
+
+
+def metrics(run: str, values: Mapping[str, float], at: int, when: float) -> Iterator[Record]:
+    """Records of values that were measured at once.
+
+    Args:
+        run: ``child`` or ``parent``.
+        values: name -> value; None is left out.
+        at: iteration or epoch.
+        when: seconds since 1970.
+    """
+    items = iter([(key, float(value)) for key, value in values.items() if value is not None])
+    while some := dict(islice(items, BATCH)):
+        yield {"run": run, "metrics": some, "at": at, "when": int(when * 1000)}
+
+
+def _metrics(points: list[tuple[str, float, int, int]]) -> list[Any]:
+    from mlflow.entities import Metric
+
+    return [Metric(*point) for point in points]
+
+
+def _ask(what: str, request: Callable[..., Any], *arguments: Any, **named: Any) -> None:
+    """Make a request; what the server will never take is said and left out, so that it does not hold up the rest."""
+    try:
+        request(*arguments, **named)
+    except Exception as error:
+        if not _is_refusal(error):
+            raise
+        logger.warning("MLflow does not take %s: %s", what, reason(error))
+
+
+def _is_refusal(error: Exception) -> bool:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return getattr(error, "error_code", None) in REFUSALS or status in REFUSING

@@ -1,0 +1,252 @@
+"""MLflow: one parent run per pass through the recipe, one child run per step that is executed.
+
+A *pass* is one `unfreeze run`, one `dvc repro`, one run of a deployment. Its key is a tag on the parent run, so that the
+processes of its steps find their parent by themselves, whoever started them.
+
+What is to be logged is written to a journal on disk first (`pipeline/tracking/journal.py`), and sent from there by a thread about
+once a second (`pipeline/tracking/sender.py`): importing MLflow takes seconds, and training neither waits for the tracking server
+nor fails because of it. What the server has not taken when a step ends is sent by whichever process comes next.
+"""
+
+import json
+import logging
+import math
+import os
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifacts import STAGES, artifact, write_json
+from pipeline.process.secrets import mask
+from pipeline.process.signals import dvc_above, identity
+from pipeline.tracking.journal import ROOT, Busy, Journal, Record, pass_folder, read_json
+from pipeline.tracking.sender import address, client, metrics, reaching, reason, send, waiting_here
+
+logger = logging.getLogger("unfreeze")
+
+PASS, DOOR = "UNFREEZE_PASS", "UNFREEZE_DOOR"
+"""Environment variables: the key of the pass, and the door it came through."""
+SHOWN = ("*.png", "*.html", "confusion_matrix.csv", "predictions.csv")
+"""Files of a step that a person wants beside its numbers."""
+LONGEST_PAUSE = 30.0
+"""Seconds between two attempts to reach a server that stays away."""
+
+
+def current_pass() -> tuple[str, str]:
+    """The key of the pass that this process belongs to, and the door it came through.
+
+    The flow names both in the environment. Without it the nearest `dvc` among the parent processes is the pass; without
+    that, a step started by hand is a pass of its own.
+    """
+    if key := os.environ.get(PASS):
+        return key, os.environ.get(DOOR, "flow")
+    if above := dvc_above():
+        return f"dvc-{identity(above)}", "dvc repro"
+    return f"step-{os.getpid()}-{time.time():.0f}", "step"
+
+
+def begin_journal(stage: str, params: Mapping[str, Any], step_params: Mapping[str, Any]) -> Journal:
+    """A journal of this pass: of a step that is executed, or, without a stage, of the pass alone."""
+    key, door = current_pass()
+    return Journal(
+        {
+            "pass": key,
+            "door": door,
+            "stage": stage,
+            "execution": str(uuid.uuid4()),
+            "address": address(),
+            "experiment": os.environ["MLFLOW_EXPERIMENT_NAME"],
+            "name": _run_name(params),
+            "when": int(time.time() * 1000),
+            "params": {"parent": _shown_params(params), "child": _shown_params(step_params)},
+        }
+    )
+
+
+class Delivery:
+    """A thread that sends a journal while it is written, and before it what earlier steps have left, or only these (None)."""
+
+    def __init__(self, journal: Journal | None, warn: Callable[..., None] = logger.warning) -> None:
+        self._journal, self._warn = journal, warn
+        self._closing = threading.Event()
+        self._until = math.inf
+        self._said = False
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def close(self) -> bool:
+        """Send the rest, once the journal is closed, unless the server keeps us waiting; returns whether nothing waits."""
+        self._closing.set()
+        while self._thread.is_alive() and time.monotonic() < self._until:
+            self._thread.join(0.05)
+        if not (left := [self._journal.folder] if self._journal else waiting_here()) or not left[0].exists():
+            return True
+        if self._journal:
+            self._journal.sync()
+        self._say("no answer in time")
+        return False
+
+    def _work(self) -> None:
+        pause, closing = 0.0, False
+        while not closing:
+            closing = self._closing.wait(pause)
+            try:
+                if self._journal and "source" not in self._journal.head:
+                    self._journal.describe(source=_source_tags())
+                local = not os.environ["MLFLOW_TRACKING_URI"].startswith("http")
+                for seconds in send(client(), self._journal):
+                    self._until = math.inf if local else time.monotonic() + seconds
+                pause = 1.0
+            except Busy:
+                pause = 1.0
+            except Exception as error:
+                self._say(reason(error))
+                pause = min(max(1.0, 2 * pause), LONGEST_PAUSE)
+            self._until = math.inf
+
+    def _say(self, trouble: str) -> None:
+        if not self._said:
+            self._said = True
+            self._warn(
+                "MLflow at %s: %s. It goes on without; what is to be logged waits in %s and is sent when MLflow is back,"
+                " or with `unfreeze publish`.",
+                address(),
+                trouble,
+                ROOT,
+            )
+
+
+class Tracker:
+    """Takes one step's curves, metrics and files, for MLflow.
+
+    The tracking server is no part of the training: when it cannot be reached that is said once, and the step goes on.
+    """
+
+    def __init__(self, stage: str, params: Mapping[str, Any], step_params: Mapping[str, Any]) -> None:
+        self.stage = stage
+        self._journal = begin_journal(stage, params, step_params)
+        self._delivery = Delivery(self._journal)
+        self._curves: set[str] = set()
+
+    def curve(self, values: Mapping[str, float], at: int) -> None:
+        """A point of the step's curves: name -> value, at an iteration or epoch."""
+        self._curves |= values.keys()
+        self._journal.write(*metrics("child", values, at, time.time()))
+
+    def parent(self) -> str:
+        """The id of the pass's parent run, once MLflow has answered.
+
+        Raises:
+            Unreachable: MLflow does not answer.
+        """
+        folder = pass_folder(self._journal.head["pass"])
+        with reaching():
+            while "run" not in (known := read_json(folder / "parent.json")):
+                try:
+                    for _ in send(client(), self._journal):
+                        pass
+                except Busy:
+                    continue
+        return str(known["run"])
+
+    def close(self, status: str, final: Mapping[str, float], seconds: float) -> None:
+        """End the child run as FINISHED, FAILED or KILLED, with the step's final metrics and how long it took.
+
+        Of what has a curve the final value is no further point of it; the parent has it as ``<step>/<metric>``.
+        """
+        now = time.time()
+        own = {name: value for name, value in final.items() if name not in self._curves}
+        stages = STAGES[: STAGES.index(self.stage) + 1] if status == "FINISHED" else ()
+        conclude(
+            self._journal,
+            stages,
+            status,
+            [
+                *metrics("child", {**own, "seconds": seconds}, 0, now),
+                {"run": "child", "status": status, "when": int(now * 1000)},
+            ],
+        )
+        self._delivery.close()
+
+
+def conclude(journal: Journal, stages: Sequence[str], status: str, before: Sequence[Record] = ()) -> None:
+    """Put everything that a person compares on the parent run, end it until another step takes it up; close the journal.
+
+    Args:
+        journal: of the step or the pass that has ended.
+        stages: the steps whose results are up to date, also those that came from the cache.
+        status: FINISHED, FAILED or KILLED.
+        before: records to be written first.
+    """
+    noted_file = pass_folder(journal.head["pass"]) / "noted.json"
+    noted = read_json(noted_file)
+    records, files = list(before), list[Record]()
+
+    def is_new(path: Path) -> bool:
+        """Whether the pass has not noted it as it is: each step would note what all before it have left."""
+        state = [path.stat().st_mtime_ns, path.stat().st_size]
+        is_new, noted[str(path)] = noted.get(str(path)) != state, state
+        return is_new
+
+    try:
+        for stage in stages:
+            path = artifact(stage, "metrics.json")
+            if path.exists() and is_new(path):
+                values = {f"{stage}/{name}": value for name, value in json.loads(path.read_text()).items()}
+                records += metrics("parent", values, 0, path.stat().st_mtime)
+            for file in shown(stage):
+                runs: list[tuple[str, str | None]] = [("parent", stage)] if is_new(file) else []
+                if stage == journal.head["stage"]:
+                    runs.append(("child", None))
+                if runs:
+                    copy = journal.keep(file)
+                    files += [{"run": run, "file": copy, "to": to} for run, to in runs]
+        for file in (Path("params.yaml"), Path("dvc.lock")):
+            if file.exists() and is_new(file):
+                files.append({"run": "parent", "file": journal.keep(file, text=True), "to": None})
+        dataset = artifact("ingest", "dataset.json")
+        if dataset.exists():
+            fingerprint = json.loads(dataset.read_text())["fingerprint"]
+            records.append({"run": "parent", "tag": ["unfreeze.data", fingerprint]})
+    except OSError as error:
+        logger.warning("Not everything can be kept for MLflow: %s", error)
+    records.append({"run": "parent", "status": status, "when": int(time.time() * 1000)})
+    # Files come last: their place may be away while the server is well.
+    journal.write(*records, *files, {"closed": True})
+    journal.close()
+    with suppress(OSError):
+        write_json(noted_file, noted)
+
+
+def shown(stage: str) -> list[Path]:
+    """The files of a step that a person wants to see."""
+    return sorted(path for pattern in SHOWN for path in artifact(stage, "").glob(pattern))
+
+
+def _shown_params(params: Mapping[str, Any]) -> dict[str, str]:
+    return {key: mask(str(value)) for key, value in params.items()}
+
+
+def _run_name(params: Mapping[str, Any]) -> str:
+    source = Path(mask(str(params["data.source"])).removeprefix("sample:")).stem
+    backbone = str(params["backbone.name"]).split(":")[-1]
+    return f"{source} · {backbone} · {params['data.image_size']} px · {datetime.now():%d %b %H:%M}"
+
+
+def _source_tags() -> dict[str, str]:
+    """The git commit and whether the working tree differs from it, where there is git."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = "yes" if git("status", "--porcelain", "--untracked-files=no") else "no"
+        return {"mlflow.source.git.commit": git("rev-parse", "HEAD"), "unfreeze.changed": changed}
+    except (OSError, subprocess.CalledProcessError):
+        return {}

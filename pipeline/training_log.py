@@ -1,0 +1,60 @@
+"""What the steps that train have in common: one line per epoch, curves while they run, tables afterwards."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from pipeline.step import Run
+from unfreeze.training.checkpoints import Progress
+from unfreeze.training.history import History
+from unfreeze.training.loop import Listener
+
+
+def listener(run: Run, epochs: int, phase: str = "", cycle: Callable[[int], None] = lambda number: None) -> Listener:
+    """Tells people of every epoch, and MLflow of every batch and epoch, also of those before an interruption.
+
+    Args:
+        run: the step's execution.
+        epochs: how many there are at most, for the line.
+        phase: which part of the step this is, where it has several.
+        cycle: what to do at the end of each cycle.
+    """
+    prefix = f"{phase}/" if phase else ""
+
+    def batches(rows: Sequence[Mapping[str, float]]) -> None:
+        for row in rows:
+            run.tracker.curve({prefix + "rate": row["rate"], prefix + "loss": row["loss"]}, int(row["iteration"]))
+
+    def epoch(row: Mapping[str, float]) -> None:
+        text = f"{phase} " if phase else ""
+        text += (
+            f"epoch {row['epoch'] + 1:.0f}/{epochs}, cycle {row['cycle'] + 1:.0f}: train loss {row['train_loss']:.4f}"
+        )
+        if "valid_loss" in row:
+            text += f", valid loss {row['valid_loss']:.4f}, accuracy {row['valid_accuracy']:.4f}"
+        run.log("%s, rate up to %.2e", text, row["rate"])
+        curves_of(row)
+
+    def curves_of(row: Mapping[str, float]) -> None:
+        curves = {k: row[k] for k in ("train_loss", "valid_loss", "valid_accuracy") if k in row}
+        run.tracker.curve({prefix + k: v for k, v in curves.items()}, int(row["epoch"]))
+
+    def resumed(progress: Progress) -> None:
+        where = "after its end" if progress.done else f"in epoch {progress.epoch + 1}, batch {progress.batch + 1}"
+        run.log("%sgoes on %s, from a checkpoint", f"{phase} " if phase else "", where)
+        batches(progress.history.batches)
+        for row in progress.history.epochs:
+            curves_of(row)
+
+    return Listener(batches, epoch, cycle, resumed)
+
+
+def keep(run: Run, history: History) -> dict[str, float]:
+    """Write a training's tables; `evaluate` plots them, so that a nicer plot costs no training.
+
+    Returns:
+        Metrics of the cycle whose weights were kept; its number counts from 1, as in the log.
+    """
+    history.epochs_frame().to_csv(run.path("history.csv"), index=False)
+    history.batches_frame().to_csv(run.path("batches.csv"), index=False)
+    kept = [row for row in history.epochs if row["cycle"] == history.best_cycle][-1]
+    metrics = {name: kept[name] for name in ("train_loss", "valid_loss", "valid_accuracy") if name in kept}
+    return metrics | {"epochs": len(history.epochs), "best_cycle": history.best_cycle + 1}

@@ -1,0 +1,161 @@
+"""The journal of what MLflow is to be told, on disks that are full and by processes that are killed."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.publish import publish, what_waits
+from pipeline.tracking import sender
+from pipeline.tracking.journal import Journal, is_being_written, read, waiting
+from unfreeze.errors import UserError
+
+HEAD = {"pass": "a/pass", "stage": "ingest"}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_what_a_full_disk_does_not_take_is_written_when_there_is_space() -> None:
+    journal = Journal(HEAD)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        for i in range(200):
+            journal.write({"i": i})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert 0 < len(list(read(journal.folder, 0))) < 200
+    journal.write({"i": 200})
+    assert [record["i"] for record, _ in read(journal.folder, 0)] == list(range(201))
+
+
+def test_a_journal_is_held_until_it_is_closed_or_its_process_is_killed() -> None:
+    journal = Journal(HEAD)
+    assert is_being_written(journal.folder)
+    journal.close()
+    assert not is_being_written(journal.folder)
+    code = f"import os, pipeline.tracking.journal as j; j.Journal({HEAD}).write({{'i': 1}}); os.kill(os.getpid(), 9)"
+    root = Path(__file__).parent.parent.parent.parent
+    subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(root)}, check=False)
+    first, second = waiting()
+    assert first == journal.folder and not is_being_written(second)
+    assert [record for record, _ in read(second, 0)] == [{"i": 1}]
+
+
+def test_half_a_line_is_not_read() -> None:
+    journal = Journal(HEAD)
+    journal.write({"i": 1})
+    with (journal.folder / "records.jsonl").open("a") as file:
+        file.write('{"i": ')
+    assert [record for record, _ in read(journal.folder, 0)] == [{"i": 1}]
+
+
+def test_where_nothing_can_be_written_that_is_said_in_a_sentence() -> None:
+    Path(".unfreeze").touch()
+    with pytest.raises(UserError, match="cannot be written to .unfreeze/tracking"):
+        Journal(HEAD)
+
+
+@pytest.fixture
+def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Of a step's journal, and a local MLflow to send it to."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    head = {"pass": "a", "door": "flow", "stage": "ingest", "execution": "1", "address": sender.address()}
+    return head | {"experiment": "unfreeze", "name": "a", "when": 1, "params": {"parent": {}, "child": {}}}
+
+
+def ended(head: dict[str, Any], *runs: str) -> None:
+    """A journal of nothing but the end of its runs."""
+    journal = Journal(head)
+    journal.write(*({"run": run, "status": "FINISHED", "when": 2} for run in runs), {"closed": True})
+    journal.close()
+
+
+def statuses(client: Any) -> list[str]:
+    runs = client.search_runs([client.get_experiment_by_name("unfreeze").experiment_id])
+    return [run.info.status for run in runs]
+
+
+def test_one_that_is_back_after_it_was_sent_changes_nothing(
+    head: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a loss of power, before which its removal had not got to the disk."""
+    ended(head, "child", "parent")
+    client = sender.client()
+    for removes in (False, True):
+        with monkeypatch.context() as patch:
+            if not removes:
+                patch.setattr(sender, "remove", lambda folder: None)
+            list(sender.send(client))
+        assert statuses(client) == ["FINISHED"] * 2 and bool(waiting()) != removes
+
+
+def test_killed_while_the_end_of_a_pass_is_sent_nothing_seems_to_run(head: dict[str, Any]) -> None:
+    """`dvc repro` with nothing to do, which may come next, sends nothing."""
+    ended(head, "child", "parent")
+    client = sender.client()
+    list(sender.send(client))
+    ended(head | {"stage": ""}, "parent")
+    requests = 0
+    for _ in sender.send(client):
+        assert statuses(client) == ["FINISHED"] * 2
+        requests += 1
+    assert requests > 4 and not waiting()
+
+
+def test_a_deleted_experiment_holds_up_no_other(head: dict[str, Any]) -> None:
+    client = sender.client()
+    gone = client.create_experiment("gone")
+    client.delete_experiment(gone)
+    ended(head | {"experiment": "gone"}, "parent")
+    ended(head | {"pass": "b"}, "child", "parent")
+    with pytest.raises(sender.Unreachable, match="experiment gone was deleted.*restore --experiment-id") as caught:
+        list(sender.send(client))
+    assert sender.reason(caught.value) == str(caught.value)
+    assert statuses(client) == ["FINISHED"] * 2 and len(waiting()) == 1
+    own = Journal(head | {"pass": "c"})
+    list(sender.send(client, own))  # a step sends what it has, whatever an earlier one has left
+    assert len(waiting()) == 2
+    client.restore_experiment(gone)
+    own.close()
+    list(sender.send(client))
+    assert not waiting()
+
+
+def test_an_experiment_that_is_deleted_meanwhile_lacks_nothing_when_it_is_restored(head: dict[str, Any]) -> None:
+    journal, client = Journal(head), sender.client()
+    journal.write({"run": "child", "metrics": {"loss": 1.0}, "at": 0, "when": 1})
+    list(sender.send(client, journal))
+    experiment = client.get_experiment_by_name("unfreeze")
+    client.delete_experiment(experiment.experiment_id)
+    journal.write({"run": "child", "metrics": {"loss": 0.5}, "at": 1, "when": 2})
+    with pytest.raises(sender.Unreachable, match="experiment unfreeze was deleted"):
+        list(sender.send(client, journal))
+    client.restore_experiment(experiment.experiment_id)
+    list(sender.send(client, journal))
+    [child] = [run for run in client.search_runs([experiment.experiment_id]) if run.info.run_name == "ingest"]
+    assert [point.step for point in client.get_metric_history(child.info.run_id, "loss")] == [0, 1]
+
+
+def test_a_damaged_database_is_told_in_a_sentence(head: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    ended(head, "child", "parent")
+    Path(os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///")).write_text("no database" * 500)
+    assert publish(anyway=False) == 1
+    assert "mlflow.db does not answer (" in capsys.readouterr().err and len(waiting()) == 1
+
+
+def test_what_waits_is_said_with_what_sends_it(head: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    ended(head, "parent", "child")
+    here = what_waits()
+    assert "mlflow.db has not got everything: 1 record of a step waits" in here and "so does the next run" in here
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    elsewhere = what_waits()
+    assert elsewhere.startswith("1 record of a step waits for MLflow at sqlite:///") and "--anyway" in elsewhere
+    assert "next run" not in elsewhere and not sender.waiting_here() and len(waiting()) == 1

@@ -1,0 +1,96 @@
+"""The step `precompute`, interrupted and gone on with."""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pipeline import scratch
+from pipeline.artifacts import artifact
+from pipeline.step import Run
+from tasks import precompute as module
+from tests.integration.project import SMALL, paint
+from unfreeze.data.packing import pack
+from unfreeze.data.sources import read_source
+from unfreeze.evaluation.predicting import backbone_activations
+from unfreeze.persistence.interruption import Interrupted, Interruption
+from unfreeze.settings.overrides import apply_overrides
+from unfreeze.settings.schema import CheckpointSettings, Settings, load_settings
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Of a project whose images are packed."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "params.yaml", "params.yaml")
+    apply_overrides("params.yaml", [f"{k}={v}" for k, v in (SMALL | {"data.source": "photos"}).items()])
+    paint(Path("photos"), 0)
+    found = load_settings()
+    pack(read_source("photos"), artifact("ingest", ""), found.data, 0)
+    return found
+
+
+def run(settings: Settings) -> dict[str, float]:
+    artifact("precompute", "").mkdir(parents=True, exist_ok=True)
+    tracker: Any = None
+    execution = Run("precompute", tracker, "word", CheckpointSettings(60, None), Interruption())
+    return dict(module.precompute.function(execution, 0, settings.batch_size, settings.backbone))
+
+
+def written() -> dict[str, bytes]:
+    return {name: artifact("precompute", name).read_bytes() for name in ("activations.npy", "baseline.npy")}
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_what_was_computed_is_not_computed_again(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, batches: int
+) -> None:
+    expected = run(settings), written()
+    assert np.load(artifact("precompute", "activations.npy")).shape == (48, expected[0]["features"])
+    shutil.rmtree(artifact("precompute", ""))
+    shutil.rmtree(scratch.ROOT / "precompute")
+
+    def cut_short(*arguments: Any) -> Iterator[NDArray[np.float32]]:
+        for number, batch in enumerate(backbone_activations(*arguments)):
+            if number == batches:
+                raise Interrupted
+            yield batch
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(module, "backbone_activations", cut_short)
+        run(settings)
+    assert not any(artifact("precompute", "").iterdir())
+    with caplog.at_level(logging.INFO, "unfreeze"):
+        assert (run(settings), written()) == expected
+    assert f"{16 * batches} of 48 images were done before an interruption" in caplog.text
+    shutil.rmtree(artifact("precompute", ""))  # as DVC does, where it had not taken them yet
+    with caplog.at_level(logging.INFO, "unfreeze"):
+        assert (run(settings), written()) == expected
+    assert "48 of 48 images were done before an interruption" in caplog.text
+    artifact("precompute", "metrics.json").touch()  # as the step itself does in the end
+    scratch.clear_earlier("lr_find")
+    assert not (scratch.ROOT / "precompute").exists()
+
+
+def test_activations_of_other_weights_are_not_gone_on_with(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = run(settings), written()
+
+    def stop(*_: Any) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(module, "fit_baseline", stop)
+        patched.setattr(module, "checksum", lambda tensors: "others")
+        run(settings)
+    with caplog.at_level(logging.INFO, "unfreeze"):
+        assert (run(settings), written()) == expected
+    assert "before an interruption" not in caplog.text

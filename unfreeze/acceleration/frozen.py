@@ -1,0 +1,214 @@
+"""Frozen work is inference: a copy of a network that computes the same in less time.
+
+BatchNorm with kept statistics is one multiplication and one addition per channel, which the convolution before it does as
+well when its weights are scaled (Jacob et al., 2018, section 3.2). On a processor with native bfloat16, oneDNN then
+computes convolution and activation in one pass over memory, with weights laid out for it once.
+"""
+
+import copy
+import dataclasses
+import logging
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from unfreeze.acceleration.conv_chains import POST_OPS, TOLERANCE, chains, edges, traced
+from unfreeze.device import deterministically, native_bf16
+
+logger = logging.getLogger("unfreeze")
+
+FROZEN = "frozen copy"
+"""What a copy is marked with, in its ``meta``."""
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclasses.dataclass(eq=False)
+class StandIn:
+    """What a module computes with for a while, and the ``forward`` that it alone had before, if any."""
+
+    compute: Forward
+    before: Forward | None
+
+    @classmethod
+    def put(cls, module: nn.Module, compute: Forward) -> None:
+        """Let a module compute with this from now on."""
+        module.forward = cls(compute, vars(module).get("forward"))
+
+    @staticmethod
+    def take_back(module: nn.Module) -> None:
+        """Let a module, or a copy of it, compute as it did before; others stay as they are."""
+        here = vars(module).get("forward")
+        if isinstance(here, StandIn):
+            del module.forward
+            if here.before is not None:
+                module.forward = here.before
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Activations of activations."""
+        return self.compute(x)
+
+
+class ConvAct(nn.Module):
+    """A convolution, what is added to it, if anything, and the activation that follows.
+
+    Attributes:
+        into: whether the result may take the memory of what is added.
+    """
+
+    def __init__(self, conv: nn.Conv2d, act: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.act, self.into = conv, act, False
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+        """Activations (B, O, H', W') of (B, C, H, W), and of what is added to them before the activation."""
+        y = self.conv(x)
+        return self.act(y if other is None else y + other)
+
+
+class OneDNNConvAct(nn.Module):
+    """`ConvAct` in bfloat16 as a single operation of oneDNN, for batches of one shape (B, C, H, W).
+
+    The weights lie as oneDNN wants them for that shape; for others it may lay them out anew on every call, which with AMX
+    took longer than the convolutions.
+    """
+
+    def __init__(self, of: ConvAct, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        conv, self.into = of.conv, of.into
+        weight = conv.weight.detach()
+        self.edges = edges(conv, shape[2:])
+        before, after = self.edges[::2][::-1], self.edges[1::2][::-1]  # of height and width
+        if conv.dilation == (1, 1) and all(0 <= b <= a for b, a in zip(before, after, strict=True)):
+            # Rows of zeros before the kernel's make uneven edges even, which oneDNN adds without a copy of the image.
+            (top, left), padding = (a - b for b, a in zip(before, after, strict=True)), list(after)
+            weight, self.edges = F.pad(weight, (left, 0, top, 0)), (0, 0, 0, 0)
+        else:
+            padding = [0, 0]
+        self.arguments: tuple[Any, ...] = (padding, list(conv.stride), list(conv.dilation), conv.groups)
+        left, right, top, bottom = self.edges
+        padded = (*shape[:2], shape[2] + top + bottom, shape[3] + left + right)
+        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # whose stub lacks the last argument
+        packed = reorder(weight.bfloat16().to_mkldnn(), *self.arguments, padded)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().bfloat16(), requires_grad=False)
+        self.post = POST_OPS[type(of.act)]
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+        """Activations (B, O, H', W'), bfloat16, of (B, C, H, W), as of `ConvAct`."""
+        x = x.bfloat16()
+        if any(self.edges):
+            x = F.pad(x, self.edges)
+        convolved = torch.ops.mkldnn._convolution_pointwise
+        if other is None:
+            return convolved(x, self.weight, self.bias, *self.arguments, *self.post, "")
+        act = None if self.post[0] == "none" else self.post[0]
+        rest = (self.weight, self.bias, *self.arguments, "add", 1, act, self.post[1], "")
+        if self.into:
+            return torch.ops.mkldnn._convolution_pointwise_.binary(other.bfloat16(), x, *rest)
+        return convolved.binary(x, other.bfloat16(), *rest)
+
+
+def frozen_copy(network: nn.Module, images: torch.Tensor) -> nn.Module:
+    """A copy of a network that predicts the same, faster, and cannot be trained.
+
+    The copy makes the network's calls, of which those that follow one another are one. A copy whose output differs all the
+    same is discarded.
+
+    Args:
+        network: maps the images to one tensor; as it stands in eval mode is what the copy predicts.
+        images: (B, 3, S, S) normalised, on the network's device: a batch as the copy is for. Two of them are computed.
+
+    Returns:
+        The copy in eval mode without gradients; the network itself where it is one already, or has no convolutions.
+    """
+    kinds = {type(module) for module in network.modules()}
+    if getattr(network, "meta", {}).get(FROZEN) or not any(issubclass(kind, nn.Conv2d) for kind in kinds):
+        return network
+    batch, images = len(images), images[:2].float()
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False), _full_precision():
+        copied = _eval_copy(network)
+        expected = deterministically(lambda: copied(images))
+        folded = traced(copied, images, trains=False)
+        if folded is None:
+            return _eval_copy(network)
+        shapes = _fold(folded)
+        folded.meta[FROZEN] = True
+        found = folded(images)
+    if not torch.allclose(found, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max())):
+        logger.info("folded, the network predicts something else: it is used as it is, which takes longer")
+        return _eval_copy(network)
+    if not native_bf16(images.device):
+        return folded
+    if images.device.type == "cpu":
+        for name, (count, *shape) in shapes.items():
+            joined: Any = folded.get_submodule(name)
+            folded.set_submodule(name, OneDNNConvAct(joined, (count * batch // len(images), *shape)))
+    for module in folded.modules():
+        if type(module) in (nn.Conv2d, nn.Linear):  # and nothing that has reasons of its own for full precision
+            module.weight.data = module.weight.data.bfloat16()  # as autocast would, but once
+    return folded
+
+
+def _full_precision() -> AbstractContextManager[None]:
+    """Without TF32, with which convolutions of a deep network differ by as much as is held against the copy."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+
+
+def _eval_copy(network: nn.Module) -> nn.Module:
+    # By way of training mode, as some attention keeps what it computed in eval mode, with weights of that time, until then.
+    plain = copy.deepcopy(network).train().eval().requires_grad_(False)
+    for name, module in list(plain.named_modules()):
+        StandIn.take_back(module)
+        if isinstance(module, _BatchNorm) and isinstance(getattr(module, "act", None), nn.Module):
+            plain.set_submodule(name, _split(module))  # timm's BatchNorm with drop and activation inside
+    return plain
+
+
+def _fold(graph: fx.GraphModule) -> dict[str, tuple[int, ...]]:
+    """Make each chain of a traced network one call: of a `ConvAct`, whose convolution does the BatchNorm's work.
+
+    Returns:
+        Shape (B, C, H, W) of the input of each `ConvAct`, by its name.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for chain in chains(graph):
+        conv = chain.conv if chain.norm is None else fuse_conv_bn_eval(chain.conv, chain.norm)
+        name, inputs = f"chain_{len(shapes)}", tuple(chain.inputs)
+        shapes[name] = inputs[0].meta["shape"]
+        graph.add_submodule(name, ConvAct(conv, chain.act or nn.Identity()))
+        with graph.graph.inserting_before(chain.calls[-1]):
+            call = graph.graph.call_module(name, inputs)
+        chain.calls[-1].replace_all_uses_with(call, propagate_meta=True)
+        for done in reversed(chain.calls):
+            graph.graph.erase_node(done)
+    _overwrite(graph, {call: turn for turn, call in enumerate(graph.graph.nodes) if call.target in shapes})
+    graph.recompile()
+    graph.delete_all_unused_submodules()
+    return shapes
+
+
+def _overwrite(graph: fx.GraphModule, turns: dict[fx.Node, int]) -> None:
+    """Let a sum take the memory of what is added, where a `ConvAct` or a pooling made that, and none sees it later; by the
+    turns of their calls."""
+    modules = dict(graph.named_modules())
+    made = {node for node in graph.graph.nodes if isinstance(modules.get(str(node.target)), ConvAct | nn.MaxPool2d)}
+    for call in turns:
+        other = call.all_input_nodes[-1]
+        if len(call.args) == 2 and other in made and other is not call.args[0]:
+            module: Any = graph.get_submodule(str(call.target))
+            module.into = all(turns.get(user, math.inf) <= turns[call] for user in other.users)
+
+
+def _split(module: Any) -> nn.Sequential:
+    device = module.running_mean.device
+    norm = nn.BatchNorm2d(module.num_features, module.eps, module.momentum, module.affine, device=device)
+    norm.load_state_dict(module.state_dict())
+    return nn.Sequential(norm, *(part for part in (module.drop, module.act) if type(part) is not nn.Identity)).eval()

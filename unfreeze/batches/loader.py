@@ -1,0 +1,170 @@
+"""Which images make a batch, in what order and in which views; `unfreeze.batches.rendering` makes their pixels."""
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from unfreeze.batches.rendering import Canvas, Normalisation, gather_canvas, read_canvas, render, render_here, upload
+from unfreeze.batches.views import Views, joined, plain_views, random_views
+from unfreeze.data.packed import PackedImages
+from unfreeze.device import precision
+from unfreeze.progress import track
+from unfreeze.settings.schema import Augment
+
+T = TypeVar("T")
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""Inputs (B, ...) and class numbers (B,), on the device."""
+SHARE_OF_CARD = 0.4
+"""Share of a GPU's free memory that packed pixels may take."""
+PIECE = 1 << 26
+"""Bytes that are read at once on their way to a GPU."""
+
+
+def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
+    """Work through ``items`` in a thread, ``depth`` ahead, so that reading overlaps computing.
+
+    What goes wrong in the thread is raised here, and a consumer that stops early stops the thread.
+    """
+    done = object()
+    line: queue.Queue[object] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(item: object) -> bool:
+        while not stop.is_set():
+            try:
+                line.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put(item):
+                    return
+            put(done)
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while (item := line.get()) is not done:
+            if isinstance(item, BaseException):
+                raise item
+            yield item  # type: ignore[misc]
+    finally:
+        stop.set()
+        thread.join()
+
+
+@dataclass(frozen=True)
+class Loader:
+    """What it takes to turn packed images into batches for one network on one device."""
+
+    packed: PackedImages
+    norm: Normalisation
+    device: torch.device
+    batch_size: int
+
+    @property
+    def wide(self) -> int:
+        """Images in a batch that leaves no gradients: twice those of a training batch, in less than twice the time."""
+        return 2 * self.batch_size
+
+    def plain(self, rows: NDArray[np.int64]) -> Iterator[Batch]:
+        """The centre squares of ``rows``, in that order, in wide batches, the last possibly smaller."""
+        chunks = [rows[i : i + self.wide] for i in range(0, len(rows), self.wide)]
+        views = (plain_views(chunk, self.packed.sizes[chunk], self.packed.image_size) for chunk in chunks)
+        return track(self.views(views), "predicting", len(chunks))
+
+    def augmented(
+        self, rows: NDArray[np.int64], augment: Augment, seed: int, epoch: int, first: int = 0, together: int = 1
+    ) -> Iterator[Batch]:
+        """One epoch of ``rows``, shuffled and augmented, from the batch number ``first`` on.
+
+        Chance is a function of seed, epoch and batch alone, so that any batch of any epoch can be made again.
+        So many batches as ``together`` says come as one.
+        """
+        chunks = shuffled(rows, self.batch_size, seed, epoch)
+
+        def views_of(number: int) -> Views:
+            chunk, rng = chunks[number], np.random.default_rng([seed, epoch, number + 1])
+            return random_views(chunk, self.packed.sizes[chunk], self.packed.image_size, augment, rng)
+
+        numbers = range(first, len(chunks))
+        return self.views(
+            joined([views_of(number) for number in numbers[i : i + together]]) for i in range(0, len(numbers), together)
+        )
+
+    def views(self, batches: Iterable[Views]) -> Iterator[Batch]:
+        """The given views, rendered."""
+        for views, inputs in self._rendered(batches):
+            yield inputs, upload(torch.from_numpy(self.packed.labels[views.rows]), self.device)
+
+    @cached_property
+    def on_card(self) -> torch.Tensor | None:
+        """All packed pixels (P, 3) on the GPU, where they take at most `SHARE_OF_CARD` of its free memory; else None."""
+        count = int(self.packed.sizes.prod(1).sum())
+        if 3 * count > SHARE_OF_CARD * torch.cuda.mem_get_info(self.device)[0] or not packed_in_a_row(self.packed):
+            return None
+        pixels = torch.empty(3 * count, dtype=torch.uint8, device=self.device)
+        piece = torch.empty(min(PIECE, 3 * count), dtype=torch.uint8, pin_memory=True)
+        for start in range(0, 3 * count, PIECE):
+            some = piece[: 3 * count - start]
+            self.packed.read(start, some.numpy())
+            pixels[start : start + len(some)] = some  # waits, so that the piece can be filled again
+        return pixels.view(-1, 3)
+
+    def _rendered(self, batches: Iterable[Views]) -> Iterator[tuple[Views, torch.Tensor]]:
+        if self.device.type == "cpu":  # which has no time to spare that a thread could use
+            for views in batches:
+                yield views, render_here(self.packed, views, self.norm, precision(self.device))
+            return
+        if self.on_card is not None:
+            for views in batches:
+                canvas = gather_canvas(self.on_card, self.packed, views)
+                yield views, self._render(canvas, views)
+            return
+        for views, canvas in prefetch((views, read_canvas(self.packed, views)) for views in batches):
+            yield views, self._render(canvas, views)
+
+    def _render(self, canvas: Canvas, views: Views) -> torch.Tensor:
+        sizes = self.packed.sizes[views.rows]
+        return render(canvas, views, sizes, self.packed.image_size, self.norm, self.device)
+
+
+def packed_in_a_row(packed: PackedImages) -> bool:
+    """Whether the images lie one after the other from the file's beginning, with nothing between them."""
+    ends = packed.offsets + 3 * packed.sizes.prod(1)
+    return bool(packed.offsets[0] == 0 and (packed.offsets[1:] == ends[:-1]).all())
+
+
+def batches_per_epoch(images: int, batch_size: int) -> int:
+    """Batches in an epoch: whole ones only, so that no small last batch upsets BatchNorm; at least one."""
+    return max(1, images // batch_size)
+
+
+def shuffled(rows: NDArray[np.int64], batch_size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
+    """One epoch's batches of row numbers: another order each epoch, the rest that fills no batch left out."""
+    order = np.random.default_rng([seed, epoch, 0]).permutation(rows)
+    return [order[i * batch_size : (i + 1) * batch_size] for i in range(batches_per_epoch(len(rows), batch_size))]
+
+
+def activation_batches(
+    activations: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    batches: Iterable[NDArray[np.int64]],
+    device: torch.device,
+) -> Iterator[Batch]:
+    """Batches of precomputed activations (B, F) and class numbers (B,), for the row numbers given."""
+    for rows in batches:
+        yield upload(torch.from_numpy(activations[rows]), device), upload(torch.from_numpy(labels[rows]), device)

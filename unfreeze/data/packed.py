@@ -1,0 +1,142 @@
+"""Packed images: every image decoded once, its pixels in one file that is read image by image.
+
+`pixels.bin` holds the images one after the other, (H, W, 3) bytes each, the shorter side `image_size`; `images.csv` says
+for every image that was found where its pixels begin, or why there are none; `dataset.json` holds what is true of all.
+"""
+
+import json
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from unfreeze.errors import UserError
+
+NUMBERS = ["width", "height", "packed_width", "packed_height", "offset"]
+"""Columns of `images.csv` that are whole numbers (empty where an image was set aside); the others are text."""
+
+
+ROWS = 5_000
+"""Rows of `images.csv` read at a time: all at once would leave behind four times the table's own memory."""
+
+Pixels = NDArray[np.uint8]
+Read = Callable[[int, Pixels], None]
+"""``read(start, into)``: fill a contiguous array with the bytes from that one on."""
+
+
+@dataclass(frozen=True)
+class PackedImages:
+    """Images that lie in a file; ``packed[i]`` reads image i, a (H, W, 3) array of bytes whose shorter side is `image_size`.
+
+    Attributes:
+        read: how to get at the pixels.
+        table: a row per image: path, label, split, group, width, height, digest and more.
+        classes: sorted names; a class's number is its place here.
+        labels: (N,) class numbers.
+        sizes: (N, 2) width and height in pixels.
+        offsets: (N,) where an image begins, in bytes.
+        image_size: shorter side in pixels.
+    """
+
+    read: Read
+    table: pd.DataFrame
+    classes: list[str]
+    labels: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    image_size: int
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, row: int) -> Pixels:
+        return self.crop(row, (0, 0), self.sizes[row])
+
+    def crop(self, row: int, low: Sequence[int], high: Sequence[int], out: Pixels | None = None) -> Pixels:
+        """Read a rectangle of image ``row``, and of the image no rows but the rectangle's.
+
+        Args:
+            row: number of the image.
+            low, high: first column and row of the rectangle, and those behind the last.
+            out: (H, W, 3) to write it to, without a copy in between where it is as wide as the image.
+
+        Raises:
+            UserError: the file has been cut short.
+        """
+        (x0, y0), (x1, y1) = low, high
+        width = self.sizes[row, 0]
+        start = int(self.offsets[row] + y0 * width * 3)
+        if out is not None and x1 - x0 == width and out.flags.c_contiguous:
+            self.read(start, out)
+            return out
+        rows = np.empty((y1 - y0, width, 3), np.uint8)
+        self.read(start, rows)
+        if out is None:
+            return rows[:, x0:x1]
+        out[:] = rows[:, x0:x1]
+        return out
+
+    def rows(self, split: str) -> NDArray[np.int64]:
+        """Row numbers of a split's images: train, valid or test."""
+        return np.flatnonzero(self.table["split"].to_numpy() == split)
+
+
+def open_packed(folder: Path) -> PackedImages:
+    """Open what `unfreeze.data.packing.pack` wrote. Raises UserError where it is not there, or not whole."""
+    pixels = folder / "pixels.bin"
+    try:
+        about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        parts = pd.read_csv(folder / "images.csv", keep_default_na=False, dtype=str, chunksize=ROWS)
+        table = pd.concat([_packed(part) for part in parts], ignore_index=True)
+        size = pixels.stat().st_size
+        sizes = table[["packed_width", "packed_height"]].to_numpy(np.int64)
+        numbers = {name: number for number, name in enumerate(about["classes"])}
+        labels = table["label"].map(numbers.__getitem__).to_numpy(np.int64)
+        image_size = int(about["image_size"])
+        read = _reader(pixels)
+    except OSError as error:
+        raise UserError(f"There are no packed images in {folder} ({error}): run the step ingest first.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        what = str(error).partition("\n")[0]
+        raise UserError(f"The packed images in {folder} are damaged ({what}): run the step ingest again.") from None
+    if size != sizes.prod(1).sum() * 3:
+        raise UserError(f"{pixels} does not belong to images.csv beside it: run the step ingest again.")
+    return PackedImages(read, table, about["classes"], labels, sizes, table["offset"].to_numpy(np.int64), image_size)
+
+
+def _packed(part: pd.DataFrame) -> pd.DataFrame:
+    """The rows of images that were not set aside."""
+    return part[part["reason"] == ""].astype(dict.fromkeys(NUMBERS, np.int64))
+
+
+def _reader(path: Path) -> Read:
+    """Reads a file piece by piece.
+
+    A memory map would count all that is near what was touched as this process's memory, some 100 MB for a batch, and end the
+    process by a signal where the file has been cut short meanwhile.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+
+    def read(start: int, into: Pixels) -> None:
+        left = into.reshape(-1)
+        while left.size and (found := os.preadv(descriptor, [left.data], start)):
+            left, start = left[found:], start + found  # some file systems give less than there is
+        if left.size:
+            raise UserError(f"{path} has been cut short: run the step ingest again.")
+
+    weakref.finalize(read, os.close, descriptor)
+    return read
+
+
+def in_memory(pixels: Pixels) -> Read:
+    """Reads from an array (N,) of bytes."""
+
+    def read(start: int, into: Pixels) -> None:
+        into.reshape(-1)[:] = pixels[start : start + into.size]
+
+    return read

@@ -1,0 +1,234 @@
+"""Packing: decode every image once and write its pixels where `unfreeze.data.packed` reads them."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from unfreeze.data.decoding import BrokenImage, decode, resize_shorter
+from unfreeze.data.packed import NUMBERS
+from unfreeze.data.splits import assign_splits
+from unfreeze.errors import UserError
+from unfreeze.persistence.atomic import sync
+from unfreeze.persistence.resumable import ResumableFile
+from unfreeze.progress import track
+from unfreeze.settings.schema import Data
+
+logger = logging.getLogger("unfreeze")
+
+Row = dict[str, Any]
+Decoded = tuple[Row, bytes, list[int] | None]
+
+SET_ASIDE = dict.fromkeys((*NUMBERS, "digest", "difference_hash"), "")
+"""What `images.csv` says of an image that could not be read, beside the reason."""
+AHEAD = 4
+"""Images in memory at once while packing, times the number of cores."""
+SHAPE = 1.4
+"""Long side over short side of an average photograph, to estimate the space that it takes."""
+
+
+def pack(
+    table: pd.DataFrame, folder: Path, data: Data, seed: int, pixels: ResumableFile | None = None
+) -> dict[str, float]:
+    """Decode, resize, split and pack the images of a source; set aside what cannot be read.
+
+    Args:
+        table: as `unfreeze.data.sources.read_source` gives it.
+        folder: where to write; nothing is there under its final name before everything is done.
+        data: settings of packing and splitting.
+        seed: of the splits.
+        pixels: where the pixels are written meanwhile, perhaps with what an interrupted process left; without it they
+            are written in the folder, and an interruption leaves nothing.
+
+    Returns:
+        Metrics: numbers of images, broken images, classes, and images per split.
+
+    Raises:
+        UserError: too many broken images, too few images in a class, no space on the disk, or no right to write there.
+    """
+    partial = {name: folder / f"{name}.partial" for name in ("images.csv", "dataset.json")}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _clear(folder)
+        with pixels or ResumableFile(folder / "pixels.bin.partial", "", math.inf) as file:
+            # A rehearsal without knowledge of duplicates: what cannot be split is refused before hours of decoding.
+            assign_splits(table.assign(digest=""), data.valid, data.test, seed)
+            _check_space(file, folder, len(table), data.image_size)
+            rows = _pack_pixels(table, file, data)
+            found = pd.concat([table.drop(columns="file").reset_index(drop=True), pd.DataFrame(rows)], axis=1)
+            good = found["reason"] == ""
+            _check_classes(found, good)
+            found["split"] = assign_splits(found[good], data.valid, data.test, seed).reindex(found.index, fill_value="")
+            classes = sorted(found.loc[good, "label"].unique())
+            about = {
+                "classes": classes,
+                "image_size": data.image_size,
+                "source": data.source,
+                "fingerprint": _fingerprint(found[good]),
+            }
+            partial["images.csv"].write_bytes(found.to_csv(index=False, lineterminator="\n").encode())
+            partial["dataset.json"].write_bytes((json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode())
+            for whole in partial.values():
+                sync(whole)
+            file.put(folder / "pixels.bin")
+        for name, whole in partial.items():
+            os.replace(whole, folder / name)
+        sync(folder)
+    except OSError as error:
+        raise UserError(
+            f"The packed pixels could not be written to {folder.absolute()}: {error.strerror}. Make space, or see who may "
+            "write there."
+        ) from None
+    finally:
+        _clear(folder)
+    counts = found.loc[good, "split"].value_counts()
+    splits = {split: int(counts.get(split, 0)) for split in ("train", "valid", "test")}
+    return {"images": int(good.sum()), "broken": int((~good).sum()), "classes": len(classes), **splits}
+
+
+def _pack_pixels(table: pd.DataFrame, file: ResumableFile, data: Data) -> list[Row]:
+    """Write all pixels; returns a row for each image, in the table's order."""
+    kept = _unchanged(table, file, data)
+    rows: list[Row] = [note["row"] for note in kept]
+    broken = [f"{note['path']}: {note['row']['reason']}" for note in kept if note["row"]["reason"]]
+    left = table[len(kept) :]
+    for path, (row, pixels, stamp) in zip(
+        left["path"], track(_decoded(list(left["file"]), data), "decoding", len(left)), strict=True
+    ):
+        if row["reason"]:
+            broken.append(f"{path}: {row['reason']}")
+            if len(broken) > data.max_broken * len(table):
+                raise UserError(
+                    f"data.source: more than {data.max_broken:.0%} of the {len(table)} images in {data.source} cannot be "
+                    "read (data.max_broken), among them\n  " + "\n  ".join(broken[:5])
+                )
+        else:
+            row["offset"] = file.size
+        file.append(pixels, {"path": path, "stamp": stamp, "row": row})
+        rows.append(row)
+    return rows
+
+
+def _unchanged(table: pd.DataFrame, file: ResumableFile, data: Data) -> list[dict[str, Any]]:
+    """Notes of the first images that are packed already, and are as they were then; goes back to the last of them."""
+
+    def same(note: dict[str, Any], path: str, name: str) -> bool:
+        if note["path"] != path or note["stamp"] != _stamp(name):
+            return False
+        # What could not be read may have been the disk's fault, or that of somebody who has mended it.
+        return not note["row"]["reason"] or _read(name, data)[0] == note["row"]
+
+    notes = file.notes
+    count = sum(
+        1 for _ in takewhile(lambda image: same(*image), zip(notes, table["path"], table["file"], strict=False))
+    )
+    if count < len(notes):
+        file.cut(count)
+    if count:
+        logger.info("%d of %d images were packed before an interruption", count, len(table))
+    return notes[:count]
+
+
+def stamps(table: pd.DataFrame) -> list[list[int] | None]:
+    """What changes when one of the files of a source's table does, in their order."""
+    return [_stamp(file) for file in table["file"]]
+
+
+def _stamp(file: str) -> list[int] | None:
+    """What changes when a file does: its size in bytes, and when (ns) its content and its rights were last changed."""
+    try:
+        found = os.stat(file)
+    except (OSError, ValueError):
+        return None
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _decoded(files: list[str], data: Data) -> Iterator[Decoded]:
+    """Rows, pixels and stamps of images in their order, decoded on all cores (Pillow lets go of Python's lock while it works), a
+    few images ahead of what has been taken."""
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    waiting: deque[Future[Decoded]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for file in files:
+                waiting.append(pool.submit(_read, file, data))
+                if len(waiting) >= AHEAD * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _read(file: str, data: Data) -> Decoded:
+    """What `images.csv` says of an image, its packed pixels, and the file's stamp before it was read."""
+    stamp = _stamp(file)
+    try:
+        (width, height), image = decode(file, data.max_megapixels, data.image_size)
+    except BrokenImage as error:
+        return {**SET_ASIDE, "reason": str(error)}, b"", stamp
+    digest = hashlib.blake2b(image.tobytes(), digest_size=16, key=f"{image.size}".encode()).hexdigest()
+    small = resize_shorter(image, data.image_size)
+    row = {
+        "width": width,
+        "height": height,
+        "packed_width": small.width,
+        "packed_height": small.height,
+        "offset": 0,
+        "digest": digest,
+        "difference_hash": difference_hash(small),
+        "reason": "",
+    }
+    return row, small.tobytes(), stamp
+
+
+def difference_hash(image: Image.Image) -> str:
+    """64 bits, as hex, that stay nearly the same when an image is resized or saved anew: whether it gets brighter from
+    each of 8 x 8 cells to the next (Krawetz's dHash, 2013)."""
+    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
+    return np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes().hex()
+
+
+def _fingerprint(table: pd.DataFrame) -> str:
+    """A hash of all that the data is: which images, with which pixels, labels and splits."""
+    lines = sorted("\t".join(row) for row in table[["path", "label", "split", "digest"]].itertuples(index=False))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _check_classes(found: pd.DataFrame, good: pd.Series) -> None:
+    empty = sorted(set(found["label"]) - set(found.loc[good, "label"]))
+    if empty:
+        raise UserError(f"data.source: of the class {empty[0]!r} not a single image could be read.")
+
+
+def _check_space(file: ResumableFile, folder: Path, images: int, image_size: int) -> None:
+    """Raises UserError where the pixels will not fit on the disk they grow on, or on that of the folder they go to."""
+    whole = int(images * image_size * image_size * 3 * SHAPE)
+    elsewhere = file.path.stat().st_dev != folder.stat().st_dev
+    for where, needed in ((file.path.parent, whole - file.size), (folder, whole if elsewhere else 0)):
+        free = shutil.disk_usage(where).free
+        if needed > free:
+            raise UserError(
+                f"The packed pixels of {images} images take about {needed / 1e9:.1f} GB in {where.absolute()}, where "
+                f"{free / 1e9:.1f} GB are free: make space, or choose a smaller data.image_size."
+            )
+
+
+def _clear(folder: Path) -> None:
+    """Remove what is not whole."""
+    for left in folder.glob("*.partial*"):
+        with contextlib.suppress(OSError):
+            left.unlink()

@@ -1,0 +1,40 @@
+"""The built-in sample: `sample:elpv`, photographs of solar cells that a package of the package index carries."""
+
+import importlib.util
+from contextlib import suppress
+from pathlib import Path
+
+from unfreeze.errors import UserError
+
+SAMPLES = {"sample:elpv": Path("samples/elpv.yaml")}
+"""What `data.source` calls them, and the file that says which version of the package is meant."""
+
+
+def link_sample(source: str) -> None:
+    """Give a built-in sample's file the name that `data.source` gives it: a link, by which DVC watches it.
+
+    `dvc.yaml` names `data.source` as what `ingest` depends on. A file that is called ``sample:elpv`` could not be checked out
+    on Windows, so that none is under version control.
+    """
+    if source in SAMPLES and not Path(source).exists():
+        with suppress(FileExistsError):  # another process was quicker
+            Path(source).symlink_to(SAMPLES[source])
+
+
+def elpv() -> list[tuple[Path, str, str]]:
+    """Files of the elpv dataset (Buerhop-Lutz et al., 2018), with path to show and label.
+
+    A cell is ``defective`` where the experts' defect probability is above 0.5, else ``functional``.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    found = importlib.util.find_spec("elpv_dataset")  # without importing it
+    if found is None or found.origin is None:
+        raise UserError("data.source: sample:elpv needs the package elpv-dataset: pip install elpv-dataset")
+    folder = Path(found.origin).parent / "data"
+    rows = []
+    for line in (folder / "labels.csv").read_text(encoding="utf-8").splitlines():
+        path, probability, _ = line.split()
+        rows.append((folder / path, path, "defective" if float(probability) > 0.5 else "functional"))
+    return rows

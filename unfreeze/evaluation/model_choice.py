@@ -1,0 +1,59 @@
+"""Choose the candidate to hand on: of those as accurate as the best, the one with the lowest log loss."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unfreeze.evaluation.metrics import Scores, score
+from unfreeze.evaluation.predicting import Probabilities
+
+SIGNIFICANT = 0.05
+"""Probability below which a difference between candidates is not put down to chance."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A trained model by name, with its probabilities (N, C) for the validation images and their labels (N,)."""
+
+    name: str
+    probabilities: Probabilities
+    labels: NDArray[np.int64]
+
+    @property
+    def scores(self) -> Scores:
+        """Log loss and accuracy on the validation split."""
+        return score(self.probabilities, self.labels)
+
+
+def choose(candidates: list[Candidate]) -> tuple[Candidate, str]:
+    """The candidate to hand on: of those that are as accurate as the best, the one with the lowest log loss.
+
+    On a few hundred validation images two or three more right ones are chance, and the candidate that chance favours most
+    would win. As accurate as the best counts who cannot be told from it by McNemar's exact test at 5 % (McNemar, 1947;
+    Dietterich, 1998); log loss then compares what each makes of every image, not only of those on the border.
+
+    Returns:
+        The candidate, and the reason in a sentence.
+    """
+    top = max(candidates, key=lambda c: (c.scores.accuracy, -c.scores.loss))
+    level = [candidate for candidate in candidates if not _worse(candidate, top)]
+    best = min(level, key=lambda c: (c.scores.loss, -c.scores.accuracy))
+    shown = ", ".join(f"{c.name} {c.scores.accuracy:.4f} and {c.scores.loss:.4f}" for c in candidates)
+    if len(level) == 1:
+        why = "it is more accurate on the validation images than the others"
+    elif len(level) == len(candidates):
+        why = "all are as accurate on the validation images as far as can be told, and it has the lowest log loss"
+    else:
+        names = " and ".join(c.name for c in level)
+        why = f"{names} are as accurate on the validation images as far as can be told, and it has the lower log loss"
+    return best, f"{best.name} is handed on: {why} (accuracy and log loss: {shown})."
+
+
+def _worse(candidate: Candidate, top: Candidate) -> bool:
+    """Whether a candidate is less accurate than the most accurate one beyond chance, by McNemar's exact test, one-sided."""
+    from scipy.stats import binomtest
+
+    mine, its = (c.probabilities.argmax(1) == c.labels for c in (candidate, top))
+    lost, won = int((its & ~mine).sum()), int((mine & ~its).sum())
+    return lost + won > 0 and float(binomtest(lost, lost + won, alternative="greater").pvalue) < SIGNIFICANT

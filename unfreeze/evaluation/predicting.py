@@ -1,0 +1,162 @@
+"""Predictions: plain, and averaged over views (test-time augmentation)."""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain, islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from unfreeze.acceleration.frozen import frozen_copy
+from unfreeze.batches.loader import Batch, Loader
+from unfreeze.batches.views import Views, tta_views
+from unfreeze.device import autocast, deterministically
+from unfreeze.models.backbones import Backbone
+from unfreeze.persistence.resumable import ResumableFile
+from unfreeze.progress import track
+from unfreeze.settings.schema import Augment
+
+logger = logging.getLogger("unfreeze")
+
+Probabilities = NDArray[np.float32]
+
+TOGETHER = 8
+"""Batches whose predictions are fetched and kept at once: each time the processor waits for the device."""
+
+
+def predict(model: nn.Module, batches: Iterable[Batch]) -> Probabilities:
+    """Probabilities (N, C) of the inputs of ``batches``, in their order; the model is left in eval mode."""
+    return torch.cat([logits.softmax(1) for logits, _ in infer(model, batches)]).cpu().numpy()
+
+
+def infer(network: nn.Module, batches: Iterable[Batch], fast: nn.Module | None = None) -> Iterator[Batch]:
+    """What a network makes of batches, as inference.
+
+    Args:
+        network: maps inputs to one tensor; left in eval mode.
+        batches: of its inputs.
+        fast: a frozen copy of it, made for the first batch where none is given.
+
+    Yields:
+        Outputs (B, ...) float32 and class numbers (B,).
+    """
+    network.eval()
+    for inputs, labels in batches:
+        fast = frozen_copy(network, inputs) if fast is None else fast
+        with torch.no_grad(), autocast(inputs.device):
+            output = deterministically(partial(fast, inputs))
+        yield output.float(), labels
+
+
+def predict_tta(
+    model: nn.Module,
+    loader: Loader,
+    rows: NDArray[np.int64],
+    augment: Augment,
+    views: int,
+    kept: ResumableFile | None = None,
+) -> tuple[Probabilities, Probabilities]:
+    """Test-time augmentation: probabilities averaged over the plain image and its augmented views.
+
+    The average of probabilities over views was made popular by Krizhevsky et al. (2012). The plain image, which shows
+    the object as its photographer framed it, has half the weight (benchmarks/notes/choices.md). Where an image is not square, its
+    views together cover all of it.
+
+    Args:
+        model: the classifier.
+        loader: of the packed images.
+        rows: (N,) row numbers, at least one.
+        augment: what the model was trained with; its views stay within it.
+        views: the least number of views beside the plain one (fewer where more would be the same again).
+        kept: where to keep what is predicted, and to go on from; an interrupted prediction that goes on is the same, bit
+            for bit, as one that was never interrupted.
+
+    Returns:
+        (N, C) probabilities of the plain centre squares, as `predict` gives them, and (N, C) the average.
+    """
+    sizes = loader.packed.sizes[rows]
+    plans = [tta_views(size, loader.packed.image_size, augment, views) for size in sizes]
+    counts = np.array([len(linear) for linear, _ in plans])
+    linear = np.concatenate([linear for linear, _ in plans])
+    centre = np.concatenate([centre for _, centre in plans])
+    owner = np.repeat(np.arange(len(rows)), counts)
+
+    starts = range(0, len(owner), loader.wide)
+
+    def chunk(start: int) -> Views:
+        part = slice(start, start + loader.wide)
+        count = len(owner[part])
+        ones, zeros = np.ones(count, np.float32), np.zeros(count, np.float32)
+        return Views(rows[owner[part]], linear[part], centre[part], ones, zeros)
+
+    def batches(first: int) -> Iterator[Batch]:
+        # The views come first: of them there are most, and the first batch says how weights are laid out.
+        seen = track(loader.views(map(chunk, starts[first:])), "views", len(starts), first)
+        return chain(seen, loader.plain(rows[max(0, first - len(starts)) * loader.wide :]))
+
+    found = (
+        predict(model, batches(0)) if kept is None else _predict_on(model, batches, kept, len(loader.packed.classes))
+    )
+    seen, plain = found[: len(owner)], np.array(found[len(owner) :])
+    total = np.zeros(plain.shape)
+    np.add.at(total, owner, seen)
+    return plain, ((plain + total / counts[:, None]) / 2).astype(np.float32)
+
+
+def _predict_on(
+    model: nn.Module, batches: Callable[[int], Iterator[Batch]], kept: ResumableFile, classes: int
+) -> Probabilities:
+    """As `predict`, of the batches from a number on; those that a file has are not predicted again."""
+    done, fast = sum(kept.notes), None
+    if done:
+        logger.info("%d batches were predicted before an interruption", done)
+        fast = frozen_copy(model, next(batches(0))[0])  # what is left may not fill a batch
+    outputs = infer(model, batches(done), fast)
+    while some := list(islice(outputs, TOGETHER)):
+        kept.append(torch.cat([logits.softmax(1) for logits, _ in some]).cpu().numpy().tobytes(), len(some))
+    kept.keep()
+    return np.memmap(kept.path, np.float32, "r").reshape(-1, classes)  # views times images: more than memory may hold
+
+
+def backbone_activations(backbone: Backbone, loader: Loader, first: int = 0) -> Iterator[NDArray[np.float32]]:
+    """Pooled activations of the frozen backbone for the plain view of every packed image, batch by batch.
+
+    Args:
+        backbone: the network.
+        loader: of the packed images.
+        first: the image to begin with, of whose batch it is the first.
+
+    Yields:
+        (B, F) in the order of the images; the same whatever image it begins with.
+    """
+    rows = np.arange(len(loader.packed))
+    [(whole, _)] = loader.plain(rows[: loader.wide])  # what is left may not fill a batch
+    outputs = infer(backbone, loader.plain(rows[first:]), frozen_copy(backbone, whole))
+    yield from _fetched(activations for activations, _ in outputs)
+
+
+def _fetched(outputs: Iterable[torch.Tensor], ahead: int = 3) -> Iterator[NDArray[np.float32]]:
+    """Outputs as arrays, in their order; a GPU goes on with the next ones while one is on its way to the processor."""
+    waiting: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
+    for output in outputs:
+        if output.is_cuda:
+            host = torch.empty(output.shape, dtype=output.dtype, pin_memory=True).copy_(output, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            waiting.append((host, arrived))
+        else:
+            waiting.append((output, None))
+        if len(waiting) > ahead:
+            yield _arrived(*waiting.popleft())
+    while waiting:
+        yield _arrived(*waiting.popleft())
+
+
+def _arrived(host: torch.Tensor, arrived: torch.cuda.Event | None) -> NDArray[np.float32]:
+    if arrived is not None:
+        arrived.synchronize()
+    return host.numpy()

@@ -1,0 +1,99 @@
+"""Predict images with nothing but a file of weights: what `unfreeze predict` and a served model do."""
+
+import io
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from unfreeze.batches.loader import Loader, Normalisation
+from unfreeze.data.decoding import BrokenImage, decode, resize_shorter
+from unfreeze.data.packed import PackedImages, in_memory
+from unfreeze.device import best_device, to_device
+from unfreeze.errors import TransientError
+from unfreeze.evaluation.predicting import Probabilities, predict, predict_tta
+from unfreeze.models.weights import load_classifier
+
+CHUNK = 256
+"""Images in memory at once."""
+MAX_MEGAPIXELS = 400.0
+"""Larger images are refused by what their header says: decoded they would take more than a gigabyte."""
+BATCH = 64
+"""Images or views per batch."""
+
+
+class Predictor:
+    """A trained classifier, ready for images as people have them."""
+
+    def __init__(self, weights: str | Path) -> None:
+        """Load the weights. Raises UserError where there are none, or they are damaged."""
+        model, self._meta = load_classifier(Path(weights))
+        self._device = best_device()
+        self._model = to_device(model, self._device)
+        self.classes: list[str] = self._meta["classes"]
+        self._one_at_a_time = threading.Lock()
+
+    def predict(self, images: Sequence[str | Path | io.BytesIO], tta_views: int = 0) -> pd.DataFrame:
+        """Classify images; threads that ask at once wait for one another.
+
+        Args:
+            images: files, or their bytes.
+            tta_views: average with so many augmented views; 0 for the plain image only.
+
+        Returns:
+            A row per image: ``predicted``, ``p_<class>``..., and ``reason`` why it could not be read (else empty), in
+            which case the rest is missing.
+        """
+        with self._one_at_a_time:  # tracing a network changes how every module of the process is called
+            rows = [self._chunk(images[i : i + CHUNK], tta_views) for i in range(0, max(1, len(images)), CHUNK)]
+        return pd.concat(rows, ignore_index=True)
+
+    def _chunk(self, images: Sequence[str | Path | io.BytesIO], tta_views: int) -> pd.DataFrame:
+        size = self._meta["image_size"]
+        pixels, reasons = [], []
+        for image in images:
+            try:
+                _, decoded = decode(image, MAX_MEGAPIXELS, size)
+                pixels.append(np.asarray(resize_shorter(decoded, size)))
+                reasons.append("")
+            except (BrokenImage, TransientError) as error:
+                reasons.append(str(error))
+        good = np.array([reason == "" for reason in reasons])
+        probabilities = np.full((len(images), len(self.classes)), np.nan, np.float32)
+        if pixels:
+            probabilities[good] = self._probabilities(pixels, tta_views)
+        table = pd.DataFrame(probabilities, columns=[f"p_{name}" for name in self.classes])
+        best = [self.classes[p.argmax()] if ok else None for p, ok in zip(probabilities, good, strict=True)]
+        table.insert(0, "predicted", best)
+        return table.assign(reason=reasons)
+
+    def _probabilities(self, pixels: list[np.ndarray], tta_views: int) -> Probabilities:
+        backbone = self._model.backbone
+        loader = Loader(
+            packed_in_memory(pixels, self.classes, self._meta["image_size"]),
+            Normalisation(backbone.mean, backbone.std),
+            self._device,
+            BATCH,
+        )
+        rows = np.arange(len(pixels))
+        if not tta_views:
+            return predict(self._model, loader.plain(rows))
+        return predict_tta(self._model, loader, rows, self._meta["augment"], tta_views)[1]
+
+
+def packed_in_memory(pixels: Sequence[np.ndarray], classes: list[str], image_size: int) -> PackedImages:
+    """Images (H, W, 3), resized already, as packed images of no known class (they all count as class 0)."""
+    sizes = np.array([(image.shape[1], image.shape[0]) for image in pixels])
+    ends = np.cumsum(sizes.prod(1) * 3)
+    flat = np.concatenate([image.reshape(-1) for image in pixels])
+    return PackedImages(
+        in_memory(flat),
+        pd.DataFrame({"split": [""] * len(pixels)}),
+        classes,
+        np.zeros(len(pixels), np.int64),
+        sizes,
+        ends - sizes.prod(1) * 3,
+        image_size,
+    )

@@ -1,0 +1,48 @@
+"""The classifier: a backbone and a head."""
+
+import torch
+from torch import nn
+
+from unfreeze.models.backbones import Backbone
+
+
+class Logits(nn.Linear):
+    """A linear layer that computes in full precision, also where the network around it does not.
+
+    In bfloat16 two logits between 8 and 16 that differ by less than 1/16 are the same number: a tie of classes.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+        """Logits (B, C), float32, of (B, F)."""
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float())
+
+
+class Head(nn.Sequential):
+    """Activations (B, F) -> logits (B, C): BatchNorm, dropout, a linear layer.
+
+    BatchNorm puts activations of any backbone on one scale, so that one range of learning rates fits all.
+    """
+
+    def __init__(self, features: int, classes: int, dropout: float) -> None:
+        super().__init__(nn.BatchNorm1d(features), nn.Dropout(dropout), Logits(features, classes))
+        self.features, self.classes, self.dropout = features, classes, dropout
+
+
+class Classifier(nn.Module):
+    """Images (B, 3, S, S), normalised -> logits (B, C).
+
+    Attributes:
+        bn_freeze: whether the backbone's BatchNorm statistics are kept while it trains.
+    """
+
+    def __init__(self, backbone: Backbone, head: Head) -> None:
+        super().__init__()
+        self.backbone, self.head, self.bn_freeze = backbone, head, True
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits of a batch; a backbone that is frozen whole leaves no graph behind."""
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.backbone.parameters())
+        with torch.set_grad_enabled(trains):
+            activations = self.backbone(images)
+        return self.head(activations)

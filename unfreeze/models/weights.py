@@ -1,0 +1,150 @@
+"""Weights on disk: safetensors with what it takes to build the network again. Nothing that is read here can run code."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from unfreeze.errors import UserError
+from unfreeze.models.backbones import Backbone, create_backbone
+from unfreeze.models.classifier import Classifier, Head
+from unfreeze.persistence.atomic import write_whole
+from unfreeze.settings.schema import Augment, parse_section
+
+Meta = dict[str, Any]
+
+
+def save_backbone(backbone: Backbone, path: Path) -> None:
+    """Write a backbone: its weights, and under which name to build it again."""
+    _save(backbone, path, {"kind": "backbone", **_backbone_meta(backbone)})
+
+
+def load_backbone(path: Path) -> Backbone:
+    """Read a backbone. Raises UserError where the file is damaged or something else."""
+    tensors, meta = _load(path, "backbone")
+    with _described(path):
+        backbone = create_backbone(meta["name"], "none", meta["image_size"])
+    return _filled(backbone, tensors, path)
+
+
+def save_head(head: Head, path: Path) -> None:
+    """Write a head."""
+    _save(head, path, {"kind": "head", **_head_meta(head)})
+
+
+def load_head(path: Path) -> Head:
+    """Read a head. Raises UserError where the file is damaged or something else."""
+    tensors, meta = _load(path, "head")
+    with _described(path):
+        head = Head(meta["features"], meta["classes"], meta["dropout"])
+    return _filled(head, tensors, path)
+
+
+def save_classifier(model: Classifier, path: Path, classes: list[str], image_size: int, augment: Augment) -> None:
+    """Write a classifier: a file that is enough to predict with.
+
+    Args:
+        model: the classifier.
+        path: where to; replaced whole or not at all.
+        classes: names of the classes in order of the logits.
+        image_size: side in pixels of the squares it was trained on.
+        augment: what it was trained with, for the views of test-time augmentation.
+    """
+    meta = {
+        "kind": "classifier",
+        "classes": classes,
+        "image_size": image_size,
+        "augment": dataclasses.asdict(augment),
+        "backbone": _backbone_meta(model.backbone),
+        "head": _head_meta(model.head),
+    }
+    _save(model, path, meta)
+
+
+def load_classifier(path: Path) -> tuple[Classifier, Meta]:
+    """Read a classifier.
+
+    Returns:
+        The model, and what was saved with it: classes, image_size, augment.
+
+    Raises:
+        UserError: the file is missing, damaged, of an earlier version, or something else.
+    """
+    tensors, meta = _load(path, "classifier")
+    with _described(path):
+        backbone = create_backbone(meta["backbone"]["name"], "none", meta["backbone"]["image_size"])
+        head = meta["head"]
+        model = Classifier(backbone, Head(head["features"], head["classes"], head["dropout"]))
+        if missing := {"classes", "image_size", "augment"} - meta.keys():
+            said = ", ".join(sorted(missing))
+            raise UserError(f"{path} lacks {said}: an earlier version of unfreeze wrote it. Run the recipe again.")
+        meta["augment"] = parse_section(Augment, meta["augment"], "augment", str(path))
+    return _filled(model, tensors, path), meta
+
+
+def _backbone_meta(backbone: Backbone) -> Meta:
+    return {"name": backbone.name, "image_size": backbone.image_size}
+
+
+def _head_meta(head: Head) -> Meta:
+    return {"features": head.features, "classes": head.classes, "dropout": head.dropout}
+
+
+def _save(module: nn.Module, path: Path, meta: Mapping[str, Any]) -> None:
+    from safetensors.torch import save
+
+    # Copies: a tensor that several modules share has several names, which safetensors refuses.
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
+    # Not by safetensors' own hand, whose errors do not say which file it was, nor that the disk is full.
+    write_whole(path, save(tensors, {"unfreeze": json.dumps(meta)}))
+
+
+def _load(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], Meta]:
+    from safetensors import safe_open
+
+    if not os.path.isfile(path):  # which takes a name that is too long for none
+        raise UserError(f"There are no weights at {path}: run the recipe first (unfreeze run).")
+    try:
+        with safe_open(path, "pt") as file:
+            meta = json.loads((file.metadata() or {})["unfreeze"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise UserError(f"{path} is damaged, or no weights that unfreeze wrote: {error}") from None
+    if not isinstance(meta, dict) or "kind" not in meta:
+        raise UserError(f"{path} is damaged, or no weights that unfreeze wrote: it does not say what it holds.")
+    if meta["kind"] != kind:
+        raise UserError(f"{path} holds a {meta['kind']}, not a {kind}.")
+    return tensors, meta
+
+
+@contextlib.contextmanager
+def _described(path: Path) -> Iterator[None]:
+    """Says of which file it is that a description of a network lacks something, or makes no sense."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} does not describe a network: {type(error).__name__}: {error}") from None
+
+
+def _filled(module: Any, tensors: dict[str, torch.Tensor], path: Path) -> Any:
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit the network that it names: {str(error).splitlines()[0]}") from None
+    return module
+
+
+def checksum(tensors: dict[str, torch.Tensor], text: str = "") -> str:
+    """CRC-32, as hex, of tensors with their names, and of a text."""
+    found = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        found = zlib.crc32(name.encode(), found)
+        found = zlib.crc32(tensors[name].cpu().flatten().view(torch.uint8).numpy().data, found)
+    return f"{found:08x}"

@@ -1,0 +1,206 @@
+"""A file that is written piece by piece, and that an interrupted process leaves to the next one to go on with.
+
+Beside it, a second file keeps a note of every piece, with a checksum of all that comes before. Pieces are flushed to the
+disk before their notes: whatever moment the power fails at, what is noted is there.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import time
+import zlib
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from unfreeze.persistence.atomic import sync
+from unfreeze.persistence.interruption import SHARE
+
+logger = logging.getLogger("unfreeze")
+
+BLOCK = 1 << 20
+"""Bytes that are read at once when a file is checked."""
+COPIES = 3
+"""Times its size that has to be free for a file to keep a second name: DVC copies it into its cache, and from there."""
+
+
+class Piece(NamedTuple):
+    """A note of a piece; where it ends, in bytes; and the checksum (CRC-32) of the file up to there."""
+
+    note: Any
+    end: int
+    checksum: int
+
+
+START = Piece(None, 0, 0)
+
+
+class ResumableFile:
+    """A file that grows, to be used as a context; whatever ends the block, what is there is kept for the next process."""
+
+    def __init__(self, path: Path, key: str, seconds: float) -> None:
+        """Open a file, with what an earlier process left of it.
+
+        Args:
+            path: where it grows; its notes are kept in ``<path>.notes``.
+            key: what its content depends on, in a word; pieces with another key are not gone on from.
+            seconds: time between two moments at which what is there is made safe, more where that would take over 2 %
+                of the time.
+
+        Raises:
+            OSError: it cannot be written there.
+        """
+        self.path = path
+        self._key, self._seconds, self._cost = key, seconds, 0.0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        if path.stat().st_nlink > 1 or not os.access(path, os.W_OK):
+            _copy(path, path)  # what it is a second name of may not change: an output, perhaps in DVC's cache
+        self._file, self._noted = path.open("r+b"), _notes(path).open("a+b")
+        self._pieces: list[Piece] = []
+        self._safe = 0, 0  # pieces that are noted, and the bytes of their notes
+        self._restore()
+        self._last = time.monotonic()
+
+    @property
+    def notes(self) -> list[Any]:
+        """Of the pieces that are there, in their order, those of an earlier process first."""
+        return [piece.note for piece in self._pieces]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the pieces that are there."""
+        return self._end.end
+
+    @property
+    def _end(self) -> Piece:
+        return self._pieces[-1] if self._pieces else START
+
+    def append(self, content: bytes, note: Any) -> None:
+        """Add a piece, with a note that JSON can write."""
+        self._file.write(content)
+        # One operation, which a signal comes before or after.
+        self._pieces.append(Piece(note, self.size + len(content), zlib.crc32(content, self._end.checksum)))
+        if time.monotonic() - self._last >= max(self._seconds, self._cost / SHARE):
+            self.keep()
+
+    def keep(self) -> None:
+        """Make what is there safe. Interrupted anywhere, it may be done again."""
+        start = time.monotonic()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        count, size = self._safe
+        self._noted.truncate(size)
+        if new := self._pieces[count:]:
+            line = json.dumps({"key": self._key, "pieces": new}).encode() + b"\n"
+            self._noted.write(line)
+            self._noted.flush()
+            os.fsync(self._noted.fileno())
+            self._safe = count + len(new), size + len(line)
+        self._last = time.monotonic()
+        self._cost = self._last - start
+
+    def cut(self, count: int) -> None:
+        """Go back to the first ``count`` pieces."""
+        del self._pieces[count:]
+        self._safe = 0, 0
+        self.keep()
+        self._file.seek(self.size)
+        self._file.truncate()
+
+    def put(self, target: Path) -> None:
+        """Put the file, which is whole, in its place, or leave there what was before. Raises OSError, on a full disk say.
+
+        It is here as well from then on, as a second name of the same file where the disk knows such: whoever has to begin
+        again, because DVC had not taken it yet, finds it whole. Not where the disk is too full for the copies of DVC.
+        """
+        self.keep()
+        self._file.close()
+        self._noted.close()
+        room = shutil.disk_usage(target.parent).free > COPIES * self.size
+        for way in (_link, os.replace, _copy) if room else (os.replace, _copy):
+            try:
+                way(self.path, target)
+                break
+            except OSError:
+                if way is _copy:
+                    raise
+        sync(target.parent)
+        if not room:
+            self.path.unlink(missing_ok=True)
+        if not self.path.exists():
+            _notes(self.path).unlink()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file.closed:
+            return
+        with contextlib.suppress(OSError):  # a full disk, say: what was safe already is kept
+            self.keep()
+        for file in (self._file, self._noted):
+            with contextlib.suppress(OSError):
+                file.close()
+
+    def _restore(self) -> None:
+        """Go back to the last moment at which file and notes agree."""
+        self._noted.seek(0)
+        size = 0
+        for line in self._noted:
+            try:
+                found = json.loads(line)
+                pieces = [Piece(*piece) for piece in found["pieces"]]
+                if found["key"] != self._key or not line.endswith(b"\n") or not self._reaches(pieces[-1]):
+                    break
+            except (ValueError, KeyError, TypeError, IndexError):
+                break
+            self._pieces += pieces
+            size += len(line)
+        if size < self._noted.seek(0, os.SEEK_END):
+            logger.warning("%s is damaged, or of other settings: it is used as far as it is sound.", self.path)
+        self._safe = len(self._pieces), size
+        self._file.seek(self.size)
+        self._file.truncate()
+
+    def _reaches(self, piece: Piece) -> bool:
+        """Whether the file is sound from the last piece to the end of this one."""
+        left, checksum = piece.end - self.size, self._end.checksum
+        self._file.seek(self.size)
+        while left > 0 and (block := self._file.read(min(left, BLOCK))):
+            left, checksum = left - len(block), zlib.crc32(block, checksum)
+        return left == 0 and checksum == piece.checksum
+
+
+def _link(path: Path, target: Path) -> None:
+    """Give a file a second name."""
+    partial = _partial(target)
+    partial.unlink(missing_ok=True)
+    os.link(path, partial)
+    try:
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)  # it is still there where the second name was the target's already
+
+
+def _copy(path: Path, target: Path) -> None:
+    """Copy a file to another disk, whole or not at all."""
+    partial = _partial(target)
+    try:
+        shutil.copyfile(path, partial)
+        sync(partial)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(target.name + ".partial-put")
+
+
+def _notes(path: Path) -> Path:
+    return path.with_name(path.name + ".notes")

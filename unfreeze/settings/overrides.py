@@ -1,0 +1,168 @@
+"""Change values in `params.yaml`, keeping its comments, as `dvc exp run -S` does."""
+
+import difflib
+import io
+import json
+import math
+import os
+import re
+import reprlib
+import shutil
+from collections.abc import Callable, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.representer import RoundTripRepresenter
+from ruamel.yaml.scalarstring import FoldedScalarString, LiteralScalarString
+
+from unfreeze.errors import UserError
+from unfreeze.persistence.atomic import put_in_place
+from unfreeze.settings.schema import Settings, flatten, parse_text, read_text
+from unfreeze.settings.yaml12 import read_yaml
+
+UNSEEN = re.compile(r"[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""What JSON writes as it is, and YAML takes for a line break, or for no character at all."""
+
+
+def apply_overrides(
+    path: str | Path, overrides: list[str], check: Callable[[Settings], object] = lambda settings: None
+) -> None:
+    """Set ``section.key=value`` pairs in a file of settings, all or none.
+
+    Args:
+        path: the file.
+        overrides: for example ``["train_full.cycles=2", "lr_find.rate=null"]``; values are YAML 1.2.
+        check: raises UserError where the settings, as they would be, are not to be kept; not asked where nothing changes.
+
+    Raises:
+        UserError: there is no such key, or the settings would be wrong with these values; nothing is written then.
+    """
+    text = with_overrides(path, overrides)
+    settings = parse_text(text, str(path))
+    if text != read_text(path):
+        check(settings)
+        _replace(Path(path).resolve(), text)
+
+
+def with_overrides(path: str | Path, overrides: list[str]) -> str:
+    """The text of a file of settings with some values changed. Arguments and errors as for `apply_overrides`."""
+    text = read_text(path)
+    if not isinstance(read_yaml(text, str(path)), Mapping):
+        parse_text(text, str(path))  # says why not
+    yaml = _yaml()
+    try:
+        content = yaml.load(text)
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid YAML: {_problem(error)}.") from None
+    for override in overrides:
+        _set(content, override, str(path))
+    buffer = io.StringIO()
+    yaml.dump(content, buffer)
+    return buffer.getvalue()
+
+
+def read_overrides(path: str | Path) -> list[str]:
+    """The values in a file that is like `params.yaml` but has only the keys to change, for `apply_overrides`.
+
+    Raises:
+        UserError: there is no such file, or it is not a YAML mapping.
+    """
+    content = read_yaml(read_text(path), str(path))
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} must be a mapping of keys to values, as params.yaml is.")
+    return as_overrides(flatten(content))
+
+
+def as_overrides(values: Mapping[str, Any]) -> list[str]:
+    """``section.key -> value`` as `apply_overrides` takes them; text is quoted only where it has to be.
+
+    Raises:
+        UserError: a value is a list or anything else that no setting can be.
+    """
+    return [f"{key}={_written(key, value)}" for key, value in values.items()]
+
+
+def _written(key: str, value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int):
+        return str(value) if abs(value) < 2**63 else hex(value)  # Python refuses to write thousands of digits
+    if isinstance(value, float):
+        return repr(value) if math.isfinite(value) else {"inf": ".inf", "-inf": "-.inf"}.get(str(value), ".nan")
+    if not isinstance(value, str):
+        raise UserError(
+            f"{key} is {reprlib.repr(value)}, but every setting is a single number, text, true, false or null."
+        )
+    try:
+        plain = bool(value.strip()) and read_yaml(f"- {value}", "") == [value]
+    except UserError:
+        plain = False
+    return (
+        value if plain else UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
+    )
+
+
+def _set(content: Any, override: str, path: str) -> None:
+    key, equals, text = override.partition("=")
+    key, shown = key.strip(), _short(override)
+    if not equals:
+        raise UserError(f"{shown}: write it as key=value, for example train_full.cycles=2.")
+    *sections, last = key.split(".")
+    target: Any = content
+    for section in sections:
+        target = target.get(section) if isinstance(target, Mapping) else None
+    if not isinstance(target, MutableMapping) or last not in target or isinstance(target[last], Mapping):
+        near = difflib.get_close_matches(key[:80], flatten(content), 1, 0.5)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UserError(f"{shown}: {path} has no key {_short(key)!r}.{hint}")
+    read_yaml(text, f"{shown}: {_short(text)!r}")  # refuses what is no value
+    try:
+        # A key without a value would be null, which turns some settings off: that has to be said.
+        value = _yaml().load(text) if text.strip() else ""
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{shown}: {_short(text)!r} is not valid YAML: {_problem(error)}.") from None
+    if isinstance(value, LiteralScalarString | FoldedScalarString):
+        value = str(value)  # in a line of its own, as all others are
+    # DVC does not know ~, and a shell leaves it as it is after the equals sign.
+    target[last] = os.path.expanduser(value) if key == "data.source" and isinstance(value, str) else value
+
+
+def _short(text: str) -> str:
+    text = text.encode(errors="backslashreplace").decode()
+    return text if len(text) <= 100 else text[:99] + "…"
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        shutil.copymode(path, partial)
+        put_in_place(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+
+
+def _problem(error: Exception) -> str:
+    return str(error.problem) if isinstance(error, MarkedYAMLError) else " ".join(str(error).split())
+
+
+class _Representer(RoundTripRepresenter):
+    """Writes null as it stands in the file, not as nothing."""
+
+    def represent_null(self, data: None) -> Any:
+        return self.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
+_Representer.add_representer(type(None), _Representer.represent_null)
+
+
+def _yaml() -> YAML:
+    yaml = YAML()
+    yaml.Representer = _Representer
+    yaml.preserve_quotes = True
+    yaml.width = 4096  # no line is broken
+    return yaml

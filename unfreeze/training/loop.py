@@ -1,0 +1,207 @@
+"""The training loop: one function, made of the parts it is given.
+
+The loop knows batches, an optimizer, a schedule of rates and how to validate. Whether it trains a head on precomputed
+activations, a head through a frozen backbone or a whole network is decided by what it is handed.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from unfreeze.batches.loader import Batch
+from unfreeze.errors import UserError
+from unfreeze.evaluation.metrics import Scores
+from unfreeze.persistence.interruption import Interrupted
+from unfreeze.settings.schema import Train
+from unfreeze.training.checkpoints import Checkpoint, Progress
+from unfreeze.training.early_stopping import until_overfitting
+from unfreeze.training.history import History
+from unfreeze.training.schedules import Schedule
+from unfreeze.training.state import Tensors, put, trainable_state
+from unfreeze.training.train_step import TrainStep
+
+REPORT_EVERY = 10
+"""Batches between two looks at the losses: each look makes the processor wait for the device."""
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Whom the loop tells what it does, while it does it."""
+
+    batches: Callable[[Sequence[dict[str, float]]], None] = lambda rows: None
+    epoch: Callable[[dict[str, float]], None] = lambda row: None
+    cycle: Callable[[int], None] = lambda number: None
+    resumed: Callable[[Progress], None] = lambda progress: None
+
+
+class Diverged(UserError):
+    """The training loss became infinite or not a number.
+
+    Attributes:
+        epoch, batch: the epoch (from 0) and its batch (from 0) at which it did.
+    """
+
+    def __init__(self, row: dict[str, float], epoch: int, batch: int) -> None:
+        super().__init__(
+            f"The training loss became {row['loss']} at iteration {row['iteration']} (epoch {epoch + 1}, batch "
+            f"{batch + 1}) with the rate {row['rate']:.3g}: the rate is too high. Look at the learning-rate plot and set "
+            "a lower rate (lr_find.rate or unfreeze_lr_find.rate in params.yaml)."
+        )
+        self.epoch, self.batch = epoch, batch
+
+
+def make_optimizer(groups: list[dict[str, Any]], train: Train) -> torch.optim.Optimizer:
+    """The optimizer of the settings over parameter groups, each with its ``lr_scale`` (`models.parameter_groups`).
+
+    Fused: one pass over all parameters instead of one per operation.
+    """
+    device = groups[0]["params"][0].device
+    graphs = device.type == "cuda"  # a CUDA graph reads rates and numbers of steps on the card
+    groups = [group | {"lr": torch.zeros((), device=device) if graphs else 0.0} for group in groups]
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=train.weight_decay, fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=train.weight_decay, fused=True, capturable=graphs)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group its share of ``rate``, which the last layer group trains at (differential rates)."""
+    for group in optimizer.param_groups:
+        value = rate * group.get("lr_scale", 1.0)
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
+
+
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    rate: float,
+    epochs: Callable[[int, int], Iterable[Batch]],
+    *,
+    train_mode: Callable[[], object],
+    validate: Callable[[], Scores] | None = None,
+    stop_when_overfitting: bool = False,
+    label_smoothing: float = 0.0,
+    listener: Listener | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> History:
+    """Train ``model`` along ``schedule`` and leave the weights of the best cycle in it.
+
+    Args:
+        model: maps a batch's inputs to logits (B, classes).
+        optimizer: over the parameters that train; its groups may carry ``lr_scale``.
+        schedule: factor on the rate for every iteration, and where cycles end.
+        rate: the top rate, of the last layer group.
+        epochs: the batches of epoch n (from 0), from batch i (from 0) on.
+        train_mode: puts the model's trained parts into training mode; called before every epoch.
+        validate: scores the model as it stands; without it there is nothing to stop on.
+        stop_when_overfitting: treat the number of cycles as a maximum, stop as `until_overfitting` says, and go back to
+            the weights of the best cycle.
+        label_smoothing: share of probability spread over all classes.
+        listener: whom to tell.
+        checkpoint: where to note how far the training has come, and to go on from; an interrupted training that goes on
+            ends with the same weights, bit for bit, as one that was never interrupted.
+
+    Raises:
+        Diverged: the loss became infinite or not a number.
+        Interrupted: somebody wanted the training to stop, and the checkpoint has been written.
+    """
+    listener = listener or Listener()
+    train_mode()
+    weights = trainable_state(model)
+    at = (checkpoint.load(weights, optimizer) if checkpoint else None) or Progress()
+    if at.iteration:
+        listener.resumed(at)
+
+    def scored() -> Scores | None:
+        """Validation may take long, and changes nothing: a wish to stop does not wait for its end."""
+        if validate is None or checkpoint is None:
+            return validate() if validate else None
+        try:
+            with checkpoint.deferring(False):
+                return validate()
+        except Interrupted:
+            checkpoint.save(weights, optimizer, at)
+            raise
+
+    step = TrainStep(model, optimizer, label_smoothing)
+    with checkpoint.deferring() if checkpoint else nullcontext():
+        while not at.done:
+            train_mode()
+            waiting: list[tuple[float, torch.Tensor]] = []
+            for batch in epochs(at.epoch, at.batch):
+                now = rate * float(schedule.factors[at.iteration])
+                set_rate(optimizer, now)
+                waiting.append((now, step(batch)))
+                at.iteration, at.batch = at.iteration + 1, at.batch + 1
+                due = checkpoint is not None and checkpoint.due()
+                if due or len(waiting) == REPORT_EVERY:
+                    _report(waiting, at, listener)
+                if checkpoint and due:
+                    checkpoint.save(weights, optimizer, at)
+            _report(waiting, at, listener)
+            _judge(weights, schedule, scored(), stop_when_overfitting, at, listener)
+            if checkpoint and at.done:
+                checkpoint.save(weights, optimizer, at)
+    if at.best:
+        put(weights, at.best)
+    return at.history
+
+
+def _judge(
+    weights: Tensors,
+    schedule: Schedule,
+    scores: Scores | None,
+    stop_when_overfitting: bool,
+    at: Progress,
+    listener: Listener,
+) -> None:
+    """At the end of an epoch: note how it went, and at the end of a cycle see whether it is the best, and the last."""
+    rows = at.history.batches[at.iteration - at.batch :]
+    cycle = sum(at.epoch >= end for end in schedule.cycle_ends)
+    row = {"epoch": at.epoch, "cycle": cycle, "train_loss": float(np.mean([row["loss"] for row in rows]))}
+    if scores is not None:
+        row |= {"valid_loss": scores.loss, "valid_accuracy": scores.accuracy}
+    row["rate"] = max(batch["rate"] for batch in rows)
+    at.history.epochs.append(row)
+    listener.epoch(row)
+    at.epoch, at.batch = at.epoch + 1, 0
+    at.done = at.epoch == schedule.epochs
+    if at.epoch not in schedule.cycle_ends:
+        return
+    listener.cycle(cycle)
+    at.history.best_cycle = cycle
+    if stop_when_overfitting and scores is not None:
+        ends = [at.history.epochs[end - 1] for end in schedule.cycle_ends if end <= at.epoch]
+        stop, at.history.best_cycle = until_overfitting(
+            [r["train_loss"] for r in ends], [r["valid_loss"] for r in ends]
+        )
+        if at.history.best_cycle == cycle:
+            at.best = {name: tensor.clone() for name, tensor in weights.items()}
+        at.done = at.done or stop
+
+
+def _report(waiting: list[tuple[float, torch.Tensor]], at: Progress, listener: Listener) -> None:
+    """Fetch the losses that wait on the device, keep them, tell the listener; stop at the first that is no number."""
+    if not waiting:
+        return
+    losses = torch.stack([loss for _, loss in waiting]).tolist()
+    first = at.iteration - len(waiting)
+    rows = [
+        {"iteration": first + i, "rate": rate, "loss": loss}
+        for i, ((rate, _), loss) in enumerate(zip(waiting, losses, strict=True))
+    ]
+    waiting.clear()
+    at.history.batches += rows
+    listener.batches(rows)
+    for row in rows:
+        if not math.isfinite(row["loss"]):
+            raise Diverged(row, at.epoch, int(row["iteration"]) - at.iteration + at.batch)

@@ -1,0 +1,161 @@
+"""A training step: forward, backward, optimizer. On a GPU it is recorded once as a CUDA graph and replayed.
+
+A network such as EfficientNet-Lite0 at batch 64 has kernels so small that a GPU waits for their launches most of the time.
+Recorded and replayed, they follow one another without a gap (`torch.cuda.CUDAGraph`). The graph reads its batch, the
+learning rates and the random state from memory that stays in place, and changes weights and optimizer in place.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from unfreeze.batches.loader import Batch
+from unfreeze.device import autocast, deterministically
+from unfreeze.training.state import rng_state, set_rng_state
+
+logger = logging.getLogger("unfreeze")
+
+WARM_UP = 3
+"""Steps before the recording: libraries choose their algorithms and allocate their workspaces in them."""
+
+
+def train_batch(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, label_smoothing: float
+) -> torch.Tensor:
+    """One step of the optimizer; returns the batch's mean cross-entropy, still on the device."""
+    inputs, labels = batch
+    with autocast(inputs.device):
+        logits = model(inputs)
+    loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+class TrainStep:
+    """`train_batch` for one model and optimizer; on a GPU as a CUDA graph where that computes the same bits.
+
+    While it is in use, tensors of the model and of the optimizer may be changed in place, but not replaced; what trains
+    and the modules' modes must stay.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, label_smoothing: float) -> None:
+        self._model, self._optimizer, self._label_smoothing = model, optimizer, label_smoothing
+        self._graph: GraphedStep | None = None
+        self._tried = False
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """Train on a batch; returns its mean cross-entropy, on the device."""
+        if not self._tried and batch[0].is_cuda:
+            self._tried = True
+            self._graph = record(self._model, self._optimizer, batch, self._label_smoothing)
+        if self._graph is not None and self._graph.fits(batch):
+            return self._graph(batch)
+        return train_batch(self._model, self._optimizer, batch, self._label_smoothing)
+
+
+def record(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, label_smoothing: float
+) -> "GraphedStep | None":
+    """Record a training step, and compare it with a step that is not recorded.
+
+    Weights, optimizer and random state are as before afterwards.
+
+    Returns:
+        The recorded step; None where the model cannot be recorded, or where a replay computes something else.
+    """
+
+    def bits(step: Any) -> list[torch.Tensor]:
+        with _put_back(model, optimizer):
+            loss = step(batch)
+            return [loss.clone(), *(p.detach().clone() for p in model.parameters() if p.requires_grad)]
+
+    try:
+        deterministically(lambda: bits(lambda given: train_batch(model, optimizer, given, label_smoothing)))
+        graph = GraphedStep(model, optimizer, batch, label_smoothing)
+        found, expected = bits(graph), bits(lambda given: train_batch(model, optimizer, given, label_smoothing))
+        same = all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        logger.info("training without a CUDA graph: %s", (str(error) or type(error).__name__).splitlines()[0])
+        graph, same = None, True
+    torch.cuda.empty_cache()  # of the steps that were not recorded
+    if not same:
+        logger.info("training without a CUDA graph: the recorded step computes something else")
+        return None
+    return graph
+
+
+class GraphedStep:
+    """`train_batch` for one model, optimizer and shape of batch, recorded as a CUDA graph."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, label_smoothing: float
+    ) -> None:
+        """Record the step; weights, optimizer and random state are as before afterwards.
+
+        Args:
+            model: on a GPU, in training mode.
+            optimizer: of `make_optimizer`, over the parameters that train.
+            batch: inputs and class numbers, of the shape of all batches to come.
+            label_smoothing: share of probability spread over all classes.
+
+        Raises:
+            RuntimeError: the model does something that cannot be recorded, such as looking at a value on the GPU.
+        """
+        self._inputs, self._labels = (tensor.clone() for tensor in batch)
+        static = self._inputs, self._labels
+        stream: Any = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with _put_back(model, optimizer), torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                train_batch(model, optimizer, static, label_smoothing)
+        torch.cuda.current_stream().wait_stream(stream)
+        optimizer.zero_grad(set_to_none=True)  # the graph's gradients are to lie in the graph's own memory
+        torch.cuda.empty_cache()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._loss = train_batch(model, optimizer, static, label_smoothing)
+
+    def fits(self, batch: Batch) -> bool:
+        """Whether a batch has the shape that was recorded."""
+        return batch[0].shape == self._inputs.shape and batch[0].dtype == self._inputs.dtype
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """Train on a batch; returns its mean cross-entropy, on the GPU."""
+        inputs, labels = batch
+        self._inputs.copy_(inputs)
+        self._labels.copy_(labels)
+        self._graph.replay()
+        return self._loss.clone()
+
+
+@contextmanager
+def _put_back(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Put weights, buffers, optimizer and random state back in place when the block ends.
+
+    What the optimizer has only since then becomes 0, which is what it starts from.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    kept = [tensor.detach().clone() for tensor in tensors]
+    before = {p: {k: v.clone() for k, v in state.items() if torch.is_tensor(v)} for p, state in optimizer.state.items()}
+    chance = rng_state()
+    try:
+        yield
+    finally:
+        torch.cuda.synchronize()
+        with torch.no_grad():
+            for tensor, value in zip(tensors, kept, strict=True):
+                tensor.copy_(value)
+            for parameter, state in optimizer.state.items():
+                for name, value in state.items():
+                    if torch.is_tensor(value):
+                        old = before.get(parameter, {}).get(name)
+                        value.zero_() if old is None else value.copy_(old)
+        torch.cuda.synchronize()
+        set_rng_state(chance)
