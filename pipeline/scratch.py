@@ -20,19 +20,27 @@ ROOT = Path(".unfreeze/checkpoints")
 
 
 def fingerprint(stage: str, settings: Mapping[str, Any]) -> str:
-    """A word that changes with all that a step's result depends on: its settings, and the files that `dvc.yaml` lists."""
+    """A hash of all that a step's result depends on: its settings, and the files and folders that `dvc.yaml` lists."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name in yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]:
-        path = Path(name)
         digest.update(name.encode())
-        if not path.is_file():
-            continue
-        if path.suffix == ".bin":  # the pixels, which may be gigabytes: dataset.json beside them has their fingerprint
-            digest.update(str(path.stat().st_size).encode())
-        else:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+        for path in _files(Path(name)):
+            digest.update(path.as_posix().encode())
+            if (
+                path.suffix == ".bin"
+            ):  # the pixels, which may be gigabytes: dataset.json beside them has their fingerprint
+                digest.update(str(path.stat().st_size).encode())
+            else:
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, or all files of the folder in their order but what Python compiles, as in `.dvcignore`."""
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+    return [path] if path.is_file() else []
 
 
 def clear_earlier(stage: str) -> None:

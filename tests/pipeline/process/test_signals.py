@@ -1,4 +1,4 @@
-"""How steps end before their time, keep to themselves, and know what their checkpoints depend on."""
+"""How steps end before their time, and keep to themselves."""
 
 import contextlib
 import os
@@ -13,8 +13,6 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from pipeline import scratch
-from pipeline.artifacts import artifact
 from pipeline.process.lock import alone
 from pipeline.process.signals import alive, dvc_above, identity
 from pipeline.step import Run, Step
@@ -115,36 +113,6 @@ def test_a_parent_that_may_not_be_looked_at_is_no_dvc(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(psutil.Process, "cmdline", hidden)
     assert dvc_above() is None
-
-
-def test_checkpoints_depend_on_settings_images_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "code.py").write_text("1")
-    (tmp_path / "pixels.bin").write_bytes(b"12")
-    (tmp_path / "dvc.yaml").write_text("stages: {train_full: {deps: [code.py, pixels.bin]}}")
-    word = scratch.fingerprint("train_full", {"rate": 1, "seed": 2})
-    assert scratch.fingerprint("train_full", {"seed": 2, "rate": 1}) == word
-    assert scratch.fingerprint("train_full", {"seed": 3, "rate": 1}) != word
-    (tmp_path / "code.py").write_text("2")
-    changed = scratch.fingerprint("train_full", {"seed": 2, "rate": 1})
-    assert changed != word
-    (tmp_path / "pixels.bin").write_bytes(b"123")
-    assert scratch.fingerprint("train_full", {"seed": 2, "rate": 1}) != changed
-
-
-def test_checkpoints_of_finished_steps_and_of_other_settings_are_cleared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("precompute/a", "train_head/a", "train_full/a", "train_full/b", "retrain/a"):
-        (scratch.ROOT / name).mkdir(parents=True)
-    for stage in ("ingest", "train_head"):  # precompute has not finished: a step after it was begun by hand
-        artifact(stage, "").mkdir(parents=True)
-        artifact(stage, "metrics.json").touch()
-    scratch.clear_earlier("train_full")
-    scratch.clear_foreign(scratch.ROOT / "train_full/a")
-    left = sorted(str(path.relative_to(scratch.ROOT)) for path in scratch.ROOT.glob("*/*"))
-    assert left == ["precompute/a", "retrain/a", "train_full/a"]
 
 
 def test_mlflow_knows_a_step_that_was_stopped_from_one_that_failed(
