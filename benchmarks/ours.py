@@ -26,9 +26,10 @@ from unfreeze.evaluation.predicting import backbone_activations, predict_tta
 from unfreeze.models.classifier import Classifier
 from unfreeze.models.freezing import decay_groups
 from unfreeze.settings.schema import LRFind, TrainAugmented, TrainFull, Unfreeze
+from unfreeze.training import phases
 from unfreeze.training.loop import make_optimizer
 from unfreeze.training.lr_curve import pick_rate, suggest
-from unfreeze.training.phases import Rows, fit_augmented, fit_full, fit_head, unfrozen
+from unfreeze.training.phases import Rows, unfrozen
 from unfreeze.training.range_test import range_test
 
 Activations = NDArray[np.float32]
@@ -161,10 +162,10 @@ def stages(work: Work, model: Classifier, loader: Loader, activations: Activatio
 
     groups = decay_groups(model.head.parameters())
     rate = _rate(settings.lr_find, lambda: _sweep(work, model.head, groups, on_activations, settings.lr_find))
-    fit_head(
-        model.head, activations, packed.labels, train, valid, rate, settings.train_head, settings.train, settings.batch_size,
-        settings.seed, loader.device,
-    )  # fmt: skip
+    data = phases.Activations(
+        activations, packed.labels, train, valid, settings.batch_size, settings.seed, loader.device
+    )
+    phases.fit_head(model.head, data, rate, settings.train_head, settings.train)
     yield "train_head"
     _augmented(work, model, loader, work.frozen_epochs, rate)
     yield "train_augmented"
@@ -176,21 +177,18 @@ def stages(work: Work, model: Classifier, loader: Loader, activations: Activatio
 
 def _augmented(work: Work, model: Classifier, loader: Loader, epochs: int, rate: float, validate: bool = True) -> None:
     settings = TrainAugmented("sgdr", epochs, 1, 1)
-    train, valid = _rows(loader, validate)
-    fit_augmented(
-        model, loader, train, valid, rate, settings, work.settings.augment, work.settings.train, work.settings.seed
-    )  # fmt: skip
+    phases.fit_augmented(model, _images(work, loader, validate), rate, settings, work.settings.train)
 
 
 def _full(
     work: Work, model: Classifier, loader: Loader, unfreeze: Unfreeze, epochs: int, rate: float, validate: bool = True
 ) -> None:
     settings = TrainFull("sgdr", 1, epochs, 1, until_overfitting=False)
-    train, valid = _rows(loader, validate)
-    fit_full(
-        model, loader, train, valid, rate, settings, unfreeze, work.settings.augment, work.settings.train,
-        work.settings.seed,
-    )  # fmt: skip
+    phases.fit_full(model, _images(work, loader, validate), rate, settings, unfreeze, work.settings.train)
+
+
+def _images(work: Work, loader: Loader, validate: bool) -> phases.Images:
+    return phases.Images(loader, *_rows(loader, validate), work.settings.augment, work.settings.seed)
 
 
 def _rows(loader: Loader, validate: bool) -> tuple[Rows, Rows]:

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pipeline.step import Run
 from unfreeze.training.checkpoints import Progress
 from unfreeze.training.history import History
-from unfreeze.training.loop import Listener
+from unfreeze.training.loop import Callbacks
 
 
-def listener(run: Run, epochs: int, phase: str = "", cycle: Callable[[int], None] = lambda number: None) -> Listener:
+def callbacks(run: Run, epochs: int, phase: str = "", cycle: Callable[[int], None] = lambda number: None) -> Callbacks:
     """Tells people of every epoch, and MLflow of every batch and epoch, also of those before an interruption.
 
     Args:
@@ -44,7 +44,7 @@ def listener(run: Run, epochs: int, phase: str = "", cycle: Callable[[int], None
         for row in progress.history.epochs:
             curves_of(row)
 
-    return Listener(batches, epoch, cycle, resumed)
+    return Callbacks(batches, epoch, cycle, resumed, run.checkpoint(phase or "training"))
 
 
 def keep(run: Run, history: History) -> dict[str, float]:

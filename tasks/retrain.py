@@ -13,13 +13,13 @@ from pipeline.artifacts import artifact
 from pipeline.inputs import fresh_classifier, precomputed
 from pipeline.results import keep_confusion, write_predictions
 from pipeline.step import Run, step
-from pipeline.training_log import keep, listener
+from pipeline.training_log import callbacks, keep
 from unfreeze.device import seed_everything
 from unfreeze.evaluation.baseline import baseline_probabilities, fit_baseline
 from unfreeze.evaluation.evaluating import Predictions, evaluate_split
 from unfreeze.models.weights import checksum, save_classifier
 from unfreeze.settings.schema import Augment, Evaluate, Head, Train, TrainAugmented, TrainFull, TrainHead, Unfreeze
-from unfreeze.training.phases import fit_augmented, fit_full, fit_head
+from unfreeze.training.phases import Activations, Images, fit_augmented, fit_full, fit_head
 
 
 @step
@@ -45,23 +45,18 @@ def retrain(
     chosen = json.loads(artifact("evaluate", "chosen.json").read_text())["chosen"]
     rate = run.read_metrics("lr_find")["rate"]
 
-    history = fit_head(
-        model.head, activations, packed.labels, rows, nothing, rate, train_head, train, batch_size, seed,
-        loader.device,
-        listener(run, train_head.epochs, "head"), run.checkpoint("head"),
-    )  # fmt: skip
+    data = Activations(activations, packed.labels, rows, nothing, batch_size, seed, loader.device)
+    history = fit_head(model.head, data, rate, train_head, train, callbacks(run, train_head.epochs, "head"))
+    images = Images(loader, rows, nothing, augment, seed)
     if chosen != "train_head":
         history = fit_augmented(
-            model, loader, rows, nothing, rate, train_augmented, augment, train, seed,
-            listener(run, train_augmented.epochs, "augmented"), run.checkpoint("augmented"),
-        )  # fmt: skip
+            model, images, rate, train_augmented, train, callbacks(run, train_augmented.epochs, "augmented")
+        )
     if chosen == "train_full":
         cycles = int(run.read_metrics("train_full")["best_cycle"])
         found = dataclasses.replace(train_full, cycles=cycles, until_overfitting=False)
-        history = fit_full(
-            model, loader, rows, nothing, run.read_metrics("unfreeze_lr_find")["rate"], found, unfreeze, augment,
-            train, seed, listener(run, found.epochs, "full"), run.checkpoint("full"),
-        )  # fmt: skip
+        rate = run.read_metrics("unfreeze_lr_find")["rate"]
+        history = fit_full(model, images, rate, found, unfreeze, train, callbacks(run, found.epochs, "full"))
     save_classifier(model, run.path("model.safetensors"), packed.classes, packed.image_size, augment)
     metrics = keep(run, history)
 

@@ -5,11 +5,11 @@ Two or three short cycles, each annealing the rate that the finder picked.
 
 from pipeline.inputs import frozen_classifier
 from pipeline.step import Run, step
-from pipeline.training_log import keep, listener
+from pipeline.training_log import callbacks, keep
 from unfreeze.device import seed_everything
 from unfreeze.models.weights import save_head
 from unfreeze.settings.schema import Augment, Train, TrainAugmented
-from unfreeze.training.phases import fit_augmented
+from unfreeze.training.phases import Images, fit_augmented
 
 
 @step
@@ -18,18 +18,8 @@ def train_augmented(
 ) -> dict[str, float]:
     seed_everything(seed)
     model, loader = frozen_classifier("train_head", batch_size)
-    history = fit_augmented(
-        model,
-        loader,
-        loader.packed.rows("train"),
-        loader.packed.rows("valid"),
-        run.read_metrics("lr_find")["rate"],
-        train_augmented,
-        augment,
-        train,
-        seed,
-        listener(run, train_augmented.epochs),
-        run.checkpoint(),
-    )
+    data = Images(loader, loader.packed.rows("train"), loader.packed.rows("valid"), augment, seed)
+    rate = run.read_metrics("lr_find")["rate"]
+    history = fit_augmented(model, data, rate, train_augmented, train, callbacks(run, train_augmented.epochs))
     save_head(model.head, run.path("head.safetensors"))
     return keep(run, history)

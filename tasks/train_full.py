@@ -9,11 +9,11 @@ from pathlib import Path
 
 from pipeline.inputs import frozen_classifier
 from pipeline.step import Run, step
-from pipeline.training_log import keep, listener
+from pipeline.training_log import callbacks, keep
 from unfreeze.device import seed_everything
 from unfreeze.models.weights import save_classifier
 from unfreeze.settings.schema import Augment, Train, TrainFull, Unfreeze
-from unfreeze.training.phases import fit_full
+from unfreeze.training.phases import Images, fit_full
 
 
 @step
@@ -28,20 +28,12 @@ def train_full(
     def save(path: Path) -> None:
         save_classifier(model, path, loader.packed.classes, loader.packed.image_size, augment)
 
+    data = Images(loader, loader.packed.rows("train"), loader.packed.rows("valid"), augment, seed)
+    rate = run.read_metrics("unfreeze_lr_find")["rate"]
     history = fit_full(
-        model,
-        loader,
-        loader.packed.rows("train"),
-        loader.packed.rows("valid"),
-        run.read_metrics("unfreeze_lr_find")["rate"],
-        train_full,
-        unfreeze,
-        augment,
-        train,
-        seed,
-        listener(run, train_full.epochs, cycle=lambda number: save(cycles / f"{number + 1}.safetensors")),
-        run.checkpoint(),
-    )
+        model, data, rate, train_full, unfreeze, train,
+        callbacks(run, train_full.epochs, cycle=lambda number: save(cycles / f"{number + 1}.safetensors")),
+    )  # fmt: skip
     run.log("kept the weights of cycle %d", history.best_cycle + 1)
     save(run.path("model.safetensors"))
     shutil.copytree(cycles, run.path("cycles"), dirs_exist_ok=True)

@@ -3,14 +3,14 @@
 from pipeline.artifacts import artifact
 from pipeline.inputs import precomputed
 from pipeline.step import Run, step
-from pipeline.training_log import keep, listener
+from pipeline.training_log import callbacks, keep
 from unfreeze.data.packed import open_packed
 from unfreeze.device import best_device, seed_everything
 from unfreeze.models.classifier import Head
 from unfreeze.models.weights import save_head
 from unfreeze.settings.schema import Head as HeadSettings
 from unfreeze.settings.schema import Train, TrainHead
-from unfreeze.training.phases import fit_head
+from unfreeze.training.phases import Activations, fit_head
 
 
 @step
@@ -23,20 +23,7 @@ def train_head(
     activations = precomputed("activations.npy")
     model = Head(activations.shape[1], len(packed.classes), head.dropout).to(device)
     rate = run.read_metrics("lr_find")["rate"]
-    history = fit_head(
-        model,
-        activations,
-        packed.labels,
-        packed.rows("train"),
-        packed.rows("valid"),
-        rate,
-        train_head,
-        train,
-        batch_size,
-        seed,
-        device,
-        listener(run, train_head.epochs),
-        run.checkpoint(),
-    )
+    data = Activations(activations, packed.labels, packed.rows("train"), packed.rows("valid"), batch_size, seed, device)
+    history = fit_head(model, data, rate, train_head, train, callbacks(run, train_head.epochs))
     save_head(model, run.path("head.safetensors"))
     return keep(run, history)

@@ -24,8 +24,8 @@ from unfreeze.models.classifier import Classifier
 from unfreeze.persistence.resumable import ResumableFile
 from unfreeze.settings.schema import LRFind, TrainAugmented, TrainFull
 from unfreeze.training.checkpoints import Checkpoint
-from unfreeze.training.loop import Listener, make_optimizer, set_rate
-from unfreeze.training.phases import fit_augmented, fit_full, unfrozen
+from unfreeze.training.loop import Callbacks, make_optimizer, set_rate
+from unfreeze.training.phases import Images, fit_augmented, fit_full, unfrozen
 from unfreeze.training.range_test import range_test
 from unfreeze.training.train_step import GraphedStep, record, train_batch
 
@@ -57,9 +57,10 @@ def _trained(scale: Scale, name: str) -> dict[str, str]:
         model, loader = classifier(name, scale.size, images, scale.batch)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            rows = images.rows("train")[: scale.steps * scale.batch]
             history = fit_full(
-                model, loader, images.rows("train")[: scale.steps * scale.batch], np.arange(0), 1e-3,
-                TrainFull("sgdr", 1, 1, 1, False), replace(ours.unfreeze, freeze_to=first), ours.augment, ours.train, 0,
+                model, Images(loader, rows, rows[:0], ours.augment, 0), 1e-3, TrainFull("sgdr", 1, 1, 1, False),
+                replace(ours.unfreeze, freeze_to=first), ours.train,
             )  # fmt: skip
         said = {str(w.message).split(" ")[0] for w in caught if "deterministic" in str(w.message)}
         losses = [batch["loss"] for batch in history.batches]
@@ -175,12 +176,16 @@ def _until_killed(work: Callable[..., str], scale: Scale, name: str, folder: Pat
         return "killed"
 
 
-def _listener(kill: int | None) -> Listener:
+def _images(loader: Loader) -> Images:
+    return Images(loader, loader.packed.rows("train"), loader.packed.rows("valid"), settings().augment, 0)
+
+
+def _callbacks(kill: int | None, folder: Path | None, name: str) -> Callbacks:
     def batches(rows: Any) -> None:
         if kill is not None and rows[-1]["iteration"] >= kill:
             raise _Killed
 
-    return Listener(batches=batches)
+    return Callbacks(batches=batches, checkpoint=_checkpoint(folder, name))
 
 
 def _checkpoint(folder: Path | None, name: str) -> Checkpoint | None:
@@ -188,20 +193,15 @@ def _checkpoint(folder: Path | None, name: str) -> Checkpoint | None:
 
 
 def _whole_network(model: Classifier, loader: Loader, folder: Path | None, kill: int | None) -> str:
-    ours, rows = settings(), loader.packed.rows("train")
-    fit_full(
-        model, loader, rows, loader.packed.rows("valid"), 1e-3, TrainFull("sgdr", 1, 2, 1, True), ours.unfreeze,
-        ours.augment, ours.train, 0, _listener(kill), _checkpoint(folder, "full"),
-    )  # fmt: skip
+    ours = settings()
+    full = TrainFull("sgdr", 1, 2, 1, True)
+    fit_full(model, _images(loader), 1e-3, full, ours.unfreeze, ours.train, _callbacks(kill, folder, "full"))
     return digest(model.state_dict().values())
 
 
 def _augmented_head(model: Classifier, loader: Loader, folder: Path | None, kill: int | None) -> str:
-    ours, rows = settings(), loader.packed.rows("train")
-    fit_augmented(
-        model, loader, rows, loader.packed.rows("valid"), 1e-3, TrainAugmented("sgdr", 2, 1, 1), ours.augment,
-        ours.train, 0, _listener(kill), _checkpoint(folder, "augmented"),
-    )  # fmt: skip
+    augmented, train = TrainAugmented("sgdr", 2, 1, 1), settings().train
+    fit_augmented(model, _images(loader), 1e-3, augmented, train, _callbacks(kill, folder, "augmented"))
     return digest(model.state_dict().values())
 
 

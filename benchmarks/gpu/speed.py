@@ -26,8 +26,8 @@ from unfreeze.models.classifier import Classifier, Head
 from unfreeze.models.freezing import freeze_to, parameter_groups, set_train_mode
 from unfreeze.settings.schema import TrainAugmented, TrainFull
 from unfreeze.training import train_step
-from unfreeze.training.loop import Listener
-from unfreeze.training.phases import Rows, fit_augmented, fit_full
+from unfreeze.training.loop import Callbacks
+from unfreeze.training.phases import Images, Rows, fit_augmented, fit_full
 
 Run = Callable[[], object]
 WARM_UP = 3
@@ -214,25 +214,24 @@ def _of(loader: Loader, rows: Rows) -> Loader:
     return replace(loader, packed=first)
 
 
-def _full(model: Classifier, loader: Loader, rows: Rows, first: int, listener: Listener, epochs: int = 2) -> None:
+def _full(model: Classifier, loader: Loader, rows: Rows, first: int, callbacks: Callbacks, epochs: int = 2) -> None:
     ours = settings()
     fit_full(
-        model, loader, rows, rows[:0], 1e-5, TrainFull("sgdr", 1, epochs, 1, False),
-        replace(ours.unfreeze, freeze_to=first), ours.augment, ours.train, 0, listener,
+        model, Images(loader, rows, rows[:0], ours.augment, 0), 1e-5, TrainFull("sgdr", 1, epochs, 1, False),
+        replace(ours.unfreeze, freeze_to=first), ours.train, callbacks,
     )  # fmt: skip
 
 
-def _augmented(model: Classifier, loader: Loader, rows: Rows, listener: Listener, epochs: int = 2) -> None:
+def _augmented(model: Classifier, loader: Loader, rows: Rows, callbacks: Callbacks, epochs: int = 2) -> None:
     ours = settings()
-    fit_augmented(
-        model, loader, rows, rows[:0], 1e-4, TrainAugmented("sgdr", epochs, 1, 1), ours.augment, ours.train, 0, listener
-    )  # fmt: skip
+    data = Images(loader, rows, rows[:0], ours.augment, 0)
+    fit_augmented(model, data, 1e-4, TrainAugmented("sgdr", epochs, 1, 1), ours.train, callbacks)
 
 
-def _second_epoch(train: Callable[[Listener], None], images: int) -> float:
+def _second_epoch(train: Callable[[Callbacks], None], images: int) -> float:
     """Images per second of the second of two epochs; an epoch ends with a look at its losses, which waits for the device."""
     ends: list[float] = []
-    train(Listener(epoch=lambda row: ends.append(time.perf_counter())))
+    train(Callbacks(epoch=lambda row: ends.append(time.perf_counter())))
     return round(images / (ends[1] - ends[0]), 1)
 
 
@@ -309,7 +308,7 @@ def memory(scale: Scale, data: Path) -> list[Row]:
 
     rows = loader.packed.rows("train")
     epochs = -(-scale.long // (len(rows) // speed.batch))
-    _full(model, loader, rows, 0, Listener(batches=look), epochs=max(2, epochs))
+    _full(model, loader, rows, 0, Callbacks(batches=look), epochs=max(2, epochs))
     early, last = seen[min(len(seen) // 3, 5)], seen[min(len(seen), scale.long // 10) - 1]
     names = ("on the card, allocated", "on the card, reserved", "of the process")
     table = [
@@ -337,7 +336,7 @@ class _Enough(Exception):
     """The steps that are looked at are over."""
 
 
-def _profiled(what: str, train: Callable[[Listener], None]) -> list[Row]:
+def _profiled(what: str, train: Callable[[Callbacks], None]) -> list[Row]:
     from torch.profiler import ProfilerActivity
 
     cuda = torch.cuda.is_available()
@@ -358,7 +357,7 @@ def _profiled(what: str, train: Callable[[Listener], None]) -> list[Row]:
             raise _Enough
 
     try:
-        train(Listener(batches=listen))
+        train(Callbacks(batches=listen))
         return [row(f"{what}: too few steps", calls)]
     except _Enough:
         pass

@@ -24,7 +24,7 @@ from unfreeze.models.freezing import decay_groups
 from unfreeze.settings.schema import TrainFull
 from unfreeze.training.loop import make_optimizer
 from unfreeze.training.lr_curve import pick_rate, suggest
-from unfreeze.training.phases import fit_augmented, fit_full, fit_head, unfrozen
+from unfreeze.training.phases import Activations, Images, fit_augmented, fit_full, fit_head, unfrozen
 from unfreeze.training.range_test import range_test
 
 Seconds = dict[str, float]
@@ -84,15 +84,12 @@ def recipe(scale: Scale, data: Path) -> list[Row]:
         curve = range_test(model.head, optimizer, batches, ours.lr_find)
         rate = pick_rate(suggest(curve["rate"].to_numpy(), curve["loss"].to_numpy()), ours.lr_find.pick)
     with _timed(spent, "train_head"):
-        fit_head(
-            model.head, activations, labels, train, valid, rate, ours.train_head, ours.train, speed.batch, ours.seed,
-            loader.device,
-        )  # fmt: skip
+        on_activations = Activations(activations, labels, train, valid, speed.batch, ours.seed, loader.device)
+        fit_head(model.head, on_activations, rate, ours.train_head, ours.train)
+    seen = Images(loader, train, valid, ours.augment, ours.seed)
     states = {"train_head": copy.deepcopy(model.state_dict())}
     with _timed(spent, "train_augmented"):
-        fit_augmented(
-            model, loader, train, valid, rate, ours.train_augmented, ours.augment, ours.train, ours.seed
-        )  # fmt: skip
+        fit_augmented(model, seen, rate, ours.train_augmented, ours.train)
     states["train_augmented"] = copy.deepcopy(model.state_dict())
     with _timed(spent, "unfreeze_lr_find"), unfrozen(model, loader, train, ours.unfreeze) as groups:
         curve = range_test(
@@ -105,9 +102,7 @@ def recipe(scale: Scale, data: Path) -> list[Row]:
     with _timed(spent, "train_full"):
         full = replace(ours.train_full, until_overfitting=True)
         assert isinstance(full, TrainFull)
-        history = fit_full(
-            model, loader, train, valid, rate, full, ours.unfreeze, ours.augment, ours.train, ours.seed
-        )  # fmt: skip
+        history = fit_full(model, seen, rate, full, ours.unfreeze, ours.train)
     states["train_full"] = copy.deepcopy(model.state_dict())
     with _timed(spent, "evaluate"):
         candidates = []

@@ -31,13 +31,36 @@ REPORT_EVERY = 10
 
 
 @dataclass(frozen=True)
-class Listener:
-    """Whom the loop tells what it does, while it does it."""
+class TrainingData:
+    """What a training sees.
+
+    Attributes:
+        batches: the batches of epoch n (from 0), from batch i (from 0) on.
+        validate: scores the model as it stands; without it there is nothing to stop early on.
+    """
+
+    batches: Callable[[int, int], Iterable[Batch]]
+    validate: Callable[[], Scores] | None = None
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Training callbacks, and the checkpoint.
+
+    Attributes:
+        batches: gets rows of ``iteration``, ``rate`` and ``loss``, some batches at a time.
+        epoch: gets a row at the end of each epoch, after validation.
+        cycle: gets a cycle's number (from 0) at its end, while the model has its weights.
+        resumed: gets the progress that an earlier process has made.
+        checkpoint: where to save the training's state, and to resume from; a resumed training ends with the same weights,
+            bit for bit, as one that was never interrupted.
+    """
 
     batches: Callable[[Sequence[dict[str, float]]], None] = lambda rows: None
     epoch: Callable[[dict[str, float]], None] = lambda row: None
     cycle: Callable[[int], None] = lambda number: None
     resumed: Callable[[Progress], None] = lambda progress: None
+    checkpoint: Checkpoint | None = None
 
 
 class Diverged(UserError):
@@ -84,14 +107,12 @@ def fit(
     optimizer: torch.optim.Optimizer,
     schedule: Schedule,
     rate: float,
-    epochs: Callable[[int, int], Iterable[Batch]],
+    data: TrainingData,
     *,
     train_mode: Callable[[], object],
-    validate: Callable[[], Scores] | None = None,
     stop_when_overfitting: bool = False,
     label_smoothing: float = 0.0,
-    listener: Listener | None = None,
-    checkpoint: Checkpoint | None = None,
+    callbacks: Callbacks | None = None,
 ) -> History:
     """Train ``model`` along ``schedule`` and leave the weights of the best cycle in it.
 
@@ -100,26 +121,24 @@ def fit(
         optimizer: over the parameters that train; its groups may carry ``lr_scale``.
         schedule: factor on the rate for every iteration, and where cycles end.
         rate: the top rate, of the last layer group.
-        epochs: the batches of epoch n (from 0), from batch i (from 0) on.
+        data: batches, and how to validate.
         train_mode: puts the model's trained parts into training mode; called before every epoch.
-        validate: scores the model as it stands; without it there is nothing to stop on.
         stop_when_overfitting: treat the number of cycles as a maximum, stop as `until_overfitting` says, and go back to
             the weights of the best cycle.
         label_smoothing: share of probability spread over all classes.
-        listener: whom to tell.
-        checkpoint: where to note how far the training has come, and to go on from; an interrupted training that goes on
-            ends with the same weights, bit for bit, as one that was never interrupted.
+        callbacks: called while it trains; among them the checkpoint to save to and to resume from.
 
     Raises:
         Diverged: the loss became infinite or not a number.
         Interrupted: somebody wanted the training to stop, and the checkpoint has been written.
     """
-    listener = listener or Listener()
+    callbacks = callbacks or Callbacks()
+    checkpoint, validate = callbacks.checkpoint, data.validate
     train_mode()
     weights = trainable_state(model)
     at = (checkpoint.load(weights, optimizer) if checkpoint else None) or Progress()
     if at.iteration:
-        listener.resumed(at)
+        callbacks.resumed(at)
 
     def scored() -> Scores | None:
         """Validation may take long, and changes nothing: a wish to stop does not wait for its end."""
@@ -137,18 +156,18 @@ def fit(
         while not at.done:
             train_mode()
             waiting: list[tuple[float, torch.Tensor]] = []
-            for batch in epochs(at.epoch, at.batch):
+            for batch in data.batches(at.epoch, at.batch):
                 now = rate * float(schedule.factors[at.iteration])
                 set_rate(optimizer, now)
                 waiting.append((now, step(batch)))
                 at.iteration, at.batch = at.iteration + 1, at.batch + 1
                 due = checkpoint is not None and checkpoint.due()
                 if due or len(waiting) == REPORT_EVERY:
-                    _report(waiting, at, listener)
+                    _report(waiting, at, callbacks)
                 if checkpoint and due:
                     checkpoint.save(weights, optimizer, at)
-            _report(waiting, at, listener)
-            _judge(weights, schedule, scored(), stop_when_overfitting, at, listener)
+            _report(waiting, at, callbacks)
+            _judge(weights, schedule, scored(), stop_when_overfitting, at, callbacks)
             if checkpoint and at.done:
                 checkpoint.save(weights, optimizer, at)
     if at.best:
@@ -162,7 +181,7 @@ def _judge(
     scores: Scores | None,
     stop_when_overfitting: bool,
     at: Progress,
-    listener: Listener,
+    callbacks: Callbacks,
 ) -> None:
     """At the end of an epoch: note how it went, and at the end of a cycle see whether it is the best, and the last."""
     rows = at.history.batches[at.iteration - at.batch :]
@@ -172,12 +191,12 @@ def _judge(
         row |= {"valid_loss": scores.loss, "valid_accuracy": scores.accuracy}
     row["rate"] = max(batch["rate"] for batch in rows)
     at.history.epochs.append(row)
-    listener.epoch(row)
+    callbacks.epoch(row)
     at.epoch, at.batch = at.epoch + 1, 0
     at.done = at.epoch == schedule.epochs
     if at.epoch not in schedule.cycle_ends:
         return
-    listener.cycle(cycle)
+    callbacks.cycle(cycle)
     at.history.best_cycle = cycle
     if stop_when_overfitting and scores is not None:
         ends = [at.history.epochs[end - 1] for end in schedule.cycle_ends if end <= at.epoch]
@@ -189,8 +208,8 @@ def _judge(
         at.done = at.done or stop
 
 
-def _report(waiting: list[tuple[float, torch.Tensor]], at: Progress, listener: Listener) -> None:
-    """Fetch the losses that wait on the device, keep them, tell the listener; stop at the first that is no number."""
+def _report(waiting: list[tuple[float, torch.Tensor]], at: Progress, callbacks: Callbacks) -> None:
+    """Fetch the losses that wait on the device, keep them, hand them to the callbacks; stop at the first that is no number."""
     if not waiting:
         return
     losses = torch.stack([loss for _, loss in waiting]).tolist()
@@ -201,7 +220,7 @@ def _report(waiting: list[tuple[float, torch.Tensor]], at: Progress, listener: L
     ]
     waiting.clear()
     at.history.batches += rows
-    listener.batches(rows)
+    callbacks.batches(rows)
     for row in rows:
         if not math.isfinite(row["loss"]):
             raise Diverged(row, at.epoch, int(row["iteration"]) - at.iteration + at.batch)

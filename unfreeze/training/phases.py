@@ -6,6 +6,7 @@ The steps call them one by one; the step `retrain` replays all three with what w
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -24,9 +25,8 @@ from unfreeze.models.classifier import Classifier
 from unfreeze.models.freezing import decay_groups, freeze_to, parameter_groups, set_train_mode
 from unfreeze.progress import track
 from unfreeze.settings.schema import Augment, Train, TrainAugmented, TrainFull, TrainHead, Unfreeze
-from unfreeze.training.checkpoints import Checkpoint
 from unfreeze.training.history import History
-from unfreeze.training.loop import Diverged, Listener, fit, make_optimizer
+from unfreeze.training.loop import Callbacks, Diverged, TrainingData, fit, make_optimizer
 from unfreeze.training.schedules import Schedule, make_schedule
 
 Rows = NDArray[np.int64]
@@ -39,139 +39,164 @@ def derive_seed(seed: int, name: str) -> int:
     return seed ^ zlib.crc32(name.encode())
 
 
+@dataclass(frozen=True)
+class Activations:
+    """Precomputed activations to train the head on.
+
+    Attributes:
+        features: (N, F), row i belongs to packed image i.
+        labels: (N,) class numbers.
+        train, valid: row numbers; no validation where ``valid`` is empty.
+        batch_size: images per batch.
+        seed: of the order of images.
+        device: where to compute.
+    """
+
+    features: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    train: Rows
+    valid: Rows
+    batch_size: int
+    seed: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Images:
+    """Packed images to train on.
+
+    Attributes:
+        loader: makes batches of them.
+        train, valid: row numbers; no validation where ``valid`` is empty.
+        augment: how much a training image is changed.
+        seed: of the order of images and of their views.
+    """
+
+    loader: Loader
+    train: Rows
+    valid: Rows
+    augment: Augment
+    seed: int
+
+
 def fit_head(
     head: nn.Module,
-    activations: NDArray[np.float32],
-    labels: NDArray[np.int64],
-    train_rows: Rows,
-    valid_rows: Rows,
+    data: Activations,
     rate: float,
     settings: TrainHead,
     train: Train,
-    batch_size: int,
-    seed: int,
-    device: Any,
-    listener: Listener | None = None,
-    checkpoint: Checkpoint | None = None,
+    callbacks: Callbacks | None = None,
 ) -> History:
     """Train the head on precomputed activations.
 
     Args:
         head: maps activations (B, F) to logits; trained in place.
-        activations: (N, F), row i belongs to packed image i.
-        labels: (N,) class numbers.
-        train_rows, valid_rows: row numbers; no validation where ``valid_rows`` is empty.
+        data: the activations.
         rate: top learning rate, annealed once along a cosine.
         settings: number of epochs.
-        train: optimizer and its friends.
-        batch_size: images per batch.
-        seed: of the order of images.
-        device: where to compute.
-        listener: whom to tell.
-        checkpoint: where to note how far the training has come, and to go on from.
+        train: the optimizer and its settings.
+        callbacks: called while it trains; among them the checkpoint.
     """
-    own = derive_seed(seed, "train_head")
-    schedule = make_schedule("sgdr", 1, settings.epochs, 1, batches_per_epoch(len(train_rows), batch_size))
+    seed = derive_seed(data.seed, "train_head")
+    schedule = make_schedule("sgdr", 1, settings.epochs, 1, batches_per_epoch(len(data.train), data.batch_size))
 
-    def epochs(epoch: int, first: int) -> Iterator[Batch]:
-        chunks = shuffled(train_rows, batch_size, own, epoch)
-        return activation_batches(activations, labels, chunks[first:], device)
+    def batches(epoch: int, first: int) -> Iterator[Batch]:
+        chunks = shuffled(data.train, data.batch_size, seed, epoch)
+        return activation_batches(data.features, data.labels, chunks[first:], data.device)
 
     def validate() -> Scores:
-        probabilities = predict(head, activation_batches(activations, labels, [valid_rows], device))
-        return score(probabilities, labels[valid_rows])
+        probabilities = predict(head, activation_batches(data.features, data.labels, [data.valid], data.device))
+        return score(probabilities, data.labels[data.valid])
 
     return fit(
         head,
         make_optimizer(decay_groups(head.parameters()), train),
         schedule,
         rate,
-        epochs,
+        TrainingData(batches, validate if len(data.valid) else None),
         train_mode=head.train,
-        validate=validate if len(valid_rows) else None,
         label_smoothing=train.label_smoothing,
-        listener=listener,
-        checkpoint=checkpoint,
+        callbacks=callbacks,
     )
 
 
 def fit_augmented(
     model: Classifier,
-    loader: Loader,
-    train_rows: Rows,
-    valid_rows: Rows,
+    data: Images,
     rate: float,
     settings: TrainAugmented,
-    augment: Augment,
     train: Train,
-    seed: int,
-    listener: Listener | None = None,
-    checkpoint: Checkpoint | None = None,
+    callbacks: Callbacks | None = None,
 ) -> History:
     """Train the head on augmented images through the frozen backbone. Arguments as for `fit_head`.
 
     The backbone is inference, for two batches at a time, and sees the validation images once.
     """
     freeze_to(model, HEAD)
-    own, head, size = derive_seed(seed, "train_augmented"), model.head, loader.batch_size
-    schedule = _schedule(settings, loader, train_rows)
+    loader, seed, head = data.loader, derive_seed(data.seed, "train_augmented"), model.head
+    size, schedule = loader.batch_size, _schedule(settings, data)
     frozen = frozen_copy(
-        model.backbone, _example(loader, train_rows, min(2, batches_per_epoch(len(train_rows), size)) * size)
+        model.backbone, _example(loader, data.train, min(2, batches_per_epoch(len(data.train), size)) * size)
     )
     valid: list[Batch] = []
 
-    def epochs(epoch: int, first: int) -> Iterator[Batch]:
+    def batches(epoch: int, first: int) -> Iterator[Batch]:
         skipped = first % 2  # so that the same two come together whatever batch it begins with
-        pairs = loader.augmented(train_rows, augment, own, epoch, first - skipped, together=2)
-        batches = (
+        pairs = loader.augmented(data.train, data.augment, seed, epoch, first - skipped, together=2)
+        halves = (
             batch for x, y in infer(frozen, pairs, frozen) for batch in zip(x.split(size), y.split(size), strict=True)
         )
-        return _tracked(islice(batches, skipped, None), schedule, epoch, first)
+        return _tracked(islice(halves, skipped, None), schedule, epoch, first)
 
     def validate() -> Scores:
-        valid[:] = valid or infer(frozen, loader.plain(valid_rows), frozen)
-        return score(predict(head, valid), loader.packed.labels[valid_rows])
+        valid[:] = valid or infer(frozen, loader.plain(data.valid), frozen)
+        return score(predict(head, valid), loader.packed.labels[data.valid])
 
-    with _named_images(loader, train_rows, own):
+    with _named_images(data, seed):
         return fit(
-            head, make_optimizer(decay_groups(head.parameters()), train), schedule, rate, epochs,
-            train_mode=head.train, validate=validate if len(valid_rows) else None,
-            label_smoothing=train.label_smoothing, listener=listener, checkpoint=checkpoint,
-        )  # fmt: skip
+            head,
+            make_optimizer(decay_groups(head.parameters()), train),
+            schedule,
+            rate,
+            TrainingData(batches, validate if len(data.valid) else None),
+            train_mode=head.train,
+            label_smoothing=train.label_smoothing,
+            callbacks=callbacks,
+        )
 
 
 def fit_full(
     model: Classifier,
-    loader: Loader,
-    train_rows: Rows,
-    valid_rows: Rows,
+    data: Images,
     rate: float,
     settings: TrainFull,
     unfreeze: Unfreeze,
-    augment: Augment,
     train: Train,
-    seed: int,
-    listener: Listener | None = None,
-    checkpoint: Checkpoint | None = None,
+    callbacks: Callbacks | None = None,
 ) -> History:
     """Train the whole network with differential rates. Arguments as for `fit_head`; ``rate`` is the head's."""
-    own = derive_seed(seed, "train_full")
-    schedule = _schedule(settings, loader, train_rows)
+    loader, seed = data.loader, derive_seed(data.seed, "train_full")
+    schedule = _schedule(settings, data)
 
-    def epochs(epoch: int, first: int) -> Iterator[Batch]:
-        batches = loader.augmented(train_rows, augment, own, epoch, first)
-        return _tracked(batches, schedule, epoch, first)
+    def batches(epoch: int, first: int) -> Iterator[Batch]:
+        augmented = loader.augmented(data.train, data.augment, seed, epoch, first)
+        return _tracked(augmented, schedule, epoch, first)
 
     def validate() -> Scores:
-        return score(predict(model, loader.plain(valid_rows)), loader.packed.labels[valid_rows])
+        return score(predict(model, loader.plain(data.valid)), loader.packed.labels[data.valid])
 
-    with unfrozen(model, loader, train_rows, unfreeze) as groups, _named_images(loader, train_rows, own):
+    with unfrozen(model, loader, data.train, unfreeze) as groups, _named_images(data, seed):
         return fit(
-            model, make_optimizer(groups, train), schedule, rate, epochs,
-            train_mode=lambda: set_train_mode(model), validate=validate if len(valid_rows) else None,
-            stop_when_overfitting=settings.until_overfitting, label_smoothing=train.label_smoothing,
-            listener=listener, checkpoint=checkpoint,
-        )  # fmt: skip
+            model,
+            make_optimizer(groups, train),
+            schedule,
+            rate,
+            TrainingData(batches, validate if len(data.valid) else None),
+            train_mode=lambda: set_train_mode(model),
+            stop_when_overfitting=settings.until_overfitting,
+            label_smoothing=train.label_smoothing,
+            callbacks=callbacks,
+        )
 
 
 @contextmanager
@@ -192,8 +217,8 @@ def _example(loader: Loader, rows: Rows, count: int) -> torch.Tensor:
     return images
 
 
-def _schedule(settings: TrainAugmented | TrainFull, loader: Loader, rows: Rows) -> Schedule:
-    count = batches_per_epoch(len(rows), loader.batch_size)
+def _schedule(settings: TrainAugmented | TrainFull, data: Images) -> Schedule:
+    count = batches_per_epoch(len(data.train), data.loader.batch_size)
     return make_schedule(settings.schedule, settings.cycles, settings.cycle_len, settings.cycle_mult, count)
 
 
@@ -202,11 +227,11 @@ def _tracked(batches: Iterable[Batch], schedule: Schedule, epoch: int, first: in
 
 
 @contextmanager
-def _named_images(loader: Loader, rows: Rows, seed: int) -> Iterator[None]:
+def _named_images(data: Images, seed: int) -> Iterator[None]:
     """Name the images of the batch at which the loss became infinite or not a number."""
     try:
         yield
     except Diverged as error:
-        chunk = shuffled(rows, loader.batch_size, seed, error.epoch)[error.batch]
-        names = "\n  ".join(map(str, loader.packed.table["path"].iloc[chunk]))
+        chunk = shuffled(data.train, data.loader.batch_size, seed, error.epoch)[error.batch]
+        names = "\n  ".join(map(str, data.loader.packed.table["path"].iloc[chunk]))
         raise UserError(f"{error} The batch's images, should it be them:\n  {names}") from None

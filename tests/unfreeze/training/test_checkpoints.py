@@ -18,7 +18,7 @@ from unfreeze.persistence.interruption import Interrupted, Interruption
 from unfreeze.settings.schema import Train
 from unfreeze.training.checkpoints import Checkpoint, Progress
 from unfreeze.training.history import History
-from unfreeze.training.loop import Listener, fit, make_optimizer
+from unfreeze.training.loop import Callbacks, TrainingData, fit, make_optimizer
 from unfreeze.training.schedules import make_schedule
 from unfreeze.training.state import rng_state, set_rng_state, trainable_state
 
@@ -53,7 +53,7 @@ def training(
     stop: bool = True,
     device: torch.device = CPU,
 ) -> tuple[dict[str, torch.Tensor], History, list[int]]:
-    """One process's share of a training; iterations and epochs that the listener was told of, replayed ones too."""
+    """One process's share of a training; iterations and epochs that the callbacks were told of, replayed ones too."""
     model = network(device)
     told: list[int] = []
     done: list[dict[str, float]] = []
@@ -81,12 +81,10 @@ def training(
         make_optimizer([{"params": list(model.parameters())}], Train(optimizer, 0.01, 0.0)),
         make_schedule("sgdr", CYCLES, 1, 1, BATCHES),
         0.05,
-        lambda epoch, first: ((x.to(device), y.to(device)) for x, y in epochs(epoch, first)),
+        TrainingData(lambda epoch, first: ((x.to(device), y.to(device)) for x, y in epochs(epoch, first)), validate),
         train_mode=model.train,
-        validate=validate,
         stop_when_overfitting=stop,
-        listener=Listener(batches, epoch, resumed=resumed),  # type: ignore[arg-type]
-        checkpoint=checkpoint,
+        callbacks=Callbacks(batches, epoch, resumed=resumed, checkpoint=checkpoint),  # type: ignore[arg-type]
     )
     return model.state_dict(), history, told
 
@@ -138,7 +136,10 @@ def test_a_finished_training_is_not_trained_again(tmp_path: Path) -> None:
     model = network()
     optimizer = make_optimizer([{"params": list(model.parameters())}], Train("adamw", 0.01, 0.0))
     schedule = make_schedule("sgdr", CYCLES, 1, 1, BATCHES)
-    again = fit(model, optimizer, schedule, 0.05, watched, train_mode=model.train, checkpoint=at(tmp_path))
+    again = fit(
+        model, optimizer, schedule, 0.05, TrainingData(watched), train_mode=model.train,
+        callbacks=Callbacks(checkpoint=at(tmp_path)),
+    )  # fmt: skip
     assert not seen
     assert again == history
     assert same(weights, model.state_dict())
@@ -215,7 +216,10 @@ def test_a_wish_to_stop_is_granted_after_the_batch_and_a_checkpoint(tmp_path: Pa
 
     schedule = make_schedule("sgdr", CYCLES, 1, 1, BATCHES)
     with pytest.raises(Interrupted):
-        fit(model, optimizer, schedule, 0.05, interrupted, train_mode=model.train, checkpoint=checkpoint)
+        fit(
+            model, optimizer, schedule, 0.05, TrainingData(interrupted), train_mode=model.train,
+            callbacks=Callbacks(checkpoint=checkpoint),
+        )  # fmt: skip
     assert not wish.deferred
     progress = at(tmp_path).load(trainable_state(model), optimizer)
     assert progress is not None
@@ -241,7 +245,10 @@ def test_a_wish_to_stop_is_granted_in_the_middle_of_validation(tmp_path: Path) -
 
     schedule = make_schedule("sgdr", CYCLES, 1, 1, BATCHES)
     with pytest.raises(Interrupted):
-        fit(model, optimizer, schedule, 0.05, epochs, train_mode=model.train, validate=validate, checkpoint=checkpoint)
+        fit(
+            model, optimizer, schedule, 0.05, TrainingData(epochs, validate), train_mode=model.train,
+            callbacks=Callbacks(checkpoint=checkpoint),
+        )  # fmt: skip
     assert validated == [False, False] and not wish.deferred
     progress = at(tmp_path).load(trainable_state(model), optimizer)
     assert progress is not None

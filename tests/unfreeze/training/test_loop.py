@@ -24,8 +24,8 @@ from unfreeze.models.classifier import Classifier, Head
 from unfreeze.models.freezing import freeze_to, layer_groups, parameter_groups, set_train_mode
 from unfreeze.models.weights import load_classifier, save_classifier
 from unfreeze.settings.schema import Augment, Settings, load_settings
-from unfreeze.training.loop import Listener, fit, make_optimizer, set_rate
-from unfreeze.training.phases import fit_full, fit_head
+from unfreeze.training.loop import Callbacks, TrainingData, fit, make_optimizer, set_rate
+from unfreeze.training.phases import Activations, Images, fit_full, fit_head
 from unfreeze.training.schedules import make_schedule
 from unfreeze.training.train_step import train_batch
 
@@ -200,8 +200,8 @@ def test_rates_follow_the_schedule_and_the_best_cycle_is_handed_on() -> None:
     schedule = make_schedule("sgdr", 4, 1, 1, 3)
     told: list[dict[str, float]] = []
     history = fit(
-        model, optimizer, schedule, 0.1, epochs, train_mode=model.train, validate=validate,
-        stop_when_overfitting=True, listener=Listener(batches=told.extend),
+        model, optimizer, schedule, 0.1, TrainingData(epochs, validate), train_mode=model.train,
+        stop_when_overfitting=True, callbacks=Callbacks(batches=told.extend),
     )  # fmt: skip
     assert [row["rate"] for row in history.batches] == pytest.approx(0.1 * schedule.factors[: len(told)])
     assert [row["rate"] for row in history.epochs] == pytest.approx([0.1] * len(history.epochs))  # where a cycle starts
@@ -217,7 +217,7 @@ def test_a_loss_that_is_no_number_stops_with_rate_and_iteration() -> None:
         yield torch.full((2, 2), float("nan")), torch.tensor([0, 1])
 
     with pytest.raises(UserError, match="iteration 0.*rate"):
-        fit(model, optimizer, make_schedule("constant", 1, 1, 1, 1), 0.1, epochs, train_mode=model.train)
+        fit(model, optimizer, make_schedule("constant", 1, 1, 1, 1), 0.1, TrainingData(epochs), train_mode=model.train)
 
 
 def test_same_seed_same_weights_other_seed_others(settings: Settings) -> None:
@@ -226,7 +226,8 @@ def test_same_seed_same_weights_other_seed_others(settings: Settings) -> None:
         loader, rows = Loader(images(16), NORM, CPU, 4), np.arange(16)
         torch.manual_seed(seed)
         short = dataclasses.replace(settings.train_full, cycles=1, until_overfitting=False)
-        fit_full(model, loader, rows, rows[:0], 0.01, short, settings.unfreeze, settings.augment, settings.train, seed)
+        data = Images(loader, rows, rows[:0], settings.augment, seed)
+        fit_full(model, data, 0.01, short, settings.unfreeze, settings.train)
         return torch.cat([v.float().reshape(-1) for v in model.state_dict().values()])
 
     assert torch.equal(weights(1), weights(1))
@@ -239,9 +240,8 @@ def test_the_head_learns_what_can_be_told_apart(settings: Settings) -> None:
     activations = (rng.normal(size=(80, 6)) + 6 * labels[:, None]).astype(np.float32)
     head = Head(6, 2, 0.0)
     rows = np.arange(80)
-    history = fit_head(
-        head, activations, labels, rows[:60], rows[60:], 0.05, settings.train_head, settings.train, 32, 0, CPU
-    )  # fmt: skip
+    data = Activations(activations, labels, rows[:60], rows[60:], 32, 0, CPU)
+    history = fit_head(head, data, 0.05, settings.train_head, settings.train)
     assert history.epochs[-1]["valid_accuracy"] > 0.95
 
 

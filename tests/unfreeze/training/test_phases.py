@@ -28,8 +28,8 @@ from unfreeze.settings.schema import LRFind, Settings, TrainAugmented, TrainFull
 from unfreeze.training import phases
 from unfreeze.training.checkpoints import Checkpoint
 from unfreeze.training.history import History
-from unfreeze.training.loop import Listener, make_optimizer
-from unfreeze.training.phases import derive_seed, fit_augmented, fit_full, unfrozen
+from unfreeze.training.loop import Callbacks, make_optimizer
+from unfreeze.training.phases import Images, derive_seed, fit_augmented, fit_full, unfrozen
 from unfreeze.training.range_test import range_test
 
 SIZE, BATCH, CPU = 32, 8, torch.device("cpu")
@@ -63,12 +63,12 @@ def augmented(
     checkpoint: Checkpoint | None = None,
     rate: float = 1e-3,
     device: torch.device = CPU,
-    **listener: Callable[..., None],
+    **callbacks: Callable[..., None],
 ) -> tuple[Classifier, History, Loader]:
     model, loader = material(device)
     history = fit_augmented(
-        model, loader, TRAIN, VALID, rate, TrainAugmented("sgdr", 2, 1, 1), settings.augment,
-        settings.train, 7, Listener(**listener), checkpoint,
+        model, Images(loader, TRAIN, VALID, settings.augment, 7), rate, TrainAugmented("sgdr", 2, 1, 1),
+        settings.train, Callbacks(**callbacks, checkpoint=checkpoint),
     )  # fmt: skip
     return model, history, loader
 
@@ -208,7 +208,8 @@ def test_where_the_loss_is_no_number_the_rate_and_the_images_are_named(settings:
         else:
             model, loader = material()
             full = TrainFull("constant", 1, 1, 1, until_overfitting=False)
-            fit_full(model, loader, TRAIN, VALID, 1e38, full, settings.unfreeze, settings.augment, settings.train, 7)
+            data = Images(loader, TRAIN, VALID, settings.augment, 7)
+            fit_full(model, data, 1e38, full, settings.unfreeze, settings.train)
     sentence, *names = str(caught.value).split("\n  ")
     found = re.fullmatch(
         r"The training loss became (nan|inf) at iteration \d+ \(epoch 1, batch (\d)\) with the rate .*", sentence
