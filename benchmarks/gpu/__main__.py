@@ -54,6 +54,8 @@ PARTS = {
 }
 TOGETHER = 8
 """Parts that are not timed run side by side."""
+LEAST = 5.0
+"""Seconds that must be left for a part to begin."""
 SLOWLY = 600.0
 """Seconds that a part may take where there is no GPU."""
 
@@ -127,7 +129,7 @@ def _run_here(name: str, scale: Scale, data: Path, out: Path) -> None:
 def _run_part(name: str, data: Path, toy: bool, limit: float) -> dict[str, Any]:
     """A part's rows and seconds; or why there are none. It ends with its limit, and with that of all parts."""
     out, start = data / f"{name}.json", time.monotonic()
-    if limit < 5:
+    if limit < LEAST:
         return {"rows": [], "seconds": 0.0, "error": "no time was left"}
     command = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--data", str(data), "--out", str(out)]
     threads = {} if PARTS[name].alone else {"OMP_NUM_THREADS": "2"}

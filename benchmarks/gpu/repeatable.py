@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
-from multiprocessing.pool import Pool
+from multiprocessing.pool import Pool, ThreadPool
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -137,8 +137,8 @@ def resume(scale: Scale, data: Path) -> list[Row]:
 
 
 def _processes() -> Pool:
-    """Runs every call in a process of its own."""
-    return get_context("spawn").Pool(AT_ONCE if torch.cuda.is_available() else 1, maxtasksperchild=1)
+    """Runs every call in a process of its own; without a GPU in this one, as a toy is to take no minutes."""
+    return get_context("spawn").Pool(AT_ONCE, maxtasksperchild=1) if torch.cuda.is_available() else ThreadPool(1)
 
 
 class _Killed(Exception):
