@@ -7,6 +7,7 @@ computes convolution and activation in one pass over memory, with weights laid o
 
 import copy
 import dataclasses
+import itertools
 import logging
 import math
 from collections.abc import Callable
@@ -25,7 +26,9 @@ from unfreeze.device import deterministically, native_bf16
 logger = logging.getLogger("unfreeze")
 
 FROZEN = "frozen copy"
-"""What a copy is marked with, in its ``meta``."""
+"""Where a copy has its `Sources`, in its ``meta``."""
+Sources = dict[str, tuple[str, str | None]]
+"""By the name of a `ConvAct` or `OneDNNConvAct`, the convolution and the BatchNorm, if any, that it does the work of."""
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -67,6 +70,12 @@ class ConvAct(nn.Module):
         super().__init__()
         self.conv, self.act, self.into = conv, act, False
 
+    def take(self, conv: nn.Conv2d) -> None:
+        """Compute with the weights of this convolution from now on."""
+        self.conv.weight.copy_(conv.weight)
+        if self.conv.bias is not None and conv.bias is not None:
+            self.conv.bias.copy_(conv.bias)
+
     def forward(self, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
         """Activations (B, O, H', W') of (B, C, H, W), and of what is added to them before the activation."""
         y = self.conv(x)
@@ -83,23 +92,28 @@ class OneDNNConvAct(nn.Module):
     def __init__(self, of: ConvAct, shape: tuple[int, ...]) -> None:
         super().__init__()
         conv, self.into = of.conv, of.into
-        weight = conv.weight.detach()
+        self.zeros = (0, 0, 0, 0)
         self.edges = edges(conv, shape[2:])
         before, after = self.edges[::2][::-1], self.edges[1::2][::-1]  # of height and width
         if conv.dilation == (1, 1) and all(0 <= b <= a for b, a in zip(before, after, strict=True)):
             # Rows of zeros before the kernel's make uneven edges even, which oneDNN adds without a copy of the image.
             (top, left), padding = (a - b for b, a in zip(before, after, strict=True)), list(after)
-            weight, self.edges = F.pad(weight, (left, 0, top, 0)), (0, 0, 0, 0)
+            self.zeros, self.edges = (left, 0, top, 0), (0, 0, 0, 0)
         else:
             padding = [0, 0]
         self.arguments: tuple[Any, ...] = (padding, list(conv.stride), list(conv.dilation), conv.groups)
         left, right, top, bottom = self.edges
-        padded = (*shape[:2], shape[2] + top + bottom, shape[3] + left + right)
+        self.padded = (*shape[:2], shape[2] + top + bottom, shape[3] + left + right)
+        self.post = POST_OPS[type(of.act)]
+        self.take(conv)
+
+    def take(self, conv: nn.Conv2d) -> None:
+        """Compute with the weights of this convolution from now on."""
         reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # whose stub lacks the last argument
-        packed = reorder(weight.bfloat16().to_mkldnn(), *self.arguments, padded)
+        weight = F.pad(conv.weight.detach(), self.zeros)
+        packed = reorder(weight.bfloat16().to_mkldnn(), *self.arguments, self.padded)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().bfloat16(), requires_grad=False)
-        self.post = POST_OPS[type(of.act)]
 
     def forward(self, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
         """Activations (B, O, H', W'), bfloat16, of (B, C, H, W), as of `ConvAct`."""
@@ -116,7 +130,7 @@ class OneDNNConvAct(nn.Module):
         return convolved.binary(x, other.bfloat16(), *rest)
 
 
-def frozen_copy(network: nn.Module, images: torch.Tensor) -> nn.Module:
+def frozen_copy(network: nn.Module, images: torch.Tensor, earlier: nn.Module | None = None) -> nn.Module:
     """A copy of a network that predicts the same, faster, and cannot be trained.
 
     The copy makes the network's calls, of which those that follow one another are one. A copy whose output differs all the
@@ -125,12 +139,16 @@ def frozen_copy(network: nn.Module, images: torch.Tensor) -> nn.Module:
     Args:
         network: maps the images to one tensor; as it stands in eval mode is what the copy predicts.
         images: (B, 3, S, S) normalised, on the network's device: a batch as the copy is for. Two of them are computed.
+        earlier: a copy of the same network for such a batch, made when its weights were others. It gets the weights of
+            today, in less time than it takes to make a copy, and is returned.
 
     Returns:
         The copy in eval mode without gradients; the network itself where it is one already, or has no convolutions.
     """
+    if earlier is not None and _refreshed(earlier, network):
+        return earlier
     kinds = {type(module) for module in network.modules()}
-    if getattr(network, "meta", {}).get(FROZEN) or not any(issubclass(kind, nn.Conv2d) for kind in kinds):
+    if FROZEN in getattr(network, "meta", {}) or not any(issubclass(kind, nn.Conv2d) for kind in kinds):
         return network
     batch, images = len(images), images[:2].float()
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False), _full_precision():
@@ -139,8 +157,7 @@ def frozen_copy(network: nn.Module, images: torch.Tensor) -> nn.Module:
         folded = traced(copied, images, trains=False)
         if folded is None:
             return _eval_copy(network)
-        shapes = _fold(folded)
-        folded.meta[FROZEN] = True
+        shapes, folded.meta[FROZEN] = _fold(folded)
         found = folded(images)
     if not torch.allclose(found, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max())):
         logger.info("folded, the network predicts something else: it is used as it is, which takes longer")
@@ -155,6 +172,28 @@ def frozen_copy(network: nn.Module, images: torch.Tensor) -> nn.Module:
         if type(module) in (nn.Conv2d, nn.Linear):  # and nothing that has reasons of its own for full precision
             module.weight.data = module.weight.data.bfloat16()  # as autocast would, but once
     return folded
+
+
+def _refreshed(copied: nn.Module, network: nn.Module) -> bool:
+    """Give a copy the weights that the network has now; False where it is no folded copy, or has weights of its own."""
+    sources: Sources | None = getattr(copied, "meta", {}).get(FROZEN)
+    if sources is None:
+        return False
+    plain = _eval_copy(network)
+    there = dict(itertools.chain(plain.named_parameters(), plain.named_buffers()))
+    here = dict(itertools.chain(copied.named_parameters(), copied.named_buffers()))
+    others = {name: tensor for name, tensor in here.items() if name.split(".")[0] not in sources}
+    if not others.keys() <= there.keys():
+        return False
+    with torch.no_grad():
+        for name, tensor in others.items():
+            tensor.copy_(there[name])
+        for name, (conv_name, norm_name) in sources.items():
+            conv: Any = plain.get_submodule(conv_name)
+            norm: Any = None if norm_name is None else plain.get_submodule(norm_name)
+            target: Any = copied.get_submodule(name)
+            target.take(conv if norm is None else fuse_conv_bn_eval(conv, norm))
+    return True
 
 
 def _full_precision() -> AbstractContextManager[None]:
@@ -172,17 +211,20 @@ def _eval_copy(network: nn.Module) -> nn.Module:
     return plain
 
 
-def _fold(graph: fx.GraphModule) -> dict[str, tuple[int, ...]]:
+def _fold(graph: fx.GraphModule) -> tuple[dict[str, tuple[int, ...]], Sources]:
     """Make each chain of a traced network one call: of a `ConvAct`, whose convolution does the BatchNorm's work.
 
     Returns:
-        Shape (B, C, H, W) of the input of each `ConvAct`, by its name.
+        Shape (B, C, H, W) of the input of each `ConvAct`, by its name; and what it does the work of.
     """
     shapes: dict[str, tuple[int, ...]] = {}
+    sources: Sources = {}
     for chain in chains(graph):
         conv = chain.conv if chain.norm is None else fuse_conv_bn_eval(chain.conv, chain.norm)
         name, inputs = f"chain_{len(shapes)}", tuple(chain.inputs)
         shapes[name] = inputs[0].meta["shape"]
+        targets = [str(call.target) for call in chain.calls]
+        sources[name] = targets[0], targets[1] if chain.norm is not None else None
         graph.add_submodule(name, ConvAct(conv, chain.act or nn.Identity()))
         with graph.graph.inserting_before(chain.calls[-1]):
             call = graph.graph.call_module(name, inputs)
@@ -192,7 +234,7 @@ def _fold(graph: fx.GraphModule) -> dict[str, tuple[int, ...]]:
     _overwrite(graph, {call: turn for turn, call in enumerate(graph.graph.nodes) if call.target in shapes})
     graph.recompile()
     graph.delete_all_unused_submodules()
-    return shapes
+    return shapes, sources
 
 
 def _overwrite(graph: fx.GraphModule, turns: dict[fx.Node, int]) -> None:

@@ -28,9 +28,9 @@ TOGETHER = 8
 """Batches whose predictions are fetched and kept at once: each time the processor waits for the device."""
 
 
-def predict(model: nn.Module, batches: Iterable[Batch]) -> Probabilities:
-    """Probabilities (N, C) of the inputs of ``batches``, in their order; the model is left in eval mode."""
-    return torch.cat([logits.softmax(1) for logits, _ in infer(model, batches)]).cpu().numpy()
+def predict(model: nn.Module, batches: Iterable[Batch], fast: nn.Module | None = None) -> Probabilities:
+    """Probabilities (N, C) of the inputs of ``batches``, in their order. Other arguments as for `infer`."""
+    return torch.cat([logits.softmax(1) for logits, _ in infer(model, batches, fast)]).cpu().numpy()
 
 
 def infer(network: nn.Module, batches: Iterable[Batch], fast: nn.Module | None = None) -> Iterator[Batch]:

@@ -182,8 +182,12 @@ def fit_full(
         augmented = loader.augmented(data.train, data.augment, seed, epoch, first)
         return _tracked(augmented, schedule, epoch, first)
 
+    copied: nn.Module | None = None
+
     def validate() -> Scores:
-        return score(predict(model, loader.plain(data.valid)), loader.packed.labels[data.valid])
+        nonlocal copied
+        copied = frozen_copy(model, _example(loader, data.valid, loader.wide), copied)
+        return score(predict(model, loader.plain(data.valid), copied), loader.packed.labels[data.valid])
 
     with unfrozen(model, loader, data.train, unfreeze) as groups, _named_images(data, seed):
         return fit(

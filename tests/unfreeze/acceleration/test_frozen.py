@@ -59,6 +59,23 @@ def test_a_copy_predicts_what_the_network_predicts(name: str, size: int, device:
     assert (frozen_copy(fast, images) is fast) == isinstance(fast, fx.GraphModule)
 
 
+@DEVICES
+@pytest.mark.parametrize("name", FOLDED + OTHERS)
+def test_a_refreshed_copy_is_the_copy_of_the_network_of_today(name: str, device: torch.device) -> None:
+    size = 160 if "vit" in name else 64
+    network = trained(name, size, device)
+    images = torch.randn(4, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    earlier = frozen_copy(network, images)
+    with torch.no_grad():
+        for tensor in [*network.parameters(), *network.buffers()]:
+            if tensor.is_floating_point():
+                tensor.mul_(1.1)
+    refreshed, fresh = frozen_copy(network, images, earlier), frozen_copy(network, images)
+    assert (refreshed is earlier) == isinstance(fresh, fx.GraphModule)
+    with torch.no_grad(), autocast(device):
+        assert torch.equal(refreshed(images), fresh(images))
+
+
 @pytest.mark.parametrize("name", FOLDED)
 def test_a_copy_is_where_the_network_is(name: str) -> None:
     copied = _eval_copy(create_backbone(name, "none", 64).to("meta"))  # the one other device that is always there
