@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
+from torch import nn
 
+from unfreeze.acceleration.frozen import frozen_copy
 from unfreeze.batches.loader import Loader, Normalisation
 from unfreeze.data.decoding import BrokenImage, decode, resize_shorter
 from unfreeze.data.packed import PackedImages, in_memory
@@ -34,6 +37,7 @@ class Predictor:
         self._model = to_device(model, self._device)
         self.classes: list[str] = self._meta["classes"]
         self._one_at_a_time = threading.Lock()
+        self._copies: dict[int, nn.Module] = {}
 
     def predict(self, images: Sequence[str | Path | io.BytesIO], tta_views: int = 0) -> pd.DataFrame:
         """Classify images; threads that ask at once wait for one another.
@@ -79,8 +83,16 @@ class Predictor:
         )
         rows = np.arange(len(pixels))
         if not tta_views:
-            return predict(self._model, loader.plain(rows))
+            return predict(self._model, loader.plain(rows), self._frozen(loader, rows))
         return predict_tta(self._model, loader, rows, self._meta["augment"], tta_views)[1]
+
+    def _frozen(self, loader: Loader, rows: NDArray[np.int64]) -> nn.Module:
+        """The frozen copy for batches of this size: the last one is kept, as requests and chunks are often of one size."""
+        count = min(len(rows), loader.wide)
+        if count not in self._copies:
+            [(images, _)] = loader.plain(rows[:count])
+            self._copies = {count: frozen_copy(self._model.eval(), images)}
+        return self._copies[count]
 
 
 def packed_in_memory(pixels: Sequence[np.ndarray], classes: list[str], image_size: int) -> PackedImages:

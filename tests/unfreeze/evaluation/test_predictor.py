@@ -6,9 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 from PIL import Image
+from torch import nn
 
+from unfreeze.acceleration.frozen import frozen_copy
+from unfreeze.evaluation import predictor as module
 from unfreeze.evaluation.predictor import Predictor
 from unfreeze.models.backbones import create_backbone
 from unfreeze.models.classifier import Classifier, Head
@@ -23,12 +27,33 @@ def image(seed: int) -> io.BytesIO:
     return file
 
 
-def test_requests_at_once_get_what_each_would_get_alone(tmp_path: Path) -> None:
+@pytest.fixture
+def predictor(tmp_path: Path) -> Predictor:
     torch.manual_seed(0)
     backbone = create_backbone("timm:test_efficientnet", "none", 32)
     model = Classifier(backbone, Head(backbone.num_features, 3, 0.0))
     save_classifier(model, tmp_path / "model.safetensors", ["a", "b", "c"], 32, Augment("none", 0, 1.1, 0.0))
-    predictor = Predictor(tmp_path / "model.safetensors")
+    return Predictor(tmp_path / "model.safetensors")
+
+
+def test_the_network_is_folded_once_for_requests_of_one_size(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folded: list[int] = []
+
+    def counted(network: nn.Module, images: torch.Tensor) -> nn.Module:
+        folded.append(len(images))
+        return frozen_copy(network, images)
+
+    monkeypatch.setattr(module, "frozen_copy", counted)
+    sizes = (2, 2, 1, 1, 1)
+    found = [predictor.predict([image(seed) for seed in range(size)]) for size in sizes]
+    assert folded == [2, 1]
+    pd.testing.assert_frame_equal(found[0], found[1])
+    np.testing.assert_allclose(found[2].filter(like="p_"), found[0].filter(like="p_")[:1], atol=0.02)
+
+
+def test_requests_at_once_get_what_each_would_get_alone(predictor: Predictor) -> None:
     requests = [[image(seed), image(seed + 100)] for seed in range(12)]
     alone = [predictor.predict(files, 2) for files in requests]
     with ThreadPoolExecutor(4) as pool:
