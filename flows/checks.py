@@ -21,7 +21,9 @@ NETWORK = ("backbone.", "data.image_size")
 
 
 def check_images(settings: Settings) -> pd.DataFrame:
-    """See that the images can be listed, watched by DVC, and split; opens none of them.
+    """See that the images can be listed, watched by DVC, and split, and that CUDA works where it is asked for.
+
+    No image is opened.
 
     Returns:
         The images, as `read_source` lists them.
@@ -29,6 +31,10 @@ def check_images(settings: Settings) -> pd.DataFrame:
     Raises:
         UserError: says what cannot be done, and with which image or class.
     """
+    if settings.device == "cuda":
+        from unfreeze.device import choose_device  # here, as torch takes seconds to import
+
+        choose_device(settings.device)
     data = settings.data
     table = read_source(data.source)
     check_watchable(data.source)

@@ -3,12 +3,13 @@
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from pipeline.artifacts import artifact
 from unfreeze.batches.loader import Loader, Normalisation
 from unfreeze.data.packed import open_packed
-from unfreeze.device import best_device, to_device
+from unfreeze.device import to_device
 from unfreeze.errors import UserError
 from unfreeze.models.classifier import Classifier, Head
 from unfreeze.models.weights import load_backbone, load_head
@@ -29,26 +30,26 @@ def precomputed(name: str) -> NDArray[Any]:
         raise UserError(f"{path} is damaged ({error}): delete it and run the recipe again.") from None
 
 
-def frozen_classifier(head_of: str, batch_size: int) -> tuple[Classifier, Loader]:
+def frozen_classifier(head_of: str, batch_size: int, device: torch.device) -> tuple[Classifier, Loader]:
     """The pretrained backbone with the head that a step trained, and a loader of the packed images for it.
 
     Args:
         head_of: name of the step whose head it is.
         batch_size: images per batch.
+        device: where to compute.
     """
-    return _on_device(load_head(artifact(head_of, "head.safetensors")), batch_size)
+    return _on_device(load_head(artifact(head_of, "head.safetensors")), batch_size, device)
 
 
-def fresh_classifier(dropout: float, batch_size: int) -> tuple[Classifier, Loader]:
+def fresh_classifier(dropout: float, batch_size: int, device: torch.device) -> tuple[Classifier, Loader]:
     """The pretrained backbone with a new head, and a loader of the packed images for it."""
     classes = len(open_packed(artifact("ingest", "")).classes)
     features = precomputed("activations.npy").shape[1]
-    return _on_device(Head(features, classes, dropout), batch_size)
+    return _on_device(Head(features, classes, dropout), batch_size, device)
 
 
-def _on_device(head: Head, batch_size: int) -> tuple[Classifier, Loader]:
+def _on_device(head: Head, batch_size: int, device: torch.device) -> tuple[Classifier, Loader]:
     backbone = load_backbone(artifact("precompute", "backbone.safetensors"))
-    device = best_device()
     norm = Normalisation(backbone.mean, backbone.std)
     model = to_device(Classifier(backbone, head), device)
     return model, Loader(open_packed(artifact("ingest", "")), norm, device, batch_size)

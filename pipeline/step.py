@@ -29,6 +29,8 @@ from unfreeze.persistence.interruption import Interrupted, Interruption
 from unfreeze.settings.schema import CheckpointSettings, Settings, flatten, load_settings
 
 if TYPE_CHECKING:
+    import torch
+
     from unfreeze.persistence.resumable import ResumableFile
     from unfreeze.training.checkpoints import Checkpoint
 from pipeline.exit_codes import LESS_MEMORY, STOPPED, USER_ERROR, WORTH_A_RETRY, is_out_of_memory
@@ -52,6 +54,7 @@ class Run:
         key: a word that changes with all that the step depends on: settings, images and code.
         often: when to write checkpoints.
         interruption: a wish to stop.
+        wanted: the device that the settings ask for.
     """
 
     stage: str
@@ -59,6 +62,7 @@ class Run:
     key: str
     often: CheckpointSettings
     interruption: Interruption
+    wanted: str = "auto"
 
     def log(self, text: str, *values: object) -> None:
         """A line for people."""
@@ -75,12 +79,34 @@ class Run:
         scratch.clear_foreign(folder)
         return folder
 
+    @cached_property
+    def device(self) -> "torch.device":
+        """The device that the step computes on. Raises UserError where the settings ask for one that does not work."""
+        from unfreeze.device import choose_device, describe
+
+        device = choose_device(self.wanted)
+        self.log("on %s", describe(device))
+        return device
+
+    @property
+    def _computed(self) -> str:
+        """What results depend on beside settings, images and code, to the last bit: kind of device, version of torch."""
+        import torch
+
+        return f"{self.device.type} {torch.__version__}"
+
     def checkpoint(self, name: str = "training") -> "Checkpoint":
         """Where a training of this step notes how far it has come."""
         from unfreeze.training.checkpoints import Checkpoint
 
         path = self.scratch / f"{name}.safetensors"
-        return Checkpoint(path, self.key, self.often.seconds, self.often.batches, self.interruption)
+        return Checkpoint(
+            path, f"{self.key} {self._computed}", self.often.seconds, self.often.batches, self.interruption
+        )
+
+    def predictions(self, name: str, *depends: str) -> "ResumableFile":
+        """As `resumable`, of what a network computes: it depends on the kind of device and on torch's version as well."""
+        return self.resumable(name, self._computed, *depends)
 
     def resumable(self, name: str, *depends: str) -> "ResumableFile":
         """A file of this name that grows, and on what it depends beside settings, images and code; to be used as a context."""
@@ -142,7 +168,7 @@ class Step:
         artifact(self.name, "").mkdir(parents=True, exist_ok=True)
         tracker = Tracker(self.name, flatten(settings), flatten(chosen))
         scratch.clear_earlier(self.name)
-        run = Run(self.name, tracker, key, settings.checkpoint, interruption)
+        run = Run(self.name, tracker, key, settings.checkpoint, interruption, settings.device)
         status, metrics, start = "FAILED", {}, time.perf_counter()
         try:
             metrics = {k: float(v) for k, v in self.function(run, **chosen).items()}

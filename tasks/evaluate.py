@@ -27,7 +27,7 @@ from unfreeze.settings.schema import Augment, Evaluate
 @step
 def evaluate(run: Run, seed: int, batch_size: int, augment: Augment, evaluate: Evaluate) -> dict[str, float]:
     seed_everything(seed)
-    model, loader = frozen_classifier("train_augmented", batch_size)
+    model, loader = frozen_classifier("train_augmented", batch_size, run.device)
     packed = loader.packed
     valid = packed.rows("valid")
     baseline = precomputed("baseline.npy")
@@ -41,7 +41,7 @@ def evaluate(run: Run, seed: int, batch_size: int, augment: Augment, evaluate: E
 
     def judge(name: str, split: str) -> tuple[Predictions, dict[str, float]]:
         rows = packed.rows(split)
-        with run.resumable(f"{name}-{split}") as kept:
+        with run.predictions(f"{name}-{split}") as kept:
             return evaluate_split(models[name], loader, rows, baseline[rows], augment, evaluate.tta_views, kept)
 
     judged = {name: judge(name, "valid") for name in models}

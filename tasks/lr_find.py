@@ -8,7 +8,7 @@ from pipeline.inputs import precomputed
 from pipeline.step import Run, step
 from unfreeze.batches.loader import Batch, activation_batches, shuffled
 from unfreeze.data.packed import open_packed
-from unfreeze.device import best_device, seed_everything
+from unfreeze.device import seed_everything
 from unfreeze.models.classifier import Head
 from unfreeze.models.freezing import decay_groups
 from unfreeze.settings.schema import Head as HeadSettings
@@ -22,7 +22,7 @@ def lr_find(
     run: Run, seed: int, batch_size: int, head: HeadSettings, train: Train, lr_find: LRFind
 ) -> dict[str, float]:
     seed_everything(seed)
-    device = best_device()
+    device = run.device
     packed = open_packed(artifact("ingest", ""))
     activations = precomputed("activations.npy")
     model = Head(activations.shape[1], len(packed.classes), head.dropout).to(device).train()

@@ -13,7 +13,7 @@ from pipeline.artifacts import artifact
 from pipeline.step import Run, step
 from unfreeze.batches.loader import Loader, Normalisation
 from unfreeze.data.packed import open_packed
-from unfreeze.device import best_device, seed_everything, to_device
+from unfreeze.device import seed_everything, to_device
 from unfreeze.evaluation.baseline import baseline_probabilities, fit_baseline
 from unfreeze.evaluation.metrics import score
 from unfreeze.evaluation.predicting import backbone_activations
@@ -25,14 +25,14 @@ from unfreeze.settings.schema import Backbone
 @step
 def precompute(run: Run, seed: int, batch_size: int, backbone: Backbone) -> dict[str, float]:
     seed_everything(seed)
-    device = best_device()
+    device = run.device
     packed = open_packed(artifact("ingest", ""))
     network = create_backbone(backbone.name, backbone.weights, packed.image_size)
     loader = Loader(packed, Normalisation(network.mean, network.std), device, batch_size)
     weights = checksum(network.state_dict())
     to_device(network, device)
     # Written as they come: for a hundred thousand images they are half a gigabyte.
-    with run.resumable("activations.npy", weights) as file:
+    with run.predictions("activations.npy", weights) as file:
         if not file.notes:
             file.append(_header(len(packed), network.num_features), 0)
         elif done := sum(file.notes):

@@ -37,7 +37,7 @@ def retrain(
     evaluate: Evaluate,
 ) -> dict[str, float]:
     seed_everything(seed)
-    model, loader = fresh_classifier(head.dropout, batch_size)
+    model, loader = fresh_classifier(head.dropout, batch_size, run.device)
     packed = loader.packed
     activations = precomputed("activations.npy")
     rows = np.sort(np.concatenate([packed.rows("train"), packed.rows("valid")]))
@@ -65,7 +65,7 @@ def retrain(
     if len(test):
         baseline = fit_baseline(activations[rows], packed.labels[rows])
         probabilities = baseline_probabilities(baseline, activations[test], len(packed.classes))
-        with run.resumable("test", checksum(model.state_dict())) as kept:
+        with run.predictions("test", checksum(model.state_dict())) as kept:
             predictions["test"], scores = evaluate_split(
                 model, loader, test, probabilities, augment, evaluate.tta_views, kept
             )

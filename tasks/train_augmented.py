@@ -17,7 +17,7 @@ def train_augmented(
     run: Run, seed: int, batch_size: int, augment: Augment, train: Train, train_augmented: TrainAugmented
 ) -> dict[str, float]:
     seed_everything(seed)
-    model, loader = frozen_classifier("train_head", batch_size)
+    model, loader = frozen_classifier("train_head", batch_size, run.device)
     data = Images(loader, loader.packed.rows("train"), loader.packed.rows("valid"), augment, seed)
     rate = run.read_metrics("lr_find")["rate"]
     history = fit_augmented(model, data, rate, train_augmented, train, callbacks(run, train_augmented.epochs))

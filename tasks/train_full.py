@@ -21,7 +21,7 @@ def train_full(
     run: Run, seed: int, batch_size: int, augment: Augment, train: Train, unfreeze: Unfreeze, train_full: TrainFull
 ) -> dict[str, float]:
     seed_everything(seed)
-    model, loader = frozen_classifier("train_augmented", batch_size)
+    model, loader = frozen_classifier("train_augmented", batch_size, run.device)
     cycles = run.scratch / "cycles"  # DVC removes what is in artifacts before an interrupted step goes on
     cycles.mkdir(parents=True, exist_ok=True)
 

@@ -5,7 +5,7 @@ from pipeline.inputs import precomputed
 from pipeline.step import Run, step
 from pipeline.training_log import callbacks, keep
 from unfreeze.data.packed import open_packed
-from unfreeze.device import best_device, seed_everything
+from unfreeze.device import seed_everything
 from unfreeze.models.classifier import Head
 from unfreeze.models.weights import save_head
 from unfreeze.settings.schema import Head as HeadSettings
@@ -18,7 +18,7 @@ def train_head(
     run: Run, seed: int, batch_size: int, head: HeadSettings, train: Train, train_head: TrainHead
 ) -> dict[str, float]:
     seed_everything(seed)
-    device = best_device()
+    device = run.device
     packed = open_packed(artifact("ingest", ""))
     activations = precomputed("activations.npy")
     model = Head(activations.shape[1], len(packed.classes), head.dropout).to(device)

@@ -23,7 +23,7 @@ def unfreeze_lr_find(
     unfreeze_lr_find: UnfreezeLRFind,
 ) -> dict[str, float]:
     seed_everything(seed)
-    model, loader = frozen_classifier("train_augmented", batch_size)
+    model, loader = frozen_classifier("train_augmented", batch_size, run.device)
     rows = loader.packed.rows("train")
 
     def batches(epoch: int, first: int) -> Iterator[Batch]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 NEEDS_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+NEEDS_NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 DEVICES = pytest.mark.parametrize(
     "device",
     [

@@ -119,7 +119,7 @@ def test_flow_and_dvc_and_tasks_have_the_same_steps() -> None:
 
 def test_params_have_a_section_for_every_step_that_has_settings() -> None:
     sections = set(yaml.safe_load((ROOT / "params.yaml").read_text()))
-    assert {section for stage in DVC.values() for section in stage["params"]} | {"checkpoint"} == sections
+    assert {section for stage in DVC.values() for section in stage["params"]} | {"checkpoint", "device"} == sections
 
 
 def test_a_served_model_is_installed_with_all_that_it_imports() -> None:

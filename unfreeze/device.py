@@ -7,21 +7,67 @@ import os
 import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
+from unfreeze.errors import UserError
+
 logger = logging.getLogger("unfreeze")
+
+DRIVER = Path("/proc/driver/nvidia/version")
+"""What is there where an NVIDIA driver is loaded."""
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=nn.Module)
 
 
+def choose_device(wanted: str) -> torch.device:
+    """The device to compute on.
+
+    Args:
+        wanted: ``cuda``, ``cpu``, or ``auto``: CUDA where it works, else the CPU. Where there is an NVIDIA driver and CUDA does
+            not work all the same, a warning says why.
+
+    Raises:
+        UserError: CUDA is wanted and does not work; says why.
+    """
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    reason = _why_no_cuda()
+    if wanted == "cuda":
+        raise UserError(f"device is cuda, but CUDA does not work here: {reason} Set device to auto or cpu, or mend it.")
+    if DRIVER.exists():
+        logger.warning("Computing on the CPU, as CUDA does not work: %s", reason)
+    return torch.device("cpu")
+
+
 def best_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """CUDA where it works, else the CPU."""
+    return choose_device("auto")
+
+
+def _why_no_cuda() -> str:
+    """What CUDA says why it does not work, in a line."""
+    if not torch.backends.cuda.is_built():
+        return f"torch {torch.__version__} is built without CUDA."
+    try:
+        torch.cuda.init()
+        return "there is no GPU (is CUDA_VISIBLE_DEVICES empty?)."
+    except (RuntimeError, AssertionError) as error:
+        return str(error).strip().splitlines()[0]
+
+
+def describe(device: torch.device) -> str:
+    """The device in words, for logs."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} ({device.type})"
+    return f"the CPU, {torch.get_num_threads()} threads"
 
 
 def native_bf16(device: torch.device) -> bool:

@@ -9,6 +9,7 @@ from flows import passes
 from flows.checks import check_all, check_for, check_images
 from flows.cli import main
 from flows.recipe import recipe
+from tests.devices import NEEDS_NO_GPU
 from tests.integration.project import paint
 from unfreeze.errors import UserError
 from unfreeze.settings.overrides import apply_overrides
@@ -20,6 +21,7 @@ WRONG = [
     ("data.source", "few", "the class 'bright' has 2 images to be split"),
     ("backbone.name", "timm:efficientnet_lite", "backbone.name"),
     ("backbone.weights", "weights.safetensors", "weights.safetensors"),
+    pytest.param("device", "cuda", "device is cuda, but CUDA does not work here", marks=NEEDS_NO_GPU),
 ]
 
 

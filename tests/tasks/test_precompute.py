@@ -48,6 +48,18 @@ def written() -> dict[str, bytes]:
     return {name: artifact("precompute", name).read_bytes() for name in ("activations.npy", "baseline.npy")}
 
 
+def test_what_another_version_of_torch_computed_is_not_used(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(settings)
+    shutil.rmtree(artifact("precompute", ""))
+    monkeypatch.setattr("torch.__version__", "0.0.1")
+    with caplog.at_level(logging.INFO, "unfreeze"):
+        run(settings)
+    assert "were done before an interruption" not in caplog.text
+    assert "on the CPU" in caplog.text
+
+
 @pytest.mark.parametrize("batches", [1, 2])
 def test_what_was_computed_is_not_computed_again(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, batches: int

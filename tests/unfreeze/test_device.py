@@ -1,9 +1,17 @@
 """The hardware at hand."""
 
+import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+
+from tests.devices import NEEDS_A_GPU, NEEDS_NO_GPU
+from unfreeze import device
+from unfreeze.device import choose_device, describe
+from unfreeze.errors import UserError
 
 CODE = """
 import resource, sys
@@ -36,3 +44,33 @@ def test_memory_that_a_batch_frees_is_there_for_the_next() -> None:
         return int(done.stdout)
 
     assert fewest("keep") < 1_000 < 20_000 < fewest("default")
+
+
+def test_the_cpu_is_taken_where_it_is_wanted() -> None:
+    assert choose_device("cpu").type == "cpu"
+    assert describe(choose_device("cpu")) == f"the CPU, {torch.get_num_threads()} threads"
+
+
+@NEEDS_A_GPU
+def test_a_gpu_is_taken_where_there_is_one() -> None:
+    assert choose_device("auto").type == choose_device("cuda").type == "cuda"
+
+
+@NEEDS_NO_GPU
+def test_cuda_is_refused_with_the_reason_where_it_does_not_work() -> None:
+    with pytest.raises(UserError, match="device is cuda, but CUDA does not work here: .+ Set device to auto or cpu"):
+        choose_device("cuda")
+
+
+@NEEDS_NO_GPU
+@pytest.mark.parametrize("driver", [True, False])
+def test_auto_warns_with_the_reason_where_there_is_a_driver(
+    driver: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where there is none, nobody expects a GPU."""
+    (tmp_path / "version").touch()
+    monkeypatch.setattr(device, "DRIVER", tmp_path / ("version" if driver else "none"))
+    with caplog.at_level(logging.WARNING, "unfreeze"):
+        assert choose_device("auto").type == "cpu"
+    assert bool(caplog.records) == driver
+    assert not driver or "CUDA does not work: " in caplog.text

@@ -150,6 +150,7 @@ class Settings:
     """Everything in `params.yaml`."""
 
     seed: Annotated[int, In(0, 2**31 - 1)]
+    device: Annotated[str, OneOf(("auto", "cuda", "cpu"))]
     batch_size: Annotated[int, In(2, 65_536)]
     data: Data
     backbone: Backbone

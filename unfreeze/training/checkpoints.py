@@ -208,7 +208,7 @@ def _read(path: Path, key: str) -> tuple[Tensors, dict[str, Any]]:
     if meta.get("checksum") != checksum(tensors, meta.get("numbers", "")):
         raise _Refused("it is damaged (its checksum is wrong)")
     if meta.get("key") != key:
-        raise _Refused("it was made with other settings, images or code")
+        raise _Refused("it was made with other settings, images or code, or on another device")
     return tensors, json.loads(meta["numbers"])
 
 
