@@ -150,7 +150,6 @@ class Settings:
     """Everything in `params.yaml`."""
 
     seed: Annotated[int, In(0, 2**31 - 1)]
-    device: Annotated[str, OneOf(("auto", "cuda", "cpu"))]
     batch_size: Annotated[int, In(2, 65_536)]
     data: Data
     backbone: Backbone
@@ -165,6 +164,7 @@ class Settings:
     train_full: TrainFull
     evaluate: Evaluate
     register: Register
+    device: Annotated[str, OneOf(("auto", "cuda", "cpu"))]
     checkpoint: CheckpointSettings
 
 
