@@ -72,23 +72,24 @@ def record(
     """
 
     def bits(step: Any) -> list[torch.Tensor]:
-        with _put_back(model, optimizer):
+        with _restored_in_place(model, optimizer):
             loss = step(batch)
             return [loss.clone(), *(p.detach().clone() for p in model.parameters() if p.requires_grad)]
 
+    def eager(given: Batch) -> torch.Tensor:
+        return train_batch(model, optimizer, given, label_smoothing)
+
     try:
-        deterministically(lambda: bits(lambda given: train_batch(model, optimizer, given, label_smoothing)))
+        expected = deterministically(lambda: bits(eager))
         graph = GraphedStep(model, optimizer, batch, label_smoothing)
-        found, expected = bits(graph), bits(lambda given: train_batch(model, optimizer, given, label_smoothing))
-        same = all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    except (RuntimeError, torch.OutOfMemoryError) as error:
-        logger.info("training without a CUDA graph: %s", (str(error) or type(error).__name__).splitlines()[0])
-        graph, same = None, True
-    torch.cuda.empty_cache()  # of the steps that were not recorded
-    if not same:
-        logger.info("training without a CUDA graph: the recorded step computes something else")
+        if not all(torch.equal(a, b) for a, b in zip(bits(graph), expected, strict=True)):
+            raise RuntimeError("the recorded step computes something else.")
+        return graph
+    except RuntimeError as error:  # an operation that cannot be recorded, or no memory
+        logger.info("Training without a CUDA graph: %s", (str(error) or type(error).__name__).splitlines()[0])
         return None
-    return graph
+    finally:
+        torch.cuda.empty_cache()  # of the steps that were not recorded
 
 
 class GraphedStep:
@@ -112,7 +113,7 @@ class GraphedStep:
         static = self._inputs, self._labels
         stream: Any = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with _put_back(model, optimizer), torch.cuda.stream(stream):
+        with _restored_in_place(model, optimizer), torch.cuda.stream(stream):
             for _ in range(WARM_UP):
                 train_batch(model, optimizer, static, label_smoothing)
         torch.cuda.current_stream().wait_stream(stream)
@@ -136,10 +137,11 @@ class GraphedStep:
 
 
 @contextmanager
-def _put_back(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Put weights, buffers, optimizer and random state back in place when the block ends.
+def _restored_in_place(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Restore weights, buffers, optimizer and random state when the block ends.
 
-    What the optimizer has only since then becomes 0, which is what it starts from.
+    Unlike `unfreeze.training.state.preserved` it keeps every tensor where it is, as a graph holds their addresses. State
+    that the optimizer has only since then becomes 0, which is what it starts from.
     """
     tensors = [*model.parameters(), *model.buffers()]
     kept = [tensor.detach().clone() for tensor in tensors]

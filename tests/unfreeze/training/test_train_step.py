@@ -1,0 +1,70 @@
+"""A training step as a CUDA graph, against the same step without."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from tests.devices import NEEDS_A_GPU
+from unfreeze.batches.loader import Batch
+from unfreeze.settings.schema import Train
+from unfreeze.training.loop import make_optimizer, set_rate
+from unfreeze.training.train_step import TrainStep, record, train_batch
+
+RATES = (1e-2, 3e-3, 1e-3, 1e-4)
+
+
+class Looks(nn.Module):
+    """Looks at a value, for which the processor has to wait: that cannot be recorded."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if float(x.mean()) > 0 else -x
+
+
+def material(device: str, kind: str, *more: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer, list[Batch]]:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), *more, nn.Dropout(0.5), nn.Flatten(), nn.Linear(4 * 36, 2)]
+    model = nn.Sequential(*layers).to(device).train()
+    optimizer = make_optimizer([{"params": list(model.parameters())}], Train(kind, 0.01, 0.0))
+    batches = [(torch.randn(5, 3, 8, 8).to(device), torch.tensor([0, 1, 0, 1, 0]).to(device)) for _ in RATES]
+    return model, optimizer, batches
+
+
+def trained(device: str, kind: str, recorded: bool) -> list[torch.Tensor]:
+    """Losses, weights and buffers after some steps, each with a rate of its own."""
+    model, optimizer, batches = material(device, kind)
+    step = TrainStep(model, optimizer, 0.0) if recorded else lambda b: train_batch(model, optimizer, b, 0.0)
+    torch.manual_seed(1)
+    losses = []
+    for rate, batch in zip(RATES, batches, strict=True):
+        set_rate(optimizer, rate)
+        losses.append(step(batch))
+    return [*losses, *model.parameters(), *model.buffers()]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", id="device_cuda", marks=NEEDS_A_GPU)])
+def test_steps_have_the_same_bits_as_batches_trained_one_by_one(device: str, kind: str) -> None:
+    for found, expected in zip(trained(device, kind, True), trained(device, kind, False), strict=True):
+        assert torch.equal(found, expected)
+
+
+@NEEDS_A_GPU
+@pytest.mark.parametrize("kind", [pytest.param("adamw", id="device_cuda")])
+def test_a_recording_is_used_and_leaves_no_trace(kind: str) -> None:
+    model, optimizer, batches = material("cuda", kind)
+    before = [tensor.clone() for tensor in [*model.parameters(), *model.buffers()]]
+    chance = torch.cuda.get_rng_state()
+    assert record(model, optimizer, batches[0], 0.0) is not None
+    assert all(torch.equal(a, b) for a, b in zip(before, [*model.parameters(), *model.buffers()], strict=True))
+    assert torch.equal(chance, torch.cuda.get_rng_state())
+
+
+@NEEDS_A_GPU
+@pytest.mark.parametrize("kind", [pytest.param("adamw", id="device_cuda")])
+def test_a_model_that_cannot_be_recorded_is_trained_all_the_same(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer, batches = material("cuda", kind, Looks())
+    with caplog.at_level(logging.INFO, "unfreeze"):
+        loss = TrainStep(model, optimizer, 0.0)(batches[0])
+    assert torch.isfinite(loss) and "Training without a CUDA graph" in caplog.text
