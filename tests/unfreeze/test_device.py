@@ -10,7 +10,7 @@ import torch
 
 from tests.devices import NEEDS_A_GPU, NEEDS_NO_GPU
 from unfreeze import device
-from unfreeze.device import choose_device, describe
+from unfreeze.device import choose_device, describe, deterministically
 from unfreeze.errors import UserError
 
 CODE = """
@@ -74,3 +74,21 @@ def test_auto_warns_with_the_reason_where_there_is_a_driver(
         assert choose_device("auto").type == "cpu"
     assert bool(caplog.records) == driver
     assert not driver or "CUDA does not work: " in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:put_ does not have")
+def test_an_operation_without_a_deterministic_form_is_named_and_done_all_the_same(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def work() -> torch.Tensor:
+        return torch.zeros(3).put_(torch.tensor([1]), torch.tensor([5.0]))
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        with caplog.at_level(logging.WARNING, "unfreeze"):
+            assert deterministically(work).tolist() == [0, 5, 0]
+        assert "Not repeatable bit for bit" in caplog.text and "put_" in caplog.text
+        with pytest.raises(RuntimeError, match="of another kind"):
+            deterministically(lambda: (_ for _ in ()).throw(RuntimeError("of another kind")))
+    finally:
+        torch.use_deterministic_algorithms(False)
