@@ -26,9 +26,7 @@ def fingerprint(stage: str, settings: Mapping[str, Any]) -> str:
         digest.update(name.encode())
         for path in _files(Path(name)):
             digest.update(path.as_posix().encode())
-            if (
-                path.suffix == ".bin"
-            ):  # the pixels, which may be gigabytes: dataset.json beside them has their fingerprint
+            if path.suffix == ".bin":  # pixels may be gigabytes: dataset.json beside them has their fingerprint
                 digest.update(str(path.stat().st_size).encode())
             else:
                 with path.open("rb") as file:

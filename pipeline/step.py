@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pipeline import scratch
 from pipeline.artifacts import artifact, write_json
 from pipeline.dvc_cache import TORN, drop_torn, settle
+from pipeline.exit_codes import LESS_MEMORY, STOPPED, USER_ERROR, WORTH_A_RETRY, is_out_of_memory
 from pipeline.process.lock import alone
 from pipeline.process.secrets import mask
 from pipeline.process.signals import GRACE, die_with, step_works_for, stop_when_asked
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
     from unfreeze.persistence.resumable import ResumableFile
     from unfreeze.training.checkpoints import Checkpoint
-from pipeline.exit_codes import LESS_MEMORY, STOPPED, USER_ERROR, WORTH_A_RETRY, is_out_of_memory
 
 logger = logging.getLogger("unfreeze")
 

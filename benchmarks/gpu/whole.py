@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,6 @@ from unfreeze.evaluation.evaluating import evaluate_split
 from unfreeze.evaluation.model_choice import Candidate, choose
 from unfreeze.evaluation.predicting import backbone_activations
 from unfreeze.models.freezing import decay_groups
-from unfreeze.settings.schema import TrainFull
 from unfreeze.training.loop import make_optimizer
 from unfreeze.training.lr_curve import pick_rate, suggest
 from unfreeze.training.phases import Activations, Images, fit_augmented, fit_full, fit_head, unfrozen
@@ -100,9 +98,7 @@ def recipe(scale: Scale, data: Path) -> list[Row]:
         )
         rate = pick_rate(suggest(curve["rate"].to_numpy(), curve["loss"].to_numpy()), ours.unfreeze_lr_find.pick)
     with _timed(spent, "train_full"):
-        full = replace(ours.train_full, until_overfitting=True)
-        assert isinstance(full, TrainFull)
-        history = fit_full(model, seen, rate, full, ours.unfreeze, ours.train)
+        history = fit_full(model, seen, rate, ours.train_full, ours.unfreeze, ours.train)
     states["train_full"] = copy.deepcopy(model.state_dict())
     with _timed(spent, "evaluate"):
         candidates = []

@@ -139,8 +139,8 @@ def frozen_copy(network: nn.Module, images: torch.Tensor, earlier: nn.Module | N
     Args:
         network: maps the images to one tensor; as it stands in eval mode is what the copy predicts.
         images: (B, 3, S, S) normalised, on the network's device: a batch as the copy is for. Two of them are computed.
-        earlier: a copy of the same network for such a batch, made when its weights were others. It gets the weights of
-            today, in less time than it takes to make a copy, and is returned.
+        earlier: a copy that this function made of the same network, for batches of the same size. Its weights are updated
+            to the network's, which takes less time than a new copy, and it is returned.
 
     Returns:
         The copy in eval mode without gradients; the network itself where it is one already, or has no convolutions.
@@ -175,7 +175,7 @@ def frozen_copy(network: nn.Module, images: torch.Tensor, earlier: nn.Module | N
 
 
 def _refreshed(copied: nn.Module, network: nn.Module) -> bool:
-    """Give a copy the weights that the network has now; False where it is no folded copy, or has weights of its own."""
+    """Update a copy's weights to the network's; False where it is not a folded copy, or has weights of its own."""
     sources: Sources | None = getattr(copied, "meta", {}).get(FROZEN)
     if sources is None:
         return False

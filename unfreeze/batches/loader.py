@@ -114,7 +114,7 @@ class Loader:
     def on_card(self) -> torch.Tensor | None:
         """All packed pixels (P, 3) on the GPU, where they take at most `SHARE_OF_CARD` of its free memory; else None."""
         count = int(self.packed.sizes.prod(1).sum())
-        if 3 * count > SHARE_OF_CARD * torch.cuda.mem_get_info(self.device)[0] or not packed_in_a_row(self.packed):
+        if 3 * count > SHARE_OF_CARD * torch.cuda.mem_get_info(self.device)[0] or not _contiguous(self.packed):
             return None
         pixels = torch.empty(3 * count, dtype=torch.uint8, device=self.device)
         piece = torch.empty(min(PIECE, 3 * count), dtype=torch.uint8, pin_memory=True)
@@ -142,8 +142,8 @@ class Loader:
         return render(canvas, views, sizes, self.packed.image_size, self.norm, self.device)
 
 
-def packed_in_a_row(packed: PackedImages) -> bool:
-    """Whether the images lie one after the other from the file's beginning, with nothing between them."""
+def _contiguous(packed: PackedImages) -> bool:
+    """Whether the images follow one another from the beginning of the file, with nothing between them."""
     ends = packed.offsets + 3 * packed.sizes.prod(1)
     return bool(packed.offsets[0] == 0 and (packed.offsets[1:] == ends[:-1]).all())
 

@@ -65,7 +65,7 @@ class Canvas:
     """The bytes that a batch of views needs.
 
     Attributes:
-        pixels: (B, H, W, 3) uint8; each image's rectangle in the upper left corner. Nothing looks at what is beyond it.
+        pixels: (B, H, W, 3) uint8; each image's rectangle in the upper left corner. Values beyond it are not used.
         origin: (B, 2) where in the image (x, y) the rectangle begins.
     """
 

@@ -61,7 +61,7 @@ def test_a_copy_predicts_what_the_network_predicts(name: str, size: int, device:
 
 @DEVICES
 @pytest.mark.parametrize("name", FOLDED + OTHERS)
-def test_a_refreshed_copy_is_the_copy_of_the_network_of_today(name: str, device: torch.device) -> None:
+def test_a_refreshed_copy_computes_what_a_new_copy_computes(name: str, device: torch.device) -> None:
     size = 160 if "vit" in name else 64
     network = trained(name, size, device)
     images = torch.randn(4, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)

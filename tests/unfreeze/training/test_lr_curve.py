@@ -260,7 +260,7 @@ class Net(nn.Module):
         return self.layers(x)
 
 
-def training(device: str = "cpu") -> tuple[Net, torch.optim.Optimizer, Callable[[], float]]:
+def training(device: torch.device | str = "cpu") -> tuple[Net, torch.optim.Optimizer, Callable[[], float]]:
     """A model in the middle of its training: Adam has moments, one module is in eval mode, one layer is frozen."""
     torch.manual_seed(3)
     model = Net().to(device)
