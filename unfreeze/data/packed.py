@@ -94,19 +94,31 @@ def open_packed(folder: Path) -> PackedImages:
         parts = pd.read_csv(folder / "images.csv", keep_default_na=False, dtype=str, chunksize=ROWS)
         table = pd.concat([_packed(part) for part in parts], ignore_index=True)
         size = pixels.stat().st_size
-        sizes = table[["packed_width", "packed_height"]].to_numpy(np.int64)
-        numbers = {name: number for number, name in enumerate(about["classes"])}
-        labels = table["label"].map(numbers.__getitem__).to_numpy(np.int64)
-        image_size = int(about["image_size"])
-        read = _reader(pixels)
+        packed = packed_images(pixels, table, int(about["image_size"]), about["classes"])
     except OSError as error:
         raise UserError(f"There are no packed images in {folder} ({error}): run the step ingest first.") from None
     except (ValueError, KeyError, TypeError) as error:
         what = str(error).partition("\n")[0]
         raise UserError(f"The packed images in {folder} are damaged ({what}): run the step ingest again.") from None
-    if size != sizes.prod(1).sum() * 3:
+    if size != packed.sizes.prod(1).sum() * 3:
         raise UserError(f"{pixels} does not belong to images.csv beside it: run the step ingest again.")
-    return PackedImages(read, table, about["classes"], labels, sizes, table["offset"].to_numpy(np.int64), image_size)
+    return packed
+
+
+def packed_images(pixels: Path, table: pd.DataFrame, image_size: int, classes: list[str] | None = None) -> PackedImages:
+    """Images whose pixels lie in a file.
+
+    Args:
+        pixels: the file.
+        table: a row per image: label, packed_width, packed_height, offset and more.
+        image_size: shorter side in pixels.
+        classes: names of the classes; those of the table where they are not given.
+    """
+    classes = sorted(table["label"].unique()) if classes is None else classes
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = table["label"].map(numbers.__getitem__).to_numpy(np.int64)
+    sizes = table[["packed_width", "packed_height"]].to_numpy(np.int64)
+    return PackedImages(_reader(pixels), table, classes, labels, sizes, table["offset"].to_numpy(np.int64), image_size)
 
 
 def _packed(part: pd.DataFrame) -> pd.DataFrame:

@@ -19,7 +19,8 @@ import pandas as pd
 from PIL import Image
 
 from unfreeze.data.decoding import BrokenImage, decode, resize_shorter
-from unfreeze.data.packed import NUMBERS
+from unfreeze.data.duplicates import find_duplicates
+from unfreeze.data.packed import NUMBERS, packed_images
 from unfreeze.data.splits import assign_splits
 from unfreeze.errors import UserError
 from unfreeze.persistence.atomic import sync
@@ -71,8 +72,10 @@ def pack(
             found = pd.concat([table.drop(columns="file").reset_index(drop=True), pd.DataFrame(rows)], axis=1)
             good = found["reason"] == ""
             _check_classes(found, good)
-            found["split"] = assign_splits(found[good], data.valid, data.test, seed).reindex(found.index, fill_value="")
             classes = sorted(found.loc[good, "label"].unique())
+            pairs = _near_duplicates(found[good], file, data) if data.near_duplicates == "group" else []
+            split = assign_splits(found[good], data.valid, data.test, seed, pairs)
+            found["split"] = split.reindex(found.index, fill_value="")
             about = {
                 "classes": classes,
                 "image_size": data.image_size,
@@ -120,6 +123,14 @@ def _pack_pixels(table: pd.DataFrame, file: ResumableFile, data: Data) -> list[R
         file.append(pixels, {"path": path, "stamp": stamp, "row": row})
         rows.append(row)
     return rows
+
+
+def _near_duplicates(found: pd.DataFrame, file: ResumableFile, data: Data) -> list[tuple[int, int]]:
+    """Pairs of positions in the table of images that are nearly the same."""
+    file.keep()
+    packed = packed_images(file.path, found, data.image_size)
+    pairs = find_duplicates(packed)
+    return list(pairs.loc[pairs["kind"] == "near", ["row_a", "row_b"]].itertuples(index=False, name=None))
 
 
 def _unchanged(table: pd.DataFrame, file: ResumableFile, data: Data) -> list[dict[str, Any]]:

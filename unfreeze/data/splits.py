@@ -1,10 +1,11 @@
 """Splits: who trains, who validates, who tests.
 
-Stratified by class and seeded. Images that must not be separated (exact duplicates, one ``group``) form a cluster,
-and clusters are dealt out whole.
+Stratified by class and seeded. Images that must not be separated (exact duplicates, near ones, one ``group``) form a
+cluster, and clusters are dealt out whole.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,9 @@ import pandas as pd
 from unfreeze.errors import UserError
 
 
-def assign_splits(table: pd.DataFrame, valid: float, test: float, seed: int) -> pd.Series:
+def assign_splits(
+    table: pd.DataFrame, valid: float, test: float, seed: int, pairs: Iterable[tuple[int, int]] = ()
+) -> pd.Series:
     """The split of every image.
 
     What the source says stands. Where it gives no validation images they are taken from the images without a split (from
@@ -24,6 +27,7 @@ def assign_splits(table: pd.DataFrame, valid: float, test: float, seed: int) -> 
             duplicates) of each image.
         valid, test: shares of the images of each class that are to be split.
         seed: of the order in which clusters are dealt.
+        pairs: positions in the table of images that must stay together as well, such as near duplicates.
 
     Returns:
         Names of splits, with the table's index.
@@ -37,7 +41,7 @@ def assign_splits(table: pd.DataFrame, valid: float, test: float, seed: int) -> 
     if not given and test > 0:
         wanted["test"] = test
 
-    cluster = _clusters(table)
+    cluster = _clusters(table, pairs)
     pool = stated.eq("") if stated.eq("").any() else stated.eq("train")
     kept = stated.ne("") & ~pool
     claimed = cluster.map(stated[kept].groupby(cluster[kept]).first())
@@ -108,9 +112,10 @@ def _check(labels: pd.Series, split: pd.Series, cluster: pd.Series, wanted: dict
             count = cluster[labels[cluster.index] == label].nunique()
             tied = ", and some of them cannot be parted from other classes' by group" if count >= len(made) else ""
             raise UserError(
-                f"data.source: the class {label!r} has {count} image{'s' * (count != 1)} to be split (duplicates and "
-                f"images of one group count as one), but {' and '.join(made)} each need one{tied}: add images of this "
-                f"class{', or set data.test to 0' if 'test' in wanted else ''}."
+                f"data.source: the class {label!r} has {count} image{'s' * (count != 1)} to be split (duplicates, near "
+                f"ones unless data.near_duplicates is report, and images of one group count as one), but "
+                f"{' and '.join(made)} each need one{tied}: add images of this class"
+                f"{', or set data.test to 0' if 'test' in wanted else ''}."
             )
         if (label, "train") not in present:
             raise UserError(
@@ -119,9 +124,9 @@ def _check(labels: pd.Series, split: pd.Series, cluster: pd.Series, wanted: dict
             )
 
 
-def _clusters(table: pd.DataFrame) -> pd.Series:
+def _clusters(table: pd.DataFrame, pairs: Iterable[tuple[int, int]]) -> pd.Series:
     """A number for each image, equal for images that must stay together: the connected components of sharing a digest or
-    a group."""
+    a group, or being a pair."""
     parent = list(range(len(table)))
 
     def root(i: int) -> int:
@@ -130,6 +135,8 @@ def _clusters(table: pd.DataFrame) -> pd.Series:
             i = parent[i]
         return i
 
+    for a, b in pairs:
+        parent[root(a)] = root(b)
     for column in ("digest", "group"):
         first: dict[str, int] = {}
         for i, value in enumerate(table[column]):

@@ -19,7 +19,7 @@ S = TypeVar("S")
 
 Count = Annotated[int, In(1, 10_000)]
 Rate = Annotated[float, In(0, 1000, open_low=True)]
-Rule = Annotated[str, OneOf(("minimum", "steepest", "valley"))]
+Rule = Annotated[str, OneOf(("minimum", "knee", "steepest", "valley"))]
 ScheduleName = Annotated[str, OneOf(("sgdr", "one_cycle", "step", "constant"))]
 
 
@@ -31,6 +31,7 @@ class Data:
     image_size: Annotated[int, In(32, 1024)]
     valid: Annotated[float, In(0, 1, open_low=True, open_high=True)]
     test: Annotated[float, In(0, 1, open_high=True)]
+    near_duplicates: Annotated[str, OneOf(("group", "report"))]
     max_broken: Annotated[float, In(0, 1)]
     max_megapixels: Annotated[float, In(0, 100_000, open_low=True)]
 

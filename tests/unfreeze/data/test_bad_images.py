@@ -165,7 +165,7 @@ def packed(
     photos: Path, table: pd.DataFrame | None = None, share: float = 0.5
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Metrics, and why images were set aside."""
-    data = Data(str(photos), 32, 0.2, 0.2, share, MEGAPIXELS)
+    data = Data(str(photos), 32, 0.2, 0.2, "group", share, MEGAPIXELS)
     out = photos.parent / "out"
     metrics = pack(read_source(str(photos)) if table is None else table, out, data, 0)
     found = pd.read_csv(out / "images.csv", keep_default_na=False, dtype=str)

@@ -11,6 +11,7 @@ import shutil
 import threading
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,9 +30,9 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
 SIZE = 32
 
 
-def data(source: Path, **changes: float) -> Data:
-    chosen: dict[str, float] = {"valid": 0.2, "test": 0.2, "max_broken": 0.2, "max_megapixels": 1, **changes}
-    return Data(str(source), SIZE, **chosen)
+def data(source: Path, **changes: Any) -> Data:
+    usual = {"valid": 0.2, "test": 0.2, "near_duplicates": "group", "max_broken": 0.2, "max_megapixels": 1}
+    return Data(str(source), SIZE, **{**usual, **changes})
 
 
 def noise(seed: int, width: int = 40, height: int = SIZE) -> Image.Image:
@@ -52,19 +53,40 @@ def photos(tmp_path: Path) -> Path:
     return draw_photos(tmp_path / "photos")
 
 
-def packed(photos: Path, seed: int = 0, **changes: float) -> PackedImages:
+def packed(photos: Path, seed: int = 0, **changes: Any) -> PackedImages:
     folder = photos.parent / f"packed {seed} {changes}"
     pack(read_source(str(photos)), folder, data(photos, **changes), seed)
     return open_packed(folder)
 
 
-def failing(photos: Path, **changes: float) -> str:
+def failing(photos: Path, **changes: Any) -> str:
     """The message of a UserError; makes sure that nothing is left that could be taken for good."""
     folder = photos.parent / "failing"
     with pytest.raises(UserError) as caught:
         pack(read_source(str(photos)), folder, data(photos, **changes), 0)
     assert not folder.is_dir() or not os.listdir(folder)
     return str(caught.value)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_near_duplicates_are_not_separated_unless_they_are_only_reported(tmp_path: Path, seed: int) -> None:
+    """Every image twice, the second time saved as JPEG, and one that could not be read before them."""
+    photos = tmp_path / "photos"
+    for i in range(20):
+        (photos / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        smooth = noise(i, 8, 8).resize((64, 64), Image.Resampling.BICUBIC)
+        smooth.save(photos / "ab"[i % 2] / f"{i}.png")
+        smooth.save(photos / "ab"[i % 2] / f"{i} again.jpg", quality=95)
+    (photos / "a" / "0 0.png").write_bytes(b"none")
+
+    def separated(near_duplicates: str) -> int:
+        table = packed(photos, seed, near_duplicates=near_duplicates).table
+        name = table["path"].str.extract(r"(\d+)[^/]*$")[0]
+        assert (table.groupby(name)["split"].size() == 2).all()
+        return int((table.groupby(name)["split"].nunique() > 1).sum())
+
+    assert separated("group") == 0
+    assert separated("report") > 3
 
 
 def test_pixels_labels_and_sizes_come_back(photos: Path) -> None:

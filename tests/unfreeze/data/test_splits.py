@@ -58,6 +58,18 @@ def test_every_class_has_its_share_to_the_image(counts: list[int], valid: float,
         assert found["train"] == count - found["valid"] - found["test"] >= 1
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_pairs_stay_together_and_follow_a_given_split(seed: int) -> None:
+    table = plain(a=30, b=30)
+    pairs = [(i, i + 1) for i in range(0, 60, 2)]
+    split = assign_splits(table, 0.2, 0.2, seed, pairs)
+    assert all(split.iloc[a] == split.iloc[b] for a, b in pairs)
+    assert Counter(split) == {"train": 36, "valid": 12, "test": 12}
+    table.loc[0, "split"] = "test"
+    split = assign_splits(table, 0.2, 0.2, seed, [(0, 1), (1, 2)])
+    assert split[0] == split[1] == split[2] == "test"
+
+
 def test_the_seed_decides() -> None:
     table = plain(a=60, b=40)
     splits = [assign_splits(table, 0.2, 0.2, seed) for seed in (1, 1, 2)]
