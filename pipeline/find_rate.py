@@ -1,6 +1,7 @@
 """What the two learning-rate finders have in common: sweep, pick, plot."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 
 import torch
 from torch import nn
@@ -9,7 +10,7 @@ from pipeline.step import Run
 from unfreeze.batches.loader import Batch
 from unfreeze.reports.plots import lr_find_plot, save_png
 from unfreeze.settings.schema import LRFind
-from unfreeze.training.lr_curve import pick_rate, suggest
+from unfreeze.training.lr_curve import COLUMNS, pick_rate, suggest
 from unfreeze.training.range_test import range_test
 
 
@@ -32,11 +33,11 @@ def find_rate(
         Metrics: the rate to train with, and the points of the curve it was chosen among.
     """
     curve = range_test(model, optimizer, batches, settings, run.checkpoint("sweep"))
-    for i, (at, loss, smoothed) in enumerate(curve.itertuples(index=False, name=None)):
-        run.tracker.curve({"rate": at, "loss": loss, "smoothed": smoothed}, i)
-    picks = suggest(curve["rate"].to_numpy(), curve["loss"].to_numpy())
+    for i, row in enumerate(curve.itertuples(index=False, name=None)):
+        run.tracker.curve(dict(zip(COLUMNS, row, strict=True)), i)
+    picks = suggest(curve)
     rate = settings.rate if settings.rate is not None else pick_rate(picks, settings.pick)
-    metrics = {"rate": rate, "minimum": picks.minimum, "steepest": picks.steepest, "valley": picks.valley}
+    metrics = {"rate": rate, **asdict(picks)}
     how = "given in params.yaml" if settings.rate is not None else f"rule: {settings.pick}"
     run.log("rate %.2e (%s); lowest loss at %.2e", rate, how, picks.minimum)
 

@@ -16,6 +16,8 @@ from matplotlib.font_manager import fontManager
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
+from unfreeze.evaluation.metrics import accuracy_interval
+
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
     "#0072B2",
@@ -69,30 +71,61 @@ def to_data_uri(figure: Figure) -> str:
 
 
 def lr_find_plot(curve: pd.DataFrame, picks: Mapping[str, float | None]) -> Figure:
-    """Loss against learning rate, with the rate picked and the points it was chosen among.
+    """Change of the loss against learning rate, with the rate picked and the points it was chosen among.
 
     Args:
-        curve: columns rate, loss, smoothed.
-        picks: rate, minimum, steepest and valley, as learning rates; what is None or not a number is left out.
+        curve: columns rate, change, smoothed and error, as `unfreeze.training.lr_curve.make_curve` gives them.
+        picks: rate, minimum, knee, steepest and valley, as learning rates; what is None or not a number is left out.
     """
     figure, axes = _figure(7.0, 4.4)
-    axes.plot(curve["rate"], curve["loss"], color=GREY, alpha=0.4, linewidth=1, label="loss of the batch")
-    axes.plot(curve["rate"], curve["smoothed"], color=BLUE, linewidth=2, label="smoothed")
+    rate, smoothed, error = curve["rate"], curve["smoothed"], curve["error"]
+    axes.plot(rate, curve["change"], color=GREY, alpha=0.4, linewidth=1, label="one batch")
+    axes.fill_between(
+        rate, smoothed - error, smoothed + error, color=BLUE, alpha=0.2, linewidth=0, label="standard error"
+    )
+    axes.plot(rate, smoothed, color=BLUE, linewidth=2, label="smoothed")
     axes.set_xscale("log")
-    low, top = curve["smoothed"].min(), min(curve["smoothed"].max(), 2.5 * curve["smoothed"].iloc[0])
-    span = (top - low) or 1.0
-    axes.set_ylim(low - 0.12 * span, top + 0.08 * span)
-    for name, colour, marker in (("minimum", RED, "v"), ("steepest", GREEN, "s"), ("valley", PURPLE, "D")):
-        rate = picks.get(name)
-        if rate is not None and np.isfinite(rate):
-            height = np.interp(np.log(rate), np.log(curve["rate"]), curve["smoothed"])
-            axes.plot(rate, height, marker, color=colour, markersize=8, label=f"{name} {rate:.1e}", zorder=3)
+    # A rise as high as the fall is enough to see; where there is next to no fall, one of 0.3.
+    low, scale = smoothed.min(), max(-smoothed.min(), 0.3)
+    axes.set_ylim(low - 0.2 * scale, min(smoothed.max(), scale) + 0.2 * scale)
+    for name, colour, marker in (
+        ("minimum", RED, "v"), ("knee", ORANGE, "o"), ("steepest", GREEN, "s"), ("valley", PURPLE, "D")
+    ):  # fmt: skip
+        at = picks.get(name)
+        if at is not None and np.isfinite(at):
+            height = np.interp(np.log(at), np.log(rate), smoothed)
+            axes.plot(at, height, marker, color=colour, markersize=8, label=f"{name} {at:.1e}", zorder=3)
     picked = picks.get("rate")
     if picked is not None and np.isfinite(picked):
         axes.axvline(picked, color=ORANGE, linewidth=2, linestyle="--", label=f"picked {picked:.1e}")
     axes.set_xlabel("learning rate")
-    axes.set_ylabel("loss")
+    axes.set_ylabel("loss less that of the starting weights")
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def reliability_plot(before: pd.DataFrame, after: pd.DataFrame) -> Figure:
+    """Reliability diagram: how many of the predictions are right against how sure they are, before and after calibration.
+
+    Args:
+        before, after: rows of confidence, accuracy and images, as `unfreeze.evaluation.metrics.reliability` gives them.
+    """
+    figure, axes = _figure(5.6, 5.0)
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", label="perfectly calibrated")
+    for table, colour, name in ((before, ORANGE, "before calibration"), (after, BLUE, "after calibration")):
+        accuracy = table["accuracy"]
+        bounds = zip(*map(accuracy_interval, (accuracy * table["images"]).round(), table["images"]), strict=True)
+        low, high = map(np.array, bounds)
+        # Both within a rounding error of 0 where all or none are right.
+        errors = np.maximum([accuracy - low, high - accuracy], 0)
+        axes.errorbar(
+            table["confidence"], accuracy, errors, fmt="o", color=colour, markersize=6, elinewidth=1.2, label=name
+        )
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("confidence (mean probability of the predicted class)")
+    axes.set_ylabel("accuracy, with its 95 % interval")
+    axes.legend(frameon=False, fontsize=9, loc="upper left")
     return figure
 
 

@@ -26,6 +26,9 @@ from unfreeze.training.state import Tensors, put, rng_state, set_rng_state
 
 logger = logging.getLogger("unfreeze")
 
+COLUMNS = ("rate", "loss", "starting")
+"""What a history's batches have beside their iteration; ``starting`` only in an LR range test."""
+
 
 @dataclass
 class Progress:
@@ -149,8 +152,8 @@ def _tensors(weights: Tensors, optimizer: torch.optim.Optimizer, progress: Progr
     tensors |= {f"rng/{name}": tensor for name, tensor in rng_state().items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{number}/{name}": tensor for name, tensor in state.items() if tensor is not None}
-    for name in ("rate", "loss"):
-        column = [row[name] for row in progress.history.batches]
+    for name in COLUMNS:
+        column = [row[name] for row in progress.history.batches if name in row]
         tensors[f"batches/{name}"] = torch.tensor(column, dtype=torch.float64)
     # A copy of each: safetensors refuses tensors that share memory, as a buffer and its best may.
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -173,8 +176,11 @@ def _restore(
     put(weights, parts["weights"])
     _restore_optimizer(optimizer, parts["optimizer"])
     set_rng_state(parts["rng"])
-    columns = zip(parts["batches"]["rate"].tolist(), parts["batches"]["loss"].tolist(), strict=True)
-    rows = [{"iteration": i, "rate": rate, "loss": loss} for i, (rate, loss) in enumerate(columns)]
+    columns = {name: column for name in COLUMNS if (column := parts["batches"][name].tolist())}
+    rows = [
+        {"iteration": i, **dict(zip(columns, values, strict=True))}
+        for i, values in enumerate(zip(*columns.values(), strict=True))
+    ]
     best = {name: torch.empty_like(weights[name]).copy_(tensor) for name, tensor in parts["best"].items()}
     return Progress(history=History(rows, numbers["epochs"], numbers["best_cycle"]), best=best, **numbers["position"])
 

@@ -10,7 +10,8 @@ class History:
     """What happened, row by row.
 
     Attributes:
-        batches: iteration (from 0), rate (of the last layer group), loss.
+        batches: iteration (from 0), rate (of the last layer group), loss; in an LR range test also starting, the
+            starting weights' loss.
         epochs: epoch (from 0), cycle (from 0), train_loss, valid_loss, valid_accuracy, rate (the epoch's highest).
         best_cycle: the cycle whose weights were kept.
     """
@@ -21,7 +22,7 @@ class History:
 
     def batches_frame(self) -> pd.DataFrame:
         """The rows of batches as a table."""
-        return pd.DataFrame(self.batches)
+        return pd.DataFrame(self.batches, columns=None if self.batches else ["iteration", "rate", "loss"])
 
     def epochs_frame(self) -> pd.DataFrame:
         """The rows of epochs as a table; what was not validated is not a number."""

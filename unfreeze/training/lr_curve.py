@@ -1,123 +1,102 @@
-"""The learning-rate finder's curve: smooth the loss at each rate, and pick a rate from it.
+"""The learning-rate finder's curve: how the loss changes at each rate, and points of it to pick a rate by.
 
-The LR range test is Smith's (Cyclical Learning Rates for Training Neural Networks, 2017); picking one order of
-magnitude below the rate of the lowest loss is the fast.ai lesson's rule (2017).
+The LR range test is Smith's (Cyclical Learning Rates for Training Neural Networks, 2017). Its losses are those of single
+batches, which differ from one another by more than a whole sweep lowers them. The curve is therefore the change of each
+batch's loss against the starting weights' loss of the same batch (a control variate), smoothed, with its standard error.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from unfreeze.errors import UserError
 
-DIVERGED = 4.0
-"""A running mean of the loss so many times its lowest ends the sweep."""
-
-SMALL = 0.1
-"""Between losses below this only chance makes a difference: a good network's single mistake is no divergence."""
-
-SOLVED = 0.01
-"""A loss at which every image of the sweep is told with 99 %: the rates that come after find nothing left to lower."""
-
-FLAT = 30.0
-"""How far below the rate that breaks a network its lowest loss is taken to lie where the curve is flat up to there.
-
-A network that is nearly trained has nothing to gain in a sweep: where on the flat the lowest value lies is chance, and
-moved the pick a hundredfold from seed to seed, while over 100 batches the rate that breaks it moved by a half. Of three
-rates the one near a tenth of the stand-in trained best (benchmarks/notes/choices.md)."""
-
 Floats = NDArray[np.float64]
+COLUMNS = ("rate", "loss", "change", "smoothed", "error")
+HARM = 0.1
+"""Rise of the loss (in nats) above its lowest that counts as harm.
+
+Of an unfrozen network the lowest point is chance: its head is trained already, and the curve is flat and then rises. The
+rise is steep, and several standard errors high where it has come to a tenth (benchmarks/notes/choices.md)."""
 
 
 @dataclass(frozen=True)
 class Picks:
-    """Points of a loss curve, as learning rates.
+    """Points of a curve, as learning rates.
 
     Attributes:
-        minimum: highest rate whose smoothed loss cannot be told from the lowest; where the loss comes down to nothing, the
-            rate at which it does (`SOLVED`); on a curve that does not fall, or begins at next to nothing (`SMALL`), a rate
-            that far below the one that breaks the network (`FLAT`).
+        minimum: rate of the lowest smoothed loss.
+        knee: highest rate that does no harm yet: from there on, the smoothed loss is more than `HARM` above its lowest.
         steepest: rate at which the smoothed loss falls fastest, on the way to its minimum.
-        valley: rate two thirds into the longest sequence of ever lower smoothed losses.
+        valley: rate two thirds into the longest sequence of ever lower smoothed losses, after fastai's rule of that name.
     """
 
     minimum: float
+    knee: float
     steepest: float
     valley: float
 
 
-def smooth(losses: Floats) -> Floats:
-    """Mean of each loss and its neighbours, weighted by a Gaussian of a thirtieth of the curve, (iterations,).
+def make_curve(rates: Floats, losses: Floats, starting: Floats) -> pd.DataFrame:
+    """The curve of a sweep, one row per rate.
+
+    The standard error is that of a weighted mean of batches that vary as their neighbours do.
+
+    Args:
+        rates: (n,) rising learning rates.
+        losses: (n,) finite loss of the batch at each.
+        starting: (n,) the starting weights' loss of the same batch.
+
+    Returns:
+        Columns rate, loss, change (loss less the starting weights' loss), smoothed and error (of the smoothed change).
+    """
+    change = np.asarray(losses, float) - starting
+    weights = _weights(len(change))
+    smoothed = weights @ change
+    error = np.sqrt(np.square(weights).sum(1) * (weights @ _variance(change)))
+    return pd.DataFrame(dict(zip(COLUMNS, (rates, losses, change, smoothed, error), strict=True)), dtype=float)
+
+
+def _weights(batches: int) -> Floats:
+    """Weights (n, n) of a Gaussian mean: row i is that around batch i, with a standard deviation of a thirtieth of the sweep.
 
     Unlike a running mean it does not lag behind, which over a sweep of few batches would move the minimum by as much as
     the order of magnitude that the pick is about.
     """
-    if not len(losses):
-        return np.zeros(0)
-    width = _width(len(losses))
-    reach = math.ceil(5 * width)
-    weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
-    inside = slice(reach, reach + len(losses))
-    return np.convolve(losses, weights)[inside] / np.convolve(np.ones(len(losses)), weights)[inside]
+    width = max(1.0, batches / 30)
+    at = np.arange(batches)
+    weights = np.exp(-0.5 * np.square((at[:, None] - at) / width))
+    return weights / weights.sum(1, keepdims=True)
 
 
-def suggest(rates: Floats, losses: Floats) -> Picks:
-    """Points of a loss curve that a rate can be picked by; batches whose loss is not finite do not count.
+def _variance(change: Floats) -> Floats:
+    """Variance of each batch's change around its neighbours' straight line, (n,); 0 where there are too few to say."""
+    variance = np.zeros(len(change))
+    if len(change) > 2:
+        variance[1:-1] = np.square(np.diff(change, 2)) / 6
+        variance[0], variance[-1] = variance[1], variance[-2]
+    return variance
 
-    Args:
-        rates: (n,) rising learning rates.
-        losses: (n,) loss of the batch at each.
+
+def suggest(curve: pd.DataFrame) -> Picks:
+    """Points of a curve (`make_curve`) that a rate can be picked by.
 
     Raises:
-        UserError: there are fewer than three finite losses to judge by.
+        UserError: there are fewer than three rates to judge by.
     """
-    finite = np.isfinite(losses)
-    rates, losses = np.asarray(rates, float)[finite], np.asarray(losses, float)[finite]
-    if len(rates) < 3:
+    if len(curve) < 3:
         raise UserError(
             "The learning-rate finder's loss was not finite from the first batches on: lower lr_find.start "
             "(or unfreeze_lr_find.start) in params.yaml."
         )
-    smoothed = smooth(losses)
+    rates, smoothed = curve["rate"].to_numpy(), curve["smoothed"].to_numpy()
     lowest = int(smoothed.argmin())
-    noise, solved = _batch_noise(losses), np.flatnonzero(smoothed < SOLVED)
-    is_flat = smoothed[0] - smoothed[lowest] < 2 * noise and noise > 0.01 * smoothed[lowest]
-    # Not the smoothed loss: one unlucky batch among the first would make a descent of the flat.
-    begins = float(np.median(losses[: max(3, len(losses) // 5)]))
-    if is_flat or begins < SMALL:
-        minimum = float(rates[np.flatnonzero(smoothed <= DIVERGED * max(smoothed[lowest], SMALL))[-1]] / FLAT)
-    elif len(solved):
-        minimum = float(rates[solved[0]])
-    else:
-        minimum = float(rates[_last_of_the_lowest(losses, smoothed)])
+    knee = int(np.flatnonzero(smoothed <= smoothed[lowest] + HARM)[-1])
     # Only on the way down to the lowest loss: past it, the swings of a loss that diverges are steeper than any descent.
     steepest = int(np.gradient(smoothed, np.log(rates))[: lowest + 1].argmin())
-    falling = smoothed[: solved[0] + 1] if len(solved) and solved[0] > 1 else smoothed
-    return Picks(minimum, float(rates[steepest]), float(rates[_valley(falling)]))
-
-
-def _last_of_the_lowest(losses: Floats, smoothed: Floats) -> int:
-    """Index of the highest rate whose smoothed loss cannot be told from the lowest.
-
-    The noise is that of a batch's loss, less for as many batches as are averaged.
-    """
-    lowest = int(smoothed.argmin())
-    averaged = 2 * np.sqrt(np.pi) * _width(len(losses))
-    noise = _batch_noise(losses, lowest + 1) / np.sqrt(averaged)
-    return int(np.flatnonzero(smoothed <= smoothed[lowest] + 2 * noise)[-1])
-
-
-def _batch_noise(losses: Floats, upto: int = 0) -> float:
-    """Standard deviation of a batch's loss around its neighbours', in the sweep's first half or up to an index after it."""
-    jumps = np.abs(np.diff(losses, 2)[: max(upto, len(losses) // 2)])
-    return 1.4826 * float(np.median(jumps)) / np.sqrt(6)  # of a normal deviate, from its median
-
-
-def _width(batches: int) -> float:
-    """Standard deviation in batches of the Gaussian that a curve is smoothed with."""
-    return max(1.0, batches / 30)
+    return Picks(*(float(rates[i]) for i in (lowest, knee, steepest, _valley(smoothed))))
 
 
 def pick_rate(picks: Picks, rule: str) -> float:
@@ -125,13 +104,14 @@ def pick_rate(picks: Picks, rule: str) -> float:
 
     Args:
         picks: points of the curve.
-        rule: ``minimum`` (one order of magnitude below the lowest loss), ``steepest`` or ``valley``.
+        rule: ``minimum`` (one order of magnitude below the lowest loss, the rule of the fast.ai lesson), ``knee``,
+            ``steepest`` or ``valley``.
     """
     return picks.minimum / 10 if rule == "minimum" else float(getattr(picks, rule))
 
 
 def _valley(losses: Floats) -> int:
-    """Index two thirds into the longest subsequence of falling losses, after fastai's rule of that name."""
+    """Index two thirds into the longest subsequence of falling losses."""
     n = len(losses)
     lengths = np.ones(n, int)
     before = np.full(n, -1)

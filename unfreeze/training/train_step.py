@@ -24,14 +24,19 @@ WARM_UP = 3
 """Steps before the recording: libraries choose their algorithms and allocate their workspaces in them."""
 
 
+def batch_loss(model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Mean cross-entropy of a batch, on the device."""
+    inputs, labels = batch
+    with autocast(inputs.device):
+        logits = model(inputs)
+    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+
+
 def train_batch(
     model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, label_smoothing: float
 ) -> torch.Tensor:
     """One step of the optimizer; returns the batch's mean cross-entropy, still on the device."""
-    inputs, labels = batch
-    with autocast(inputs.device):
-        logits = model(inputs)
-    loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+    loss = batch_loss(model, batch, label_smoothing)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()

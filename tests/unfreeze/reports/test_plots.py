@@ -10,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from unfreeze.evaluation.metrics import reliability
 from unfreeze.reports.plots import (
     balance_plot,
     confusion_plot,
@@ -17,15 +18,15 @@ from unfreeze.reports.plots import (
     learning_curves_plot,
     lr_find_plot,
     rates_plot,
+    reliability_plot,
     save_png,
     sizes_plot,
     to_data_uri,
 )
+from unfreeze.training.lr_curve import make_curve
 
 NAN = float("nan")
-CURVE = pd.DataFrame(
-    {"rate": np.geomspace(1e-5, 1, 40), "loss": np.linspace(2, 1, 40), "smoothed": np.linspace(2, 1, 40)}
-)
+CURVE = make_curve(np.geomspace(1e-5, 1, 40), np.linspace(2, 1, 40), np.full(40, 2.0))
 HISTORY = pd.DataFrame(
     {
         "epoch": [0, 1, 2],
@@ -130,7 +131,11 @@ def test_points_that_were_not_found_are_left_out(absent: float | None) -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_a_flat_curve_and_any_script_draw_without_warnings() -> None:
-    to_data_uri(lr_find_plot(CURVE.assign(loss=1.0, smoothed=1.0), dict.fromkeys(("rate", "minimum"), 1e-3)))
+    to_data_uri(
+        lr_find_plot(CURVE.assign(change=0.0, smoothed=0.0, error=0.0), dict.fromkeys(("rate", "minimum"), 1e-3))
+    )
+    table = reliability(np.eye(2), np.array([0, 1]))
+    to_data_uri(reliability_plot(table, table))
     to_data_uri(confusion_plot(np.eye(3, dtype=np.int64), ["日本語", "हिन्दी", "🦄🫠"]))
 
 
