@@ -55,6 +55,8 @@ def keep(run: Run, history: History) -> dict[str, float]:
     """
     history.epochs_frame().to_csv(run.path("history.csv"), index=False)
     history.batches_frame().to_csv(run.path("batches.csv"), index=False)
+    if not history.epochs:
+        return {}
     kept = [row for row in history.epochs if row["cycle"] == history.best_cycle][-1]
     metrics = {name: kept[name] for name in ("train_loss", "valid_loss", "valid_accuracy") if name in kept}
     return metrics | {"epochs": len(history.epochs), "best_cycle": history.best_cycle + 1}

@@ -1,8 +1,8 @@
 """How good the result is and where it goes wrong: predictions with and without TTA, confusion matrix, report.
 
-Head, augmented head and full network are compared on the validation split, each at its best, with TTA, and the best is
-handed on: beyond chance, what a user gets is never worse there than the frozen network. The test split is looked at last,
-with the model that was chosen.
+Logistic regression, head, augmented head and full network are compared on the validation split, each at its best, with TTA
+and calibrated, and the best is handed on: beyond chance, what a user gets is never worse there than the frozen network. The
+test split is looked at last, with the model that was chosen.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,13 @@ from pipeline.results import keep_confusion, write_predictions
 from pipeline.step import Run, step
 from unfreeze.data.packed import PackedImages
 from unfreeze.device import seed_everything, to_device
-from unfreeze.evaluation.evaluating import Predictions, evaluate_split
+from unfreeze.evaluation.evaluating import Evaluation, Predictions, evaluate_split
 from unfreeze.evaluation.model_choice import Candidate, choose
+from unfreeze.evaluation.predicting import predict_tta
 from unfreeze.models.classifier import Classifier
 from unfreeze.models.weights import load_classifier, load_head, save_classifier
-from unfreeze.reports.evaluate import Course, evaluate_report
-from unfreeze.reports.plots import confusion_plot, learning_curves_plot, rates_plot, save_png
+from unfreeze.reports.evaluate import Course, evaluate_report, reliability_tables
+from unfreeze.reports.plots import confusion_plot, learning_curves_plot, rates_plot, reliability_plot, save_png
 from unfreeze.settings.schema import Augment, Evaluate
 
 
@@ -32,37 +33,42 @@ def evaluate(run: Run, seed: int, batch_size: int, augment: Augment, evaluate: E
     valid = packed.rows("valid")
     baseline = precomputed("baseline.npy")
 
-    models = {
-        name: Classifier(model.backbone, load_head(artifact(name, "head.safetensors")).to(loader.device))
-        for name in ("train_head", "train_augmented")
+    heads = {
+        "baseline": artifact("precompute", "baseline.safetensors"),
+        "train_head": artifact("train_head", "head.safetensors"),
+        "train_augmented": artifact("train_augmented", "head.safetensors"),
     }
+    models = {name: Classifier(model.backbone, load_head(path).to(loader.device)) for name, path in heads.items()}
     full, _ = load_classifier(artifact("train_full", "model.safetensors"))
     models["train_full"] = to_device(full, loader.device)
 
-    def judge(name: str, split: str) -> tuple[Predictions, dict[str, float]]:
+    def judge(name: str, split: str, temperature: float | None = None) -> Evaluation:
         rows = packed.rows(split)
         with run.predictions(f"{name}-{split}") as kept:
-            return evaluate_split(models[name], loader, rows, baseline[rows], augment, evaluate.tta_views, kept)
+            found = predict_tta(models[name], loader, rows, augment, evaluate.tta_views, kept)
+            return evaluate_split(found, rows, packed, baseline[rows], temperature)
 
     judged = {name: judge(name, "valid") for name in models}
-    candidates = [Candidate(name, found.tta, packed.labels[valid]) for name, (found, _) in judged.items()]
+    candidates = [Candidate(name, found.predictions.tta, packed.labels[valid]) for name, found in judged.items()]
     best, reason = choose(candidates)
     run.log("%s", reason)
 
-    model = models[best.name]
+    model, temperature = models[best.name], judged[best.name].temperature
     splits = {"valid": judged[best.name]}
     if len(packed.rows("test")):
-        splits["test"] = judge(best.name, "test")
-    metrics = {f"{split}_{name}": value for split, (_, scores) in splits.items() for name, value in scores.items()}
-    predictions = {split: found for split, (found, _) in splits.items()}
-    for split, (_, scores) in splits.items():
+        splits["test"] = judge(best.name, "test", temperature)
+    metrics = {f"{split}_{name}": value for split, found in splits.items() for name, value in found.metrics.items()}
+    metrics["temperature"] = temperature
+    predictions = {split: found.predictions for split, found in splits.items()}
+    for split, found in splits.items():
         run.log(
             "%s: accuracy %.4f, with TTA %.4f, logistic regression %.4f",
-            split, scores["accuracy"], scores["tta_accuracy"], scores["baseline_accuracy"],
+            split, *(found.metrics[name] for name in ("accuracy", "tta_accuracy", "baseline_accuracy")),
         )  # fmt: skip
-    for name, (_, scores) in judged.items():
-        metrics |= {f"{name}_{kind}": scores[kind] for kind in ("accuracy", "tta_accuracy", "tta_log_loss")}
+    for name, found in judged.items():
+        metrics |= {f"{name}_{kind}": found.metrics[kind] for kind in ("accuracy", "tta_accuracy", "tta_log_loss")}
 
+    model.temperature = temperature
     save_classifier(model, run.path("model.safetensors"), packed.classes, packed.image_size, augment)
     write_json(run.path("chosen.json"), {"chosen": best.name, "reason": reason})
     write_predictions(run.path("predictions.csv"), packed, predictions)
@@ -99,3 +105,5 @@ def write_report(
     save_png(confusion_plot(matrix, packed.classes), run.path("confusion_matrix.png"))
     save_png(learning_curves_plot(course.histories["train_full"], course.best_cycle), run.path("learning_curves.png"))
     save_png(rates_plot(course.batches), run.path("rates.png"))
+    judged = predictions.get("test", predictions["valid"])
+    save_png(reliability_plot(*reliability_tables(packed.labels[judged.rows], judged)), run.path("reliability.png"))

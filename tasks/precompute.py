@@ -14,11 +14,11 @@ from pipeline.step import Run, step
 from unfreeze.batches.loader import Loader, Normalisation
 from unfreeze.data.packed import open_packed
 from unfreeze.device import seed_everything, to_device
-from unfreeze.evaluation.baseline import baseline_probabilities, fit_baseline
+from unfreeze.evaluation.baseline import baseline_head, baseline_probabilities, fit_baseline
 from unfreeze.evaluation.metrics import score
 from unfreeze.evaluation.predicting import backbone_activations
 from unfreeze.models.backbones import create_backbone
-from unfreeze.models.weights import checksum, save_backbone
+from unfreeze.models.weights import checksum, save_backbone, save_head
 from unfreeze.settings.schema import Backbone
 
 
@@ -50,6 +50,8 @@ def precompute(run: Run, seed: int, batch_size: int, backbone: Backbone) -> dict
         run.log("logistic regression on the activations: %.3f of the validation images right", accuracy)
 
         np.save(run.path("baseline.npy"), baseline.astype(np.float32))
+        head = baseline_head(regression, activations.shape[1], len(packed.classes))
+        save_head(head, run.path("baseline.safetensors"))
         save_backbone(network.cpu(), run.path("backbone.safetensors"))
         file.put(run.path("activations.npy"))
     return {"images": len(packed), "features": activations.shape[1], "valid_baseline_accuracy": accuracy}

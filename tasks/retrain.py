@@ -1,6 +1,7 @@
 """The same recipe with the rates, cycles and epochs that were found, on train + valid; measured on test.
 
-It replays head, augmented head and full training up to the one that `evaluate` chose. No validation split is left, so
+It replays head, augmented head and full training up to the one that `evaluate` chose, or fits the logistic regression
+anew where that was chosen, and keeps the temperature that was found. No validation split is left, so
 only the test split can judge; where there is none, nobody can, and the log says so.
 """
 
@@ -14,11 +15,13 @@ from pipeline.inputs import fresh_classifier, precomputed
 from pipeline.results import keep_confusion, write_predictions
 from pipeline.step import Run, step
 from pipeline.training_log import callbacks, keep
-from unfreeze.device import seed_everything
-from unfreeze.evaluation.baseline import baseline_probabilities, fit_baseline
+from unfreeze.device import seed_everything, to_device
+from unfreeze.evaluation.baseline import baseline_head, baseline_probabilities, fit_baseline
 from unfreeze.evaluation.evaluating import Predictions, evaluate_split
+from unfreeze.evaluation.predicting import predict_tta
 from unfreeze.models.weights import checksum, save_classifier
 from unfreeze.settings.schema import Augment, Evaluate, Head, Train, TrainAugmented, TrainFull, TrainHead, Unfreeze
+from unfreeze.training.history import History
 from unfreeze.training.phases import Activations, Images, fit_augmented, fit_full, fit_head
 
 
@@ -45,10 +48,15 @@ def retrain(
     chosen = json.loads(artifact("evaluate", "chosen.json").read_text())["chosen"]
     rate = run.read_metrics("lr_find")["rate"]
 
-    data = Activations(activations, packed.labels, rows, nothing, batch_size, seed, loader.device)
-    history = fit_head(model.head, data, rate, train_head, train, callbacks(run, train_head.epochs, "head"))
+    baseline = fit_baseline(activations[rows], packed.labels[rows])
+    if chosen == "baseline":
+        model.head, history = baseline_head(baseline, activations.shape[1], len(packed.classes)), History()
+        to_device(model, loader.device)
+    else:
+        data = Activations(activations, packed.labels, rows, nothing, batch_size, seed, loader.device)
+        history = fit_head(model.head, data, rate, train_head, train, callbacks(run, train_head.epochs, "head"))
     images = Images(loader, rows, nothing, augment, seed)
-    if chosen != "train_head":
+    if chosen in ("train_augmented", "train_full"):
         history = fit_augmented(
             model, images, rate, train_augmented, train, callbacks(run, train_augmented.epochs, "augmented")
         )
@@ -57,28 +65,28 @@ def retrain(
         found = dataclasses.replace(train_full, cycles=cycles, until_overfitting=False)
         rate = run.read_metrics("unfreeze_lr_find")["rate"]
         history = fit_full(model, images, rate, found, unfreeze, train, callbacks(run, found.epochs, "full"))
-    save_classifier(model, run.path("model.safetensors"), packed.classes, packed.image_size, augment)
-    metrics = keep(run, history)
+    metrics, temperature = keep(run, history), run.read_metrics("evaluate")["temperature"]
 
     predictions: dict[str, Predictions] = {}
     test = packed.rows("test")
     if len(test):
-        baseline = fit_baseline(activations[rows], packed.labels[rows])
         probabilities = baseline_probabilities(baseline, activations[test], len(packed.classes))
         with run.predictions("test", checksum(model.state_dict())) as kept:
-            predictions["test"], scores = evaluate_split(
-                model, loader, test, probabilities, augment, evaluate.tta_views, kept
-            )
-        metrics |= {f"test_{name}": value for name, value in scores.items()}
+            views = predict_tta(model, loader, test, augment, evaluate.tta_views, kept)
+            judged = evaluate_split(views, test, packed, probabilities, temperature)
+        predictions["test"] = judged.predictions
+        metrics |= {f"test_{name}": value for name, value in judged.metrics.items()}
         run.log(
             "test: accuracy %.4f, with TTA %.4f, logistic regression %.4f",
-            scores["accuracy"], scores["tta_accuracy"], scores["baseline_accuracy"],
-        )  # fmt: skip
+            *(judged.metrics[name] for name in ("accuracy", "tta_accuracy", "baseline_accuracy")),
+        )
     else:
         run.log(
             "There is no test split: nothing can judge the retrained model. Give test images, or set data.test where the "
             "source has no splits of its own."
         )
+    model.temperature = temperature
+    save_classifier(model, run.path("model.safetensors"), packed.classes, packed.image_size, augment)
     write_predictions(run.path("predictions.csv"), packed, predictions)
     keep_confusion(run, packed, predictions)
     return metrics

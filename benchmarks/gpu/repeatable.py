@@ -228,12 +228,14 @@ def _range_test(model: Classifier, loader: Loader, folder: Path | None, kill: in
 def _tta(model: Classifier, loader: Loader, folder: Path | None, kill: int | None) -> str:
     rows, augment = np.arange(len(loader.packed)), settings().augment
     if folder is None:
-        return digest(torch.from_numpy(found) for found in predict_tta(model, loader, rows, augment, 4))
+        return digest(torch.from_numpy(found) for found in predict_tta(model, loader, rows, augment, 4).averaged())
     if kill is not None:
         loader = _Ending(loader.packed, loader.norm, loader.device, loader.batch_size)
         object.__setattr__(loader, "kill", kill)  # the class is frozen
     with mock.patch.object(predicting, "TOGETHER", 1), ResumableFile(folder / "tta", "key", 1e9) as kept:
-        return digest(torch.from_numpy(found) for found in predict_tta(model, loader, rows, augment, 4, kept))
+        return digest(
+            torch.from_numpy(found) for found in predict_tta(model, loader, rows, augment, 4, kept).averaged()
+        )
 
 
 def _precompute(model: Classifier, loader: Loader, folder: Path | None, kill: int | None) -> str:

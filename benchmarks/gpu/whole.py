@@ -18,7 +18,7 @@ from unfreeze.device import seed_everything
 from unfreeze.evaluation.baseline import baseline_probabilities, fit_baseline
 from unfreeze.evaluation.evaluating import evaluate_split
 from unfreeze.evaluation.model_choice import Candidate, choose
-from unfreeze.evaluation.predicting import backbone_activations
+from unfreeze.evaluation.predicting import backbone_activations, predict_tta
 from unfreeze.models.freezing import decay_groups
 from unfreeze.training.loop import make_optimizer
 from unfreeze.training.lr_curve import pick_rate, suggest
@@ -80,7 +80,7 @@ def recipe(scale: Scale, data: Path) -> list[Row]:
     with _timed(spent, "lr_find"):
         optimizer = make_optimizer(decay_groups(model.head.train().parameters()), ours.train)
         curve = range_test(model.head, optimizer, batches, ours.lr_find)
-        rate = pick_rate(suggest(curve["rate"].to_numpy(), curve["loss"].to_numpy()), ours.lr_find.pick)
+        rate = pick_rate(suggest(curve), ours.lr_find.pick)
     with _timed(spent, "train_head"):
         on_activations = Activations(activations, labels, train, valid, speed.batch, ours.seed, loader.device)
         fit_head(model.head, on_activations, rate, ours.train_head, ours.train)
@@ -96,7 +96,7 @@ def recipe(scale: Scale, data: Path) -> list[Row]:
             lambda epoch, first: loader.augmented(train, ours.augment, ours.seed, epoch, first),
             ours.unfreeze_lr_find,
         )
-        rate = pick_rate(suggest(curve["rate"].to_numpy(), curve["loss"].to_numpy()), ours.unfreeze_lr_find.pick)
+        rate = pick_rate(suggest(curve), ours.unfreeze_lr_find.pick)
     with _timed(spent, "train_full"):
         history = fit_full(model, seen, rate, ours.train_full, ours.unfreeze, ours.train)
     states["train_full"] = copy.deepcopy(model.state_dict())
@@ -104,11 +104,13 @@ def recipe(scale: Scale, data: Path) -> list[Row]:
         candidates = []
         for name, state in states.items():
             model.load_state_dict(state)
-            found, _ = evaluate_split(model, loader, valid, baseline[valid], ours.augment, ours.evaluate.tta_views)
-            candidates.append(Candidate(name, found.tta, labels[valid]))
+            views = predict_tta(model, loader, valid, ours.augment, ours.evaluate.tta_views)
+            judged = evaluate_split(views, valid, images, baseline[valid])
+            candidates.append(Candidate(name, judged.predictions.tta, labels[valid]))
         best, _ = choose(candidates)
         model.load_state_dict(states[best.name])
-        _, scores = evaluate_split(model, loader, test, baseline[test], ours.augment, ours.evaluate.tta_views)
+        views = predict_tta(model, loader, test, ours.augment, ours.evaluate.tta_views)
+        scores = evaluate_split(views, test, images, baseline[test]).metrics
     epochs = len(history.epochs)
     rows = [row(f"{name}, seconds", round(seconds, 2)) for name, seconds in spent.items()]
     rows.append(

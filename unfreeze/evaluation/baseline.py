@@ -1,9 +1,16 @@
 """The honest baseline: scikit-learn's logistic regression on the frozen backbone's activations."""
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
+
+from unfreeze.models.classifier import Head
+
+NEVER = -100.0
+"""Logit of a class that was not in the training images."""
 
 
 def fit_baseline(activations: NDArray[np.float32], labels: NDArray[np.int64]) -> Any:
@@ -18,3 +25,21 @@ def baseline_probabilities(model: Any, activations: NDArray[np.float32], classes
     probabilities = np.zeros((len(activations), classes), np.float32)
     probabilities[:, model.classes_] = model.predict_proba(activations)
     return probabilities
+
+
+def baseline_head(model: Any, features: int, classes: int) -> Head:
+    """The regression as a head, in eval mode: with the backbone before it, it is a classifier like the trained ones."""
+    head = Head(features, classes, dropout=0.0).eval()
+    logits = head.logits
+    weight, bias = model.coef_, model.intercept_
+    if len(model.classes_) == 2:  # for which scikit-learn has one row, of the second class against the first
+        weight, bias = np.concatenate([0 * weight, weight]), np.concatenate([0 * bias, bias])
+    with torch.no_grad():
+        nn.init.constant_(
+            cast(torch.Tensor, head.norm.running_var), 1 - head.norm.eps
+        )  # then BatchNorm changes nothing
+        logits.weight.zero_()
+        logits.bias.fill_(NEVER)
+        logits.weight[model.classes_] = torch.from_numpy(weight).float()
+        logits.bias[model.classes_] = torch.from_numpy(bias).float()
+    return head

@@ -1,53 +1,62 @@
-"""Judging models: which candidate is handed on, and how good it is on a split."""
+"""Evaluating a model on a split: its predictions with and without TTA, calibrated, and how good they are."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
-from unfreeze.batches.loader import Loader
+from unfreeze.data.packed import PackedImages
+from unfreeze.evaluation.calibration import fit_temperature
 from unfreeze.evaluation.metrics import measure
-from unfreeze.evaluation.predicting import Probabilities, predict_tta
-from unfreeze.persistence.resumable import ResumableFile
-from unfreeze.settings.schema import Augment
+from unfreeze.evaluation.predicting import Probabilities, ViewPredictions
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Probabilities (N, C) for the images of ``rows`` (N,), plain and averaged over views."""
+    """Probabilities (N, C) for the images of ``rows`` (N,): plain, averaged over views, and plain before calibration."""
 
     rows: NDArray[np.int64]
     plain: Probabilities
     tta: Probabilities
+    uncalibrated: Probabilities
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was predicted for a split, how good it is, and the temperature that logits were divided by."""
+
+    predictions: Predictions
+    metrics: dict[str, float]
+    temperature: float
 
 
 def evaluate_split(
-    model: nn.Module,
-    loader: Loader,
+    found: ViewPredictions,
     rows: NDArray[np.int64],
+    packed: PackedImages,
     baseline: Probabilities,
-    augment: Augment,
-    tta_views: int,
-    kept: ResumableFile | None = None,
-) -> tuple[Predictions, dict[str, float]]:
-    """Predict one split with and without TTA and measure both beside the baseline.
+    temperature: float | None = None,
+) -> Evaluation:
+    """Calibrate a model's predictions of one split, and measure them with and without TTA beside the baseline.
 
     Args:
-        model: the classifier.
-        loader: of the packed images.
+        found: what the model predicts without a temperature (`predict_tta`).
         rows: (N,) row numbers of the split, at least one.
+        packed: the images.
         baseline: (N, C) probabilities of the logistic regression on the frozen activations.
-        augment: what the model was trained with, which the views stay within.
-        tta_views: how many views.
-        kept: where to keep what is predicted, and to go on from (`predict_tta`).
+        temperature: that logits are divided by; where none is given, the one that fits these predictions.
 
     Returns:
-        The predictions, and accuracy, macro F1 and log loss: plain, with prefix ``tta_`` and with prefix ``baseline_``.
+        The metrics are accuracy, macro F1, log loss and expected calibration error (ece): plain, with prefix ``tta_`` and
+        with prefix ``baseline_``; and log loss and ece of the plain predictions before calibration, with prefix
+        ``uncalibrated_``.
     """
-    plain, tta = predict_tta(model, loader, rows, augment, tta_views, kept)
-    labels, classes = loader.packed.labels[rows], loader.packed.classes
+    labels, classes = packed.labels[rows], packed.classes
+    temperature = fit_temperature(found, labels) if temperature is None else temperature
+    plain, tta = found.averaged(temperature)
     metrics: dict[str, float] = {}
     for prefix, probabilities in (("", plain), ("tta_", tta), ("baseline_", baseline)):
-        metrics |= {f"{prefix}{k}": v for k, v in measure(labels, probabilities, classes).items()}
-    return Predictions(rows, plain, tta), metrics
+        metrics |= {f"{prefix}{name}": value for name, value in measure(labels, probabilities, classes).items()}
+    before = measure(labels, found.plain, classes)
+    metrics |= {f"uncalibrated_{name}": before[name] for name in ("log_loss", "ece")}
+    return Evaluation(Predictions(rows, plain, tta, found.plain), metrics, temperature)

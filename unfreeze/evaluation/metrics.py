@@ -8,6 +8,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 Labels = NDArray[np.int64]
+BINS = 15
+"""Bins of equal width that confidence is divided into, as in Guo et al. (2017)."""
 
 
 def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
@@ -37,7 +39,7 @@ def score(probabilities: NDArray[Any], labels: Labels) -> Scores:
 
 
 def measure(labels: Labels, probabilities: NDArray[Any], classes: list[str]) -> dict[str, float]:
-    """Accuracy, macro F1 and log loss of probabilities (N, C) for class numbers (N,)."""
+    """Accuracy, macro F1, log loss and expected calibration error (ece) of probabilities (N, C) for class numbers (N,)."""
     matrix = confusion(labels, probabilities.argmax(1), len(classes))
     f1 = per_class(matrix, classes)["f1"]
     scores = score(probabilities, labels)
@@ -45,7 +47,32 @@ def measure(labels: Labels, probabilities: NDArray[Any], classes: list[str]) -> 
         "accuracy": scores.accuracy,
         "macro_f1": float(f1[matrix.sum(0) + matrix.sum(1) > 0].mean()),
         "log_loss": scores.loss,
+        "ece": expected_calibration_error(probabilities, labels),
     }
+
+
+def reliability(probabilities: NDArray[Any], labels: Labels, bins: int = BINS) -> pd.DataFrame:
+    """How sure predictions are and how many of them are right, by confidence.
+
+    Args:
+        probabilities: (N, C).
+        labels: (N,) class numbers.
+        bins: of equal width.
+
+    Returns:
+        A row per bin that has images: confidence and accuracy (their means) and images (how many).
+    """
+    confidence = probabilities.max(1).astype(float)
+    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
+    right = probabilities.argmax(1) == labels
+    table = pd.DataFrame({"confidence": confidence, "accuracy": right.astype(float), "images": 1})
+    return table.groupby(bin_of).agg({"confidence": "mean", "accuracy": "mean", "images": "sum"})
+
+
+def expected_calibration_error(probabilities: NDArray[Any], labels: Labels, bins: int = BINS) -> float:
+    """Mean difference of confidence and accuracy over the bins of `reliability`, weighted by their images, 0 to 1."""
+    table = reliability(probabilities, labels, bins)
+    return float(((table["confidence"] - table["accuracy"]).abs() * table["images"]).sum() / len(labels))
 
 
 def confusion(labels: Labels, predicted: Labels, classes: int) -> Labels:

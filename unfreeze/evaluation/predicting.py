@@ -3,8 +3,10 @@
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +26,8 @@ logger = logging.getLogger("unfreeze")
 
 Probabilities = NDArray[np.float32]
 
+PART = 4096
+"""Views that are averaged at once: all of them may be more than memory holds."""
 TOGETHER = 8
 """Batches whose predictions are fetched and kept at once: each time the processor waits for the device."""
 
@@ -52,6 +56,47 @@ def infer(network: nn.Module, batches: Iterable[Batch], fast: nn.Module | None =
         yield output.float(), labels
 
 
+def with_temperature(probabilities: NDArray[Any], temperature: float) -> Probabilities:
+    """The probabilities (N, C) that the same logits give, divided by a temperature."""
+    if temperature == 1:
+        return probabilities
+    logits = np.log(np.maximum(probabilities.astype(float), np.finfo(np.float32).tiny)) / temperature
+    powers = np.exp(logits - logits.max(1, keepdims=True))
+    return (powers / powers.sum(1, keepdims=True)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class ViewPredictions:
+    """Probabilities of images and of their augmented views.
+
+    Attributes:
+        plain: (N, C) of the plain centre squares.
+        views: (V, C) of the views.
+        owner: (V,) the image (0 to N - 1) whose view it is; each has one at least.
+    """
+
+    plain: Probabilities
+    views: Probabilities
+    owner: NDArray[np.int64]
+
+    def averaged(self, temperature: float = 1.0) -> tuple[Probabilities, Probabilities]:
+        """Probabilities (N, C) of the plain images, and (N, C) averaged over each image and its views.
+
+        The plain image, which shows the object as its photographer framed it, has half the weight
+        (benchmarks/notes/choices.md).
+
+        Args:
+            temperature: that logits are divided by (`unfreeze.evaluation.calibration`).
+        """
+        plain = with_temperature(self.plain, temperature)
+        total = np.zeros(plain.shape)
+        for start in range(0, len(self.owner), PART):
+            part = slice(start, start + PART)
+            np.add.at(total, self.owner[part], with_temperature(self.views[part], temperature))
+        counts = np.bincount(self.owner, minlength=len(plain))
+        return plain, ((plain + total / counts[:, None]) / 2).astype(np.float32)
+
+
 def predict_tta(
     model: nn.Module,
     loader: Loader,
@@ -59,11 +104,10 @@ def predict_tta(
     augment: Augment,
     views: int,
     kept: ResumableFile | None = None,
-) -> tuple[Probabilities, Probabilities]:
-    """Test-time augmentation: probabilities averaged over the plain image and its augmented views.
+) -> ViewPredictions:
+    """Test-time augmentation: probabilities of the plain image and of its augmented views, to be averaged.
 
-    The average of probabilities over views was made popular by Krizhevsky et al. (2012). The plain image, which shows
-    the object as its photographer framed it, has half the weight (benchmarks/notes/choices.md). Where an image is not square, its
+    The average of probabilities over views was made popular by Krizhevsky et al. (2012). Where an image is not square, its
     views together cover all of it.
 
     Args:
@@ -74,16 +118,12 @@ def predict_tta(
         views: the least number of views beside the plain one (fewer where more would be the same again).
         kept: where to keep what is predicted, and to go on from; an interrupted prediction that goes on is the same, bit
             for bit, as one that was never interrupted.
-
-    Returns:
-        (N, C) probabilities of the plain centre squares, as `predict` gives them, and (N, C) the average.
     """
     sizes = loader.packed.sizes[rows]
     plans = [tta_views(size, loader.packed.image_size, augment, views) for size in sizes]
-    counts = np.array([len(linear) for linear, _ in plans])
     linear = np.concatenate([linear for linear, _ in plans])
     centre = np.concatenate([centre for _, centre in plans])
-    owner = np.repeat(np.arange(len(rows)), counts)
+    owner = np.repeat(np.arange(len(rows)), [len(linear) for linear, _ in plans])
 
     starts = range(0, len(owner), loader.wide)
 
@@ -101,10 +141,7 @@ def predict_tta(
     found = (
         predict(model, batches(0)) if kept is None else _predict_on(model, batches, kept, len(loader.packed.classes))
     )
-    seen, plain = found[: len(owner)], np.array(found[len(owner) :])
-    total = np.zeros(plain.shape)
-    np.add.at(total, owner, seen)
-    return plain, ((plain + total / counts[:, None]) / 2).astype(np.float32)
+    return ViewPredictions(np.array(found[len(owner) :]), found[: len(owner)], owner)
 
 
 def _predict_on(

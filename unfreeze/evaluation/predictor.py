@@ -84,7 +84,8 @@ class Predictor:
         rows = np.arange(len(pixels))
         if not tta_views:
             return predict(self._model, loader.plain(rows), self._frozen(loader, rows))
-        return predict_tta(self._model, loader, rows, self._meta["augment"], tta_views)[1]
+        _, tta = predict_tta(self._model, loader, rows, self._meta["augment"], tta_views).averaged()
+        return tta
 
     def _frozen(self, loader: Loader, rows: NDArray[np.int64]) -> nn.Module:
         """The frozen copy for batches of this size: the last one is kept, as requests and chunks are often of one size."""

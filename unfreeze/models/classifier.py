@@ -1,5 +1,7 @@
 """The classifier: a backbone and a head."""
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -10,12 +12,23 @@ class Logits(nn.Linear):
     """A linear layer that computes in full precision, also where the network around it does not.
 
     In bfloat16 two logits between 8 and 16 that differ by less than 1/16 are the same number: a tie of classes.
+
+    Attributes:
+        temperature: what logits are divided by in eval mode, so that probabilities are calibrated
+            (`unfreeze.evaluation.calibration`); kept with the weights.
     """
+
+    temperature: torch.Tensor
+
+    def __init__(self, features: int, classes: int) -> None:
+        super().__init__(features, classes)
+        self.register_buffer("temperature", torch.ones(()))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
         """Logits (B, C), float32, of (B, F)."""
         with torch.autocast(input.device.type, enabled=False):
-            return super().forward(input.float())
+            logits = super().forward(input.float())
+        return logits if self.training else logits / self.temperature
 
 
 class Head(nn.Sequential):
@@ -27,6 +40,16 @@ class Head(nn.Sequential):
     def __init__(self, features: int, classes: int, dropout: float) -> None:
         super().__init__(nn.BatchNorm1d(features), nn.Dropout(dropout), Logits(features, classes))
         self.features, self.classes, self.dropout = features, classes, dropout
+
+    @property
+    def norm(self) -> nn.BatchNorm1d:
+        """Its first layer."""
+        return cast(nn.BatchNorm1d, self[0])
+
+    @property
+    def logits(self) -> Logits:
+        """Its last layer."""
+        return cast(Logits, self[2])
 
 
 class Classifier(nn.Module):
@@ -46,3 +69,12 @@ class Classifier(nn.Module):
         with torch.set_grad_enabled(trains):
             activations = self.backbone(images)
         return self.head(activations)
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by in eval mode (`Logits`)."""
+        return float(self.head.logits.temperature)
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self.head.logits.temperature.fill_(value)

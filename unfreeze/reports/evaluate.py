@@ -3,16 +3,33 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from unfreeze.data.packed import PackedImages
 from unfreeze.evaluation.evaluating import Predictions
-from unfreeze.evaluation.metrics import accuracy_interval, confusion, gallery_places, most_confused, per_class
+from unfreeze.evaluation.metrics import (
+    accuracy_interval,
+    confusion,
+    gallery_places,
+    most_confused,
+    per_class,
+    reliability,
+)
 from unfreeze.evaluation.model_choice import Candidate
 from unfreeze.reports.html import Section, cards, folded, gallery, heading, page, paragraph, plot, table
-from unfreeze.reports.plots import confusion_plot, histories_plot, learning_curves_plot, lr_find_plot, rates_plot
+from unfreeze.reports.plots import (
+    confusion_plot,
+    histories_plot,
+    learning_curves_plot,
+    lr_find_plot,
+    rates_plot,
+    reliability_plot,
+)
 
 NAMES = {
+    "baseline": "logistic regression",
     "train_head": "head on activations",
     "train_augmented": "head, augmented",
     "train_full": "whole network",
@@ -24,7 +41,7 @@ GALLERIES = {
     "random_right": ("Right, at random", ""),
     "most_right": ("Most right", "Sure, and right."),
 }
-SHOWN, SHOWN_ROWS = 12, 20
+SHOWN, SHOWN_ROWS, SHOWN_BINS = 12, 20, 10
 
 
 @dataclass(frozen=True)
@@ -32,7 +49,7 @@ class Course:
     """How training went.
 
     Attributes:
-        curves: for each learning-rate finder its curve (rate, loss, smoothed) and its picks.
+        curves: for each learning-rate finder its curve (`lr_find_plot`) and its picks.
         histories: for each training its history.csv.
         batches: batches.csv of the whole network's training.
         best_cycle: number of its cycle that was kept, from 0, where it is known.
@@ -71,6 +88,7 @@ def evaluate_report(
     sections = [
         Section("Accuracy", _accuracy(predictions, metrics)),
         Section("Which model", _which(candidates, chosen, reason, metrics)),
+        Section("Calibration", _calibration(packed, judged, split, metrics)),
         Section("Confusion matrix", _confusion(packed, judged, split)),
         Section("Where it goes wrong, and right", _galleries(packed, judged, split, seed)),
         Section("How it was trained", _course(course)),
@@ -117,9 +135,27 @@ def _headline(predictions: Mapping[str, Predictions], metrics: Mapping[str, floa
 
 def _which(candidates: Sequence[Candidate], chosen: str, reason: str, metrics: Mapping[str, float]) -> str:
     rows = [(NAMES[c.name], c.scores.accuracy, c.scores.loss) for c in candidates]
-    rows.append(("logistic regression, plain", metrics["valid_baseline_accuracy"], metrics["valid_baseline_log_loss"]))
     place = [c.name for c in candidates].index(chosen)
     return paragraph(reason) + table(["model, with TTA", "validation accuracy", "log loss"], rows, place)
+
+
+def _calibration(packed: PackedImages, judged: Predictions, split: str, metrics: Mapping[str, float]) -> str:
+    before, after = metrics[f"{split}_uncalibrated_ece"], metrics[f"{split}_ece"]
+    text = (
+        f"Of the {split} images, plain: the expected calibration error, which is how far confidence and accuracy are apart, "
+        f"is {after:.3f}; before calibration it was {before:.3f}. Logits are divided by the temperature "
+        f"{metrics['temperature']:.2f}, which fits the validation images best; the model's file has it, and every "
+        "prediction uses it."
+    )
+    return paragraph(text) + plot(
+        reliability_plot(*reliability_tables(packed.labels[judged.rows], judged)),
+        "accuracy against confidence, before and after calibration",
+    )
+
+
+def reliability_tables(labels: NDArray[np.int64], judged: Predictions) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What `reliability_plot` shows: of the plain predictions before and after calibration."""
+    return reliability(judged.uncalibrated, labels, SHOWN_BINS), reliability(judged.plain, labels, SHOWN_BINS)
 
 
 def _confusion(packed: PackedImages, judged: Predictions, split: str) -> str:

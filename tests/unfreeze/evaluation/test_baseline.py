@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 
-from unfreeze.evaluation.baseline import baseline_probabilities, fit_baseline
+from unfreeze.evaluation.baseline import baseline_head, baseline_probabilities, fit_baseline
 
 
 def activations(labels: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -35,3 +36,13 @@ def test_the_same_data_gives_the_same_model() -> None:
     labels = np.random.default_rng(3).integers(0, 2, 100)
     first, second = (fit_baseline(activations(labels), labels) for _ in range(2))
     assert (first.coef_ == second.coef_).all()
+
+
+@pytest.mark.parametrize("known", [[0, 1], [0, 2], [0, 1, 2, 3], [1, 2, 3]])
+def test_as_a_head_it_predicts_the_same(known: list[int]) -> None:
+    labels = np.random.default_rng(4).choice(known, 100)
+    inputs = activations(labels)
+    model = fit_baseline(inputs, labels)
+    with torch.no_grad():
+        probabilities = baseline_head(model, 20, 4)(torch.from_numpy(inputs)).softmax(1).numpy()
+    assert probabilities == pytest.approx(baseline_probabilities(model, inputs, 4), abs=1e-5)

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from unfreeze.evaluation.metrics import accuracy_interval, confusion, gallery_places, measure, most_confused, per_class
+from unfreeze.evaluation.metrics import (
+    accuracy_interval,
+    confusion,
+    expected_calibration_error,
+    gallery_places,
+    measure,
+    most_confused,
+    per_class,
+)
 
 CLASSES = ["a", "b", "c", "d"]
 
@@ -36,6 +44,7 @@ def test_measures_are_scikit_learns(seed: int) -> None:
             "accuracy": metrics.accuracy_score(labels, predicted),
             "macro_f1": metrics.f1_score(labels, predicted, average="macro"),
             "log_loss": metrics.log_loss(labels, probabilities, labels=range(4)),
+            "ece": expected_calibration_error(probabilities, labels),  # of which scikit-learn has none
         }
     )
 

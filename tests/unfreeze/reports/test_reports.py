@@ -16,9 +16,10 @@ from unfreeze.data.packed import PackedImages, in_memory
 from unfreeze.evaluation.evaluating import Predictions
 from unfreeze.evaluation.metrics import measure
 from unfreeze.evaluation.model_choice import Candidate
-from unfreeze.reports.evaluate import Course, evaluate_report
+from unfreeze.reports.evaluate import NAMES, Course, evaluate_report
 from unfreeze.reports.explore import explore_metrics, explore_report
 from unfreeze.reports.html import Section, page, paragraph, table
+from unfreeze.training.lr_curve import make_curve
 
 NASTY = ["<script>alert(1)</script>", "\"quoted\" & 'sharp' $x^2$", "🐱 cats", "a very long name " * 8]
 SIDE = 24
@@ -94,8 +95,8 @@ def check(text: str) -> Reader:
 
 
 def course() -> Course:
-    curve = pd.DataFrame({"rate": [1e-4, 1e-3, 1e-2], "loss": [1.0, 0.5, 2.0], "smoothed": [1.0, 0.6, 1.5]})
-    picks = {"rate": 1e-4, "minimum": 1e-3, "steepest": 5e-4, "valley": 5e-4}
+    curve = make_curve(np.array([1e-4, 1e-3, 1e-2]), np.array([1.0, 0.5, 2.0]), np.ones(3))
+    picks = {"rate": 1e-4, "minimum": 1e-3, "knee": 2e-3, "steepest": 5e-4, "valley": 5e-4}
     history = pd.DataFrame(
         {
             "epoch": [0, 1],
@@ -124,13 +125,14 @@ def evaluation(packed: PackedImages, splits: tuple[str, ...], sure: float = 2.0)
     for split in splits:
         rows = packed.rows(split)
         labels = packed.labels[rows]
-        plain, tta, baseline = guess(labels), guess(labels), guess(labels)
-        predictions[split] = Predictions(rows, plain, tta)
-        for kind, probabilities in (("", plain), ("tta_", tta), ("baseline_", baseline)):
+        plain, tta, baseline, before = guess(labels), guess(labels), guess(labels), guess(labels)
+        predictions[split] = Predictions(rows, plain, tta, before)
+        for kind, probabilities in (("", plain), ("tta_", tta), ("baseline_", baseline), ("uncalibrated_", before)):
             scores = measure(labels, probabilities, packed.classes)
             metrics |= {f"{split}_{kind}{name}": value for name, value in scores.items()}
+    metrics["temperature"] = 1.37
     labels = packed.labels[packed.rows("valid")]
-    candidates = [Candidate(name, guess(labels), labels) for name in ("train_head", "train_augmented", "train_full")]
+    candidates = [Candidate(name, guess(labels), labels) for name in NAMES]
     reason = "train_full is handed on: <b>why</b>"
     return evaluate_report(packed, predictions, metrics, candidates, "train_full", reason, course(), 0), metrics
 
@@ -145,6 +147,10 @@ def test_evaluation_of_many_classes(count: int) -> None:
     assert f"{metrics['test_tta_accuracy']:.1%}" in reader.text
     assert f"{metrics['test_baseline_accuracy']:.1%}" in reader.text
     assert "<b>why</b>" in reader.text
+    assert "the temperature 1.37" in reader.text
+    assert (
+        f"is {metrics['test_ece']:.3f}; before calibration it was {metrics['test_uncalibrated_ece']:.3f}" in reader.text
+    )
     assert all(word in reader.text for word in ("Most wrong", "Most uncertain", "Learning-rate finder: head"))
 
 
@@ -228,7 +234,7 @@ def test_a_class_may_be_called_as_the_corner_of_the_confusion_matrix_is(
     packed = packed_images(12, ["false", "true", "nan"])
     rows = packed.rows("test")
     probabilities = np.eye(3, dtype=np.float32)[packed.labels[rows]]
-    keep_confusion(Run.__new__(Run), packed, {"test": Predictions(rows, probabilities, probabilities)})
+    keep_confusion(Run.__new__(Run), packed, {"test": Predictions(rows, probabilities, probabilities, probabilities)})
     matrix, classes = _confusion(tmp_path / "confusion_matrix.csv")
     assert classes == ["false", "true", "nan"]
     assert matrix.tolist() == np.diag(np.bincount(packed.labels[rows], minlength=3)).tolist()
