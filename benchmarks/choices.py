@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks.ours import Activations, predict_views, prepare, stages
-from benchmarks.work import Work, classifier, make_work
+from benchmarks.work import Work, classifier, make_work, with_epochs
 from unfreeze.device import seed_everything
 from unfreeze.evaluation.metrics import Scores, score
 from unfreeze.settings.overrides import apply_overrides
@@ -64,7 +64,7 @@ def compare(
         shutil.copy(ROOT / "params.yaml", settings)
         apply_overrides(settings, [f"data.source={source}", *change.split()])
         work = make_work(folder / "packed", load_settings(settings))
-        work = dataclasses.replace(work, full_epochs=epochs)
+        work = with_epochs(work, 2, epochs)
         counts = views or [work.settings.evaluate.tta_views]
         _, _, activations = prepare(work, 0)
         scores = [trial(work, seed, last, activations, counts) for seed in range(seeds)]

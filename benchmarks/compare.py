@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from benchmarks import ceilings, ours, peer
-from benchmarks.work import Work
+from benchmarks.work import Work, with_epochs
 from pipeline.process.signals import die_with, identity
 from unfreeze.data.packed import open_packed
 
@@ -96,6 +96,7 @@ def accuracy(work: Work, seeds: int, say: Callable[[str], None]) -> dict[str, An
 
     Of ours twice: with all layer groups unfrozen in the end, as fastai has it, and with those that the settings say.
     """
+    work = with_epochs(work, 2, 4)
     runs: dict[str, list[dict[str, float]]] = {ALL: [], OURS: [], "fastai": []}
     with ExitStack() as stack:
         us, them = (stack.enter_context(_process()) for _ in range(2))

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +20,9 @@ from unfreeze.batches.rendering import read_canvas
 from unfreeze.batches.views import random_views
 from unfreeze.data.packing import pack
 from unfreeze.data.sources import read_source
-from unfreeze.device import seed_everything
-from unfreeze.evaluation.metrics import score
+from unfreeze.device import seed_everything, to_device
+from unfreeze.evaluation.baseline import baseline_head, baseline_probabilities, fit_baseline
+from unfreeze.evaluation.evaluating import Evaluation, evaluate_split
 from unfreeze.evaluation.model_choice import Candidate, choose
 from unfreeze.evaluation.predicting import backbone_activations, predict_tta
 from unfreeze.models.classifier import Classifier
@@ -117,7 +119,8 @@ def packing(work: Work) -> float:
 
 
 def recipe(work: Work, seed: int, unfreeze: Unfreeze | None = None) -> dict[str, float]:
-    """From images to evaluated model: seconds, and accuracies on valid and test, plain and with TTA.
+    """From images to evaluated model, as the settings say: seconds, epochs of the whole network, its rate, and scores on
+    valid and test, plain and with TTA.
 
     ``unfreeze`` says which layer groups train in the end, where it is not to be what the settings say.
     """
@@ -129,20 +132,28 @@ def recipe(work: Work, seed: int, unfreeze: Unfreeze | None = None) -> dict[str,
         settings = dataclasses.replace(work.settings, seed=seed, unfreeze=unfreeze or work.settings.unfreeze)
         here = dataclasses.replace(work, folder=Path(folder), settings=settings)
         model, loader, activations = prepare(here, seed)
-        labels = loader.packed.labels[loader.packed.rows("valid")]
-        states, predicted = {}, {}
-        for name in stages(here, model, loader, activations):
-            states[name] = copy.deepcopy(model.state_dict())
-            predicted[name] = predict_views(here, model, loader, "valid")
-        best, _ = choose([Candidate(name, tta, labels) for name, (_, tta) in predicted.items()])
+        packed = loader.packed
+        found: dict[str, float] = {}
+        rows = {split: packed.rows(split) for split in ("train", "valid", "test")}
+        regression = fit_baseline(activations[rows["train"]], packed.labels[rows["train"]])
+        baseline = baseline_probabilities(regression, activations, len(packed.classes))
+        heads = {"baseline": baseline_head(regression, activations.shape[1], len(packed.classes))}
+        states, judged = {}, {}
+
+        def judge(split: str, temperature: float | None = None) -> Evaluation:
+            views = predict_tta(model, loader, rows[split], settings.augment, here.views)
+            return evaluate_split(views, rows[split], packed, baseline[rows[split]], temperature)
+
+        for name in itertools.chain(heads, stages(here, model, loader, activations, found)):
+            trained, model.head = model.head, to_device(heads.get(name, model.head), loader.device)
+            states[name], judged[name] = copy.deepcopy(model.state_dict()), judge("valid")
+            model.head = trained
+        labels = packed.labels[rows["valid"]]
+        best, _ = choose([Candidate(name, it.predictions.tta, labels) for name, it in judged.items()])
         model.load_state_dict(states[best.name])
-        scores: dict[str, float] = {}
-        for split in ("valid", "test"):
-            plain, averaged = predicted[best.name] if split == "valid" else predict_views(here, model, loader, split)
-            labels = loader.packed.labels[loader.packed.rows(split)]
-            scores[f"{split}_accuracy"] = score(plain, labels).accuracy
-            scores[f"{split}_tta_accuracy"] = score(averaged, labels).accuracy
-    return {"seconds": time.perf_counter() - start, **scores}
+        splits = {"valid": judged[best.name], "test": judge("test", judged[best.name].temperature)}
+        scores = {f"{split}_{key}": value for split, it in splits.items() for key, value in it.metrics.items()}
+    return {"seconds": time.perf_counter() - start, "chosen": list(states).index(best.name), **found, **scores}
 
 
 def prepare(work: Work, seed: int) -> tuple[Classifier, Loader, Activations]:
@@ -151,8 +162,13 @@ def prepare(work: Work, seed: int) -> tuple[Classifier, Loader, Activations]:
     return model, loader, np.concatenate(list(backbone_activations(model.backbone, loader)))
 
 
-def stages(work: Work, model: Classifier, loader: Loader, activations: Activations) -> Iterator[str]:
-    """Train head, augmented head and whole network; yields the name of each when it is done."""
+def stages(
+    work: Work, model: Classifier, loader: Loader, activations: Activations, found: dict[str, float] | None = None
+) -> Iterator[str]:
+    """Train head, augmented head and whole network; yields the name of each when it is done.
+
+    ``found`` gets the rate of the whole network, how many epochs it was trained, and which cycle was kept.
+    """
     settings, packed = work.settings, loader.packed
     train, valid = _rows(loader, validate=True)
 
@@ -167,11 +183,14 @@ def stages(work: Work, model: Classifier, loader: Loader, activations: Activatio
     )
     phases.fit_head(model.head, data, rate, settings.train_head, settings.train)
     yield "train_head"
-    _augmented(work, model, loader, work.frozen_epochs, rate)
+    images = _images(work, loader)
+    phases.fit_augmented(model, images, rate, settings.train_augmented, settings.train)
     yield "train_augmented"
     sweep = settings.unfreeze_lr_find
     rate = _rate(sweep, lambda: _find(work, model, loader, settings.unfreeze, sweep))
-    _full(work, model, loader, settings.unfreeze, work.full_epochs, rate)
+    history = phases.fit_full(model, images, rate, settings.train_full, settings.unfreeze, settings.train)
+    if found is not None:
+        found |= {"rate": rate, "epochs": len(history.epochs), "best_cycle": history.best_cycle + 1}
     yield "train_full"
 
 
@@ -187,7 +206,7 @@ def _full(
     phases.fit_full(model, _images(work, loader, validate), rate, settings, unfreeze, work.settings.train)
 
 
-def _images(work: Work, loader: Loader, validate: bool) -> phases.Images:
+def _images(work: Work, loader: Loader, validate: bool = True) -> phases.Images:
     return phases.Images(loader, *_rows(loader, validate), work.settings.augment, work.settings.seed)
 
 
@@ -216,10 +235,10 @@ def _rate(sweep: LRFind, test: Callable[[], pd.DataFrame]) -> float:
     if sweep.rate is not None:
         return sweep.rate
     curve = test()
-    return pick_rate(suggest(curve["rate"].to_numpy(), curve["loss"].to_numpy()), sweep.pick)
+    return pick_rate(suggest(curve), sweep.pick)
 
 
 def predict_views(work: Work, model: Classifier, loader: Loader, split: str) -> Any:
     """Probabilities of a split's images, plain and averaged over views."""
     rows = loader.packed.rows(split)
-    return predict_tta(model, loader, rows, work.settings.augment, work.views)
+    return predict_tta(model, loader, rows, work.settings.augment, work.views).averaged()

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from benchmarks.work import SWEEP, Work, backbone, files, timed
+from unfreeze.evaluation.metrics import measure
 
 
 def make_learner(work: Work, seed: int = 0, train_bn: bool = True) -> Any:
@@ -101,13 +102,13 @@ def tta(work: Work) -> float:
 
 
 def recipe(work: Work, seed: int) -> dict[str, float]:
-    """From images to evaluated model: seconds, and accuracies on valid and test, plain and with TTA."""
+    """From images to evaluated model: seconds, and scores on valid and test, plain and with TTA."""
     start = time.perf_counter()
     learner = make_learner(work, seed)
     with _quiet(learner):
         rate = learner.lr_find(show_plot=False).valley
         learner.fine_tune(work.full_epochs, rate, freeze_epochs=work.frozen_epochs)
-        scores = {}
+        scores: dict[str, float] = {}
         table = files(work)
         for split in ("valid", "test"):
             rows = table[table["split"] == split]
@@ -116,8 +117,8 @@ def recipe(work: Work, seed: int) -> dict[str, float]:
                 ("", learner.get_preds(dl=loader)),
                 ("tta_", learner.tta(dl=loader, n=work.views)),
             ):
-                right = probabilities.argmax(1) == torch.as_tensor(np.asarray(labels)).long()
-                scores[f"{split}_{prefix}accuracy"] = float(right.float().mean())
+                measured = measure(np.asarray(labels, np.int64), probabilities.numpy(), list(learner.dls.vocab))
+                scores |= {f"{split}_{prefix}{name}": value for name, value in measured.items()}
     return {"seconds": time.perf_counter() - start, "rate": float(rate), **scores}
 
 

@@ -1,5 +1,6 @@
 """The work that both sides are given: the same images, split, backbone, weights, image size, batches and epochs."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +32,6 @@ class Work:
         settings: all of them.
         views: of an image, that TTA averages with the plain one.
         sweep: batches of an LR range test.
-        frozen_epochs, full_epochs: of the recipe from images to evaluated model.
         workers: processes that load images for fastai.
     """
 
@@ -39,8 +39,6 @@ class Work:
     settings: Settings
     views: int = 4
     sweep: int = 40
-    frozen_epochs: int = 2
-    full_epochs: int = 4
     workers: int = 0
 
     @property
@@ -49,9 +47,29 @@ class Work:
         return self.settings.data.source
 
     @property
+    def frozen_epochs(self) -> int:
+        """Epochs of the augmented head."""
+        return self.settings.train_augmented.epochs
+
+    @property
+    def full_epochs(self) -> int:
+        """Epochs of the whole network, at most."""
+        return self.settings.train_full.epochs
+
+    @property
     def image_size(self) -> int:
         """Side of the squares in pixels."""
         return self.settings.data.image_size
+
+
+def with_epochs(work: Work, frozen: int, full: int) -> Work:
+    """The same work with so many epochs of the augmented head, and so many of the whole network in one cycle."""
+    head = dataclasses.replace(work.settings.train_augmented, cycles=frozen, cycle_len=1, cycle_mult=1)
+    whole = dataclasses.replace(
+        work.settings.train_full, cycles=1, cycle_len=full, cycle_mult=1, until_overfitting=False
+    )
+    settings = dataclasses.replace(work.settings, train_augmented=head, train_full=whole)
+    return dataclasses.replace(work, settings=settings)
 
 
 def make_work(folder: Path, settings: Settings) -> Work:

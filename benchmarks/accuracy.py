@@ -1,0 +1,131 @@
+"""Accuracy on several sets of images: the recipe as shipped, fastai, the plain script, and logistic regression.
+
+python -m benchmarks.accuracy --set trash=../photos/trash --set "digits=../photos/digits augment.flip=none"
+
+Network, images, split, batch size and image size are the same for all; fastai and the plain script train as many epochs as
+the recipe's default has at most. Every run is a process of its own, and is noted as soon as it is done: a second call goes
+on where the first was stopped, and the table is made of all that there is.
+"""
+
+import argparse
+import dataclasses
+import json
+import platform
+import shutil
+import tempfile
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from benchmarks import ours, peer, plain
+from benchmarks.compare import _process
+from benchmarks.work import Work, classifier, make_work
+from unfreeze.evaluation.baseline import baseline_probabilities, fit_baseline
+from unfreeze.evaluation.metrics import measure
+from unfreeze.settings.overrides import apply_overrides, read_overrides
+from unfreeze.settings.schema import load_settings
+
+ROOT = Path(__file__).parent.parent
+NAMES = {
+    "recipe": "unfreeze",
+    "fastai": "fastai",
+    "plain": "plain script",
+    "logistic regression": "logistic regression",
+}
+
+
+def main() -> None:
+    """Run what is missing, note it, and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--set", action="append", required=True, dest="sets", metavar="'NAME=SOURCE [KEY=VALUE ...]'")
+    parser.add_argument("--settings", type=Path, help="changes to params.yaml")
+    parser.add_argument("--methods", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--image-size", type=int, default=160)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "accuracy.json")
+    chosen = parser.parse_args()
+    rows: list[dict[str, Any]] = json.loads(chosen.out.read_text()) if chosen.out.exists() else []
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(chosen.seeds):  # a table of one seed is there soon
+            for text in chosen.sets:
+                name, _, rest = text.partition("=")
+                source, *changes = rest.split()
+                changes = [*(read_overrides(chosen.settings) if chosen.settings else []), *changes]
+                changes += [f"data.source={source}", f"data.image_size={chosen.image_size}"]
+                work = None
+                for method in chosen.methods:
+                    key = {"set": name, "size": chosen.image_size, "method": method, "seed": seed}
+                    if any(key.items() <= row.items() for row in rows) or (method == "logistic regression" and seed):
+                        continue
+                    work = work or _work(Path(folder) / name, changes)
+                    with _process() as process:
+                        found = process.submit(run, method, work, seed).result()
+                    rows.append({**key, **found, "threads": torch.get_num_threads(), "machine": platform.machine()})
+                    chosen.out.write_text(json.dumps(rows, indent=1) + "\n")
+                    print(f"{name}, {method}, seed {seed}: {_shown(found)}", flush=True)
+    print("\n".join(table([row for row in rows if row["size"] == chosen.image_size])))
+
+
+def run(method: str, work: Work, seed: int) -> dict[str, float]:
+    """Train and measure with one method: seconds from images to evaluated model, and scores on valid and test."""
+    if method == "logistic regression":
+        return regression(work)
+    side: Any = {"recipe": ours, "fastai": peer, "plain": plain}[method]
+    return dict(side.recipe(work, seed))
+
+
+def regression(work: Work) -> dict[str, float]:
+    """Scores of scikit-learn's logistic regression on the frozen network's activations."""
+    scores: dict[str, float] = {}
+    _, loader = classifier(work, 0)
+    _, _, activations = ours.prepare(work, 0)
+    packed = loader.packed
+    train = packed.rows("train")
+    fitted = fit_baseline(activations[train], packed.labels[train])
+    for split in ("valid", "test"):
+        rows = packed.rows(split)
+        found = measure(
+            packed.labels[rows], baseline_probabilities(fitted, activations[rows], len(packed.classes)), packed.classes
+        )
+        scores |= {f"{split}_{prefix}{name}": value for name, value in found.items() for prefix in ("", "tta_")}
+    return scores
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of a table in Markdown: test accuracy and log loss with TTA, means over the seeds that all methods have."""
+    lines = [
+        "| test accuracy, log loss (seeds) | " + " | ".join(NAMES.values()) + " |",
+        "|---" * (len(NAMES) + 1) + "|",
+    ]
+    for name in dict.fromkeys(row["set"] for row in rows):
+        cells = []
+        for method in NAMES:
+            found = [row for row in rows if row["set"] == name and row["method"] == method]
+            cells.append(
+                f"{mean(r['test_tta_accuracy'] for r in found):.4f}, {mean(r['test_tta_log_loss'] for r in found):.3f} "
+                f"({len(found)})"
+                if found
+                else ""
+            )
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _work(folder: Path, changes: list[str]) -> Work:
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = folder / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", settings)
+    apply_overrides(settings, changes)
+    work = make_work(folder / "packed", load_settings(settings))
+    return dataclasses.replace(work, views=work.settings.evaluate.tta_views)
+
+
+def _shown(found: dict[str, float]) -> str:
+    names = ("valid_tta_accuracy", "valid_tta_log_loss", "test_tta_accuracy", "test_tta_log_loss", "seconds")
+    return ", ".join(f"{name} {found[name]:.4g}" for name in names if name in found)
+
+
+if __name__ == "__main__":
+    main()
