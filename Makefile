@@ -28,13 +28,13 @@ $(READY): pyproject.toml constraints.txt
 	ln -sf samples/elpv.yaml sample:elpv
 	touch $@
 
-run: $(READY)  ## run the recipe as a Prefect flow
-	unfreeze run
+run: $(READY)  ## run the recipe as a Prefect flow; RUN="--settings settings/quick.yaml" in a few minutes
+	unfreeze run $(RUN)
 
 repro: $(READY)  ## run the recipe with DVC alone
 	dvc repro
 
-# In the order of the folders: the long tests of tests/integration are first, and the short ones fill what time is left.
+# In the order of the folders: the long tests of tests/integration are among the first, and the short ones fill what time is left.
 test: $(READY)  ## run all tests
 	pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
