@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as bench
-from benchmarks import checkpoints, choices, compare, figure, memory, orchestration, ours
+from benchmarks import accuracy, checkpoints, choices, compare, figure, memory, orchestration, ours
 from benchmarks.work import Work, files, make_work
 from tests.integration.project import paint
 from unfreeze.settings.overrides import apply_overrides
@@ -58,6 +58,25 @@ def test_our_recipe_is_judged_on_valid_and_test(work: Work) -> None:
     result = ours.recipe(work, seed=1)
     assert set(result) >= {"seconds", "valid_accuracy", "valid_tta_accuracy", "test_accuracy", "test_tta_accuracy"}
     assert all(0 <= value <= 1 for name, value in result.items() if "accuracy" in name)
+
+
+def test_accuracies_are_noted_run_by_run_and_go_on_where_they_stopped(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "accuracy.json"
+    (tmp_path / "few.yaml").write_text("train_full:\n  cycles: 1\n")
+    words = ["--set", f"photos={work.source} {' '.join(TINY)}", "--image-size", "32", "--seeds", "1", "--out", str(out)]
+    words += ["--settings", str(tmp_path / "few.yaml"), "--methods", "recipe", "plain", "logistic regression"]
+    monkeypatch.setattr(sys, "argv", ["accuracy", *words])
+    accuracy.main()
+    rows = json.loads(out.read_text())
+    assert [row["method"] for row in rows] == ["recipe", "plain", "logistic regression"]
+    for row in rows:
+        assert all(0 <= row[f"{split}_tta_accuracy"] <= 1 for split in ("valid", "test"))
+        assert row["test_tta_log_loss"] > 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| photos | ")
+    accuracy.main()
+    assert json.loads(out.read_text()) == rows
 
 
 def test_choices_are_judged_with_every_seed_on_validation_images(work: Work, tmp_path: Path) -> None:

@@ -30,8 +30,8 @@ def choose(candidates: list[Candidate]) -> tuple[Candidate, str]:
     """The candidate to hand on: of those that are as accurate as the best, the one with the lowest log loss.
 
     On a few hundred validation images two or three more right ones are chance, and the candidate that chance favours most
-    would win. As accurate as the best counts who cannot be told from it by McNemar's exact test at 5 % (McNemar, 1947;
-    Dietterich, 1998); log loss then compares what each makes of every image, not only of those on the border.
+    would win. As accurate as the best are those that are not significantly less accurate by McNemar's exact test at 5 %
+    (McNemar, 1947; Dietterich, 1998); log loss then compares what each makes of every image, not only of those on the border.
 
     Returns:
         The candidate, and the reason in a sentence.
@@ -41,12 +41,12 @@ def choose(candidates: list[Candidate]) -> tuple[Candidate, str]:
     best = min(level, key=lambda c: (c.scores.loss, -c.scores.accuracy))
     shown = ", ".join(f"{c.name} {c.scores.accuracy:.4f} and {c.scores.loss:.4f}" for c in candidates)
     if len(level) == 1:
-        why = "it is more accurate on the validation images than the others"
+        why = "it is significantly more accurate on the validation images than the others"
     elif len(level) == len(candidates):
-        why = "all are as accurate on the validation images as far as can be told, and it has the lowest log loss"
+        why = "none is significantly less accurate on the validation images, and it has the lowest log loss"
     else:
         names = " and ".join(c.name for c in level)
-        why = f"{names} are as accurate on the validation images as far as can be told, and it has the lower log loss"
+        why = f"the accuracies of {names} on the validation images are not significantly different, and it has the lowest log loss"
     return best, f"{best.name} is handed on: {why} (accuracy and log loss: {shown})."
 
 
