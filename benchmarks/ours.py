@@ -202,7 +202,7 @@ def _augmented(work: Work, model: Classifier, loader: Loader, epochs: int, rate:
 def _full(
     work: Work, model: Classifier, loader: Loader, unfreeze: Unfreeze, epochs: int, rate: float, validate: bool = True
 ) -> None:
-    settings = TrainFull("sgdr", 1, epochs, 1, until_overfitting=False)
+    settings = TrainFull("sgdr", 1, epochs, 1, warmup=0, until_overfitting=False)
     phases.fit_full(model, _images(work, loader, validate), rate, settings, unfreeze, work.settings.train)
 
 

@@ -59,7 +59,7 @@ def _trained(scale: Scale, name: str) -> dict[str, str]:
             warnings.simplefilter("always")
             rows = images.rows("train")[: scale.steps * scale.batch]
             history = fit_full(
-                model, Images(loader, rows, rows[:0], ours.augment, 0), 1e-3, TrainFull("sgdr", 1, 1, 1, False),
+                model, Images(loader, rows, rows[:0], ours.augment, 0), 1e-3, TrainFull("sgdr", 1, 1, 1, 0, False),
                 replace(ours.unfreeze, freeze_to=first), ours.train,
             )  # fmt: skip
         said = {str(w.message).split(" ")[0] for w in caught if "deterministic" in str(w.message)}
@@ -194,7 +194,7 @@ def _checkpoint(folder: Path | None, name: str) -> Checkpoint | None:
 
 def _whole_network(model: Classifier, loader: Loader, folder: Path | None, kill: int | None) -> str:
     ours = settings()
-    full = TrainFull("sgdr", 1, 2, 1, True)
+    full = TrainFull("sgdr", 1, 2, 1, 0, True)
     fit_full(model, _images(loader), 1e-3, full, ours.unfreeze, ours.train, _callbacks(kill, folder, "full"))
     return digest(model.state_dict().values())
 

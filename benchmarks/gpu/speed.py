@@ -217,7 +217,7 @@ def _of(loader: Loader, rows: Rows) -> Loader:
 def _full(model: Classifier, loader: Loader, rows: Rows, first: int, callbacks: Callbacks, epochs: int = 2) -> None:
     ours = settings()
     fit_full(
-        model, Images(loader, rows, rows[:0], ours.augment, 0), 1e-5, TrainFull("sgdr", 1, epochs, 1, False),
+        model, Images(loader, rows, rows[:0], ours.augment, 0), 1e-5, TrainFull("sgdr", 1, epochs, 1, 0, False),
         replace(ours.unfreeze, freeze_to=first), ours.train, callbacks,
     )  # fmt: skip
 

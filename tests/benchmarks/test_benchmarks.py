@@ -64,7 +64,7 @@ def test_accuracies_are_noted_run_by_run_and_go_on_where_they_stopped(
     work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "accuracy.json"
-    (tmp_path / "few.yaml").write_text("train_full:\n  cycles: 1\n")
+    (tmp_path / "few.yaml").write_text("train_full:\n  cycles: 1\n  cycle_len: 1\n")
     words = ["--set", f"photos={work.source} {' '.join(TINY)}", "--image-size", "32", "--seeds", "1", "--out", str(out)]
     words += ["--settings", str(tmp_path / "few.yaml"), "--methods", "recipe", "plain", "logistic regression"]
     monkeypatch.setattr(sys, "argv", ["accuracy", *words])

@@ -38,6 +38,7 @@ SMALL = {
     "train_head.epochs": "1",
     "train_augmented.cycles": "1",
     "train_full.cycles": "1",
+    "train_full.cycle_len": "1",
     "evaluate.tta_views": "2",
 }
 

@@ -119,8 +119,9 @@ class UnfreezeLRFind(LRFind):
 
 @dataclass(frozen=True)
 class TrainFull(TrainAugmented):
-    """Whole network; with `until_overfitting` the number of cycles is a maximum."""
+    """Whole network; with `until_overfitting` the number of cycles is a maximum. `warmup` is a share of each cycle."""
 
+    warmup: Annotated[float, In(0, 1, open_high=True)]
     until_overfitting: bool
 
 

@@ -4,16 +4,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-PATIENCE = 2
-"""Cycles in a row that must be no better. One says little: a restart leaves a valley before it finds a wider one, the more
-so where the cycles before were short, and a few hundred validation images measure it only roughly."""
+PATIENCE = 1
+"""Cycles in a row that must be no better. A cycle is long enough to find the next valley (`train_full.cycle_len` and
+`warmup`), and what it costs to go on is as much again as all the time so far."""
 
 
 def until_overfitting(train_losses: Sequence[float], valid_losses: Sequence[float]) -> tuple[bool, int]:
     """Whether training overfits, judged at the end of the newest cycle.
 
-    It does when the validation loss at the end of the last two cycles was no better than the best before them, while the
-    training loss is still the lowest so far: the network learns the training images by heart.
+    It does when the validation loss at the end of the last `PATIENCE` cycles was no better than the best before them, while
+    the training loss is still the lowest so far: the network learns the training images by heart.
 
     Args:
         train_losses: training loss of the last epoch of each cycle so far.

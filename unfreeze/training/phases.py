@@ -223,7 +223,8 @@ def _example(loader: Loader, rows: Rows, count: int) -> torch.Tensor:
 
 def _schedule(settings: TrainAugmented | TrainFull, data: Images) -> Schedule:
     count = batches_per_epoch(len(data.train), data.loader.batch_size)
-    return make_schedule(settings.schedule, settings.cycles, settings.cycle_len, settings.cycle_mult, count)
+    warmup = settings.warmup if isinstance(settings, TrainFull) else 0.0
+    return make_schedule(settings.schedule, settings.cycles, settings.cycle_len, settings.cycle_mult, count, warmup)
 
 
 def _tracked(batches: Iterable[Batch], schedule: Schedule, epoch: int, first: int) -> Iterator[Batch]:

@@ -4,7 +4,9 @@ A schedule is worked out before training starts, so it can be plotted, tested an
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +32,17 @@ class Schedule:
         return self.cycle_ends[-1]
 
 
-def cosine(iterations: int) -> Factors:
-    """From 1 along half a cosine towards 0, which the iteration after the last would reach."""
-    return (1 + np.cos(np.pi * np.arange(iterations) / iterations)) / 2
+def cosine(iterations: int, warmup: float = 0.0) -> Factors:
+    """From 1 along half a cosine towards 0, which the iteration after the last would reach.
+
+    Args:
+        iterations: how many.
+        warmup: share of them in which the factor rises to 1 first, along half a cosine as well.
+    """
+    rise = int(warmup * iterations)
+    fall = iterations - rise
+    up = (1 - np.cos(np.pi * np.arange(1, rise + 1) / (rise + 1))) / 2
+    return np.concatenate([up, (1 + np.cos(np.pi * np.arange(fall) / fall)) / 2])
 
 
 def one_cycle(iterations: int) -> Factors:
@@ -60,14 +70,21 @@ def constant(iterations: int) -> Factors:
     return np.ones(iterations)
 
 
-SHAPES = {"sgdr": cosine, "one_cycle": one_cycle, "step": step, "constant": constant}
+SHAPES: dict[str, Callable[[int], Factors]] = {
+    "sgdr": cosine,
+    "one_cycle": one_cycle,
+    "step": step,
+    "constant": constant,
+}
 
 
-def make_schedule(name: str, cycles: int, cycle_len: int, cycle_mult: int, batches_per_epoch: int) -> Schedule:
+def make_schedule(
+    name: str, cycles: int, cycle_len: int, cycle_mult: int, batches_per_epoch: int, warmup: float = 0.0
+) -> Schedule:
     """A schedule of cycles, each in the shape of the name, restarting at the top.
 
     With ``sgdr`` this is stochastic gradient descent with warm restarts (Loshchilov and Hutter, 2017): cosine annealing
-    per batch.
+    per batch. With a warm-up, it is the one-cycle policy's shape, again and again.
 
     Args:
         name: sgdr, one_cycle, step or constant.
@@ -75,7 +92,9 @@ def make_schedule(name: str, cycles: int, cycle_len: int, cycle_mult: int, batch
         cycle_len: epochs of the first cycle.
         cycle_mult: how many times as long each next cycle is.
         batches_per_epoch: iterations in an epoch.
+        warmup: of ``sgdr``, the share of each cycle in which the rate rises to its top.
     """
     lengths = [cycle_len * cycle_mult**i for i in range(cycles)]
-    factors = np.concatenate([SHAPES[name](length * batches_per_epoch) for length in lengths])
+    shape = partial(cosine, warmup=warmup) if name == "sgdr" else SHAPES[name]
+    factors = np.concatenate([shape(length * batches_per_epoch) for length in lengths])
     return Schedule(factors, tuple(itertools.accumulate(lengths)))

@@ -209,7 +209,7 @@ def test_where_the_loss_is_no_number_the_rate_and_the_images_are_named(settings:
             augmented(settings, rate=1e38)
         else:
             model, loader = material()
-            full = TrainFull("constant", 1, 1, 1, until_overfitting=False)
+            full = TrainFull("constant", 1, 1, 1, warmup=0, until_overfitting=False)
             data = Images(loader, TRAIN, VALID, settings.augment, 7)
             fit_full(model, data, 1e38, full, settings.unfreeze, settings.train)
     sentence, *names = str(caught.value).split("\n  ")

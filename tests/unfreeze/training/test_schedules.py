@@ -65,6 +65,19 @@ def test_totals(name: str, cycles: int, cycle_len: int, cycle_mult: int, batches
         np.testing.assert_array_equal(schedule.factors[first * batches : end * batches], alone.factors)
 
 
+@pytest.mark.parametrize("warmup", [0.1, 0.3, 0.9])
+@pytest.mark.parametrize("batches", [1, 7, 50])
+def test_a_warm_up_rises_to_the_top_in_its_share_of_every_cycle(warmup: float, batches: int) -> None:
+    schedule = make_schedule("sgdr", 2, 2, 2, batches, warmup)
+    plain = make_schedule("sgdr", 2, 2, 2, batches)
+    assert schedule.cycle_ends == plain.cycle_ends and len(schedule.factors) == len(plain.factors) == 6 * batches
+    for cycle in np.split(schedule.factors, [2 * batches]):
+        top = int(cycle.argmax())
+        assert top == int(warmup * len(cycle)) and cycle[top] == 1
+        assert (np.diff(cycle[: top + 1]) > 0).all() and (np.diff(cycle[top:]) < 0).all()
+        assert cycle.min() > 0
+
+
 def test_the_lessons_example_has_seven_epochs() -> None:
     assert make_schedule("sgdr", 3, 1, 2, 100).cycle_ends == (1, 3, 7)
 
