@@ -60,13 +60,18 @@ def reliability(probabilities: NDArray[Any], labels: Labels, bins: int = BINS) -
         bins: of equal width.
 
     Returns:
-        A row per bin that has images: confidence and accuracy (their means) and images (how many).
+        A row per bin that has images: confidence and accuracy (their means), images (how many), and low and high, the 95 %
+        interval of the accuracy.
     """
     confidence = probabilities.max(1).astype(float)
     bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
     right = probabilities.argmax(1) == labels
     table = pd.DataFrame({"confidence": confidence, "accuracy": right.astype(float), "images": 1})
-    return table.groupby(bin_of).agg({"confidence": "mean", "accuracy": "mean", "images": "sum"})
+    table = table.groupby(bin_of).agg({"confidence": "mean", "accuracy": "mean", "images": "sum"})
+    correct = (table["accuracy"] * table["images"]).round()
+    bounds = [accuracy_interval(int(some), int(all_)) for some, all_ in zip(correct, table["images"], strict=True)]
+    table[["low", "high"]] = bounds
+    return table
 
 
 def expected_calibration_error(probabilities: NDArray[Any], labels: Labels, bins: int = BINS) -> float:

@@ -16,8 +16,6 @@ from matplotlib.font_manager import fontManager
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from unfreeze.evaluation.metrics import accuracy_interval
-
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
     "#0072B2",
@@ -108,16 +106,15 @@ def reliability_plot(before: pd.DataFrame, after: pd.DataFrame) -> Figure:
     """Reliability diagram: how many of the predictions are right against how sure they are, before and after calibration.
 
     Args:
-        before, after: rows of confidence, accuracy and images, as `unfreeze.evaluation.metrics.reliability` gives them.
+        before, after: rows of confidence, accuracy and its interval from low to high, as
+            `unfreeze.evaluation.metrics.reliability` gives them.
     """
     figure, axes = _figure(5.6, 5.0)
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", label="perfectly calibrated")
     for table, colour, name in ((before, ORANGE, "before calibration"), (after, BLUE, "after calibration")):
         accuracy = table["accuracy"]
-        bounds = zip(*map(accuracy_interval, (accuracy * table["images"]).round(), table["images"]), strict=True)
-        low, high = map(np.array, bounds)
-        # Both within a rounding error of 0 where all or none are right.
-        errors = np.maximum([accuracy - low, high - accuracy], 0)
+        # Not below 0, as rounding may have it where all or none are right.
+        errors = np.maximum([accuracy - table["low"], table["high"] - accuracy], 0)
         axes.errorbar(
             table["confidence"], accuracy, errors, fmt="o", color=colour, markersize=6, elinewidth=1.2, label=name
         )
