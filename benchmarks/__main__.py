@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import datetime
 import json
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +16,9 @@ from typing import Any
 
 from benchmarks import checkpoints, compare, memory, orchestration
 from benchmarks.figure import draw, result_name
-from benchmarks.work import make_work
-from unfreeze.settings.overrides import apply_overrides, read_overrides
-from unfreeze.settings.schema import load_settings
+from benchmarks.work import ROOT, changed_settings, make_work
+from unfreeze.settings.overrides import read_overrides
 
-ROOT = Path(__file__).parent.parent
 SETTINGS = {
     "--source": "data.source",
     "--image-size": "data.image_size",
@@ -39,10 +36,9 @@ def main() -> None:
     today = datetime.date.today().isoformat()
     if {"speed", "shares", "accuracy", "checkpoints"} & set(chosen.parts):
         with tempfile.TemporaryDirectory() as folder:
-            settings = Path(folder) / "params.yaml"
-            shutil.copy(ROOT / "params.yaml", settings)
-            apply_overrides(settings, _overrides(chosen))
-            work = make_work(Path(folder) / "packed", load_settings(settings))
+            work = make_work(
+                Path(folder) / "packed", changed_settings(Path(folder) / "params.yaml", _overrides(chosen))
+            )
             if {"speed", "accuracy"} & set(chosen.parts):
                 workers = compare.helpful_workers(work, _say) if chosen.workers is None else chosen.workers
                 work = dataclasses.replace(work, workers=workers)

@@ -3,15 +3,14 @@
 python -m benchmarks.accuracy --set trash=../photos/trash --set "digits=../photos/digits augment.flip=none"
 
 Network, images, split, batch size and image size are the same for all; fastai and the plain script train as many epochs as
-the recipe's default has at most. Every run is a process of its own, and is noted as soon as it is done: a second call goes
-on where the first was stopped, and the table is made of all that there is.
+the recipe does at most. Every run has a process of its own, and its result is saved at once: a second call runs what is
+missing, and the table has all results that there are.
 """
 
 import argparse
 import dataclasses
 import json
 import platform
-import shutil
 import tempfile
 from pathlib import Path
 from statistics import mean
@@ -20,14 +19,12 @@ from typing import Any
 import torch
 
 from benchmarks import ours, peer, plain
-from benchmarks.compare import _process
-from benchmarks.work import Work, classifier, make_work
+from benchmarks.compare import process
+from benchmarks.work import ROOT, Work, changed_settings, make_work
 from unfreeze.evaluation.baseline import baseline_probabilities, fit_baseline
 from unfreeze.evaluation.metrics import measure
-from unfreeze.settings.overrides import apply_overrides, read_overrides
-from unfreeze.settings.schema import load_settings
+from unfreeze.settings.overrides import read_overrides
 
-ROOT = Path(__file__).parent.parent
 NAMES = {
     "recipe": "unfreeze",
     "fastai": "fastai",
@@ -37,7 +34,7 @@ NAMES = {
 
 
 def main() -> None:
-    """Run what is missing, note it, and print the table."""
+    """Run what is missing, save it, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--set", action="append", required=True, dest="sets", metavar="'NAME=SOURCE [KEY=VALUE ...]'")
     parser.add_argument("--settings", type=Path, help="changes to params.yaml")
@@ -60,8 +57,8 @@ def main() -> None:
                     if any(key.items() <= row.items() for row in rows) or (method == "logistic regression" and seed):
                         continue
                     work = work or _work(Path(folder) / name, changes)
-                    with _process() as process:
-                        found = process.submit(run, method, work, seed).result()
+                    with process() as side:
+                        found = side.submit(run, method, work, seed).result()
                     rows.append({**key, **found, "threads": torch.get_num_threads(), "machine": platform.machine()})
                     chosen.out.write_text(json.dumps(rows, indent=1) + "\n")
                     print(f"{name}, {method}, seed {seed}: {_shown(found)}", flush=True)
@@ -79,8 +76,7 @@ def run(method: str, work: Work, seed: int) -> dict[str, float]:
 def regression(work: Work) -> dict[str, float]:
     """Scores of scikit-learn's logistic regression on the frozen network's activations."""
     scores: dict[str, float] = {}
-    _, loader = classifier(work, 0)
-    _, _, activations = ours.prepare(work, 0)
+    _, loader, activations = ours.prepare(work, 0)
     packed = loader.packed
     train = packed.rows("train")
     fitted = fit_baseline(activations[train], packed.labels[train])
@@ -94,7 +90,7 @@ def regression(work: Work) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Lines of a table in Markdown: test accuracy and log loss with TTA, means over the seeds that all methods have."""
+    """Lines of a table in Markdown: test accuracy and log loss with TTA, means over the seeds that a method has."""
     lines = [
         "| test accuracy, log loss (seeds) | " + " | ".join(NAMES.values()) + " |",
         "|---" * (len(NAMES) + 1) + "|",
@@ -115,10 +111,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 def _work(folder: Path, changes: list[str]) -> Work:
     folder.mkdir(parents=True, exist_ok=True)
-    settings = folder / "params.yaml"
-    shutil.copy(ROOT / "params.yaml", settings)
-    apply_overrides(settings, changes)
-    work = make_work(folder / "packed", load_settings(settings))
+    work = make_work(folder / "packed", changed_settings(folder / "params.yaml", changes))
     return dataclasses.replace(work, views=work.settings.evaluate.tta_views)
 
 

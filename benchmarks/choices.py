@@ -9,20 +9,15 @@ stops after the head, which takes seconds.
 
 import argparse
 import dataclasses
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 
 from benchmarks.ours import Activations, predict_views, prepare, stages
-from benchmarks.work import Work, classifier, make_work, with_epochs
+from benchmarks.work import Work, changed_settings, classifier, make_work, with_epochs
 from unfreeze.device import seed_everything
 from unfreeze.evaluation.metrics import Scores, score
-from unfreeze.settings.overrides import apply_overrides
-from unfreeze.settings.schema import load_settings
-
-ROOT = Path(__file__).parent.parent
 
 
 def main() -> None:
@@ -60,10 +55,8 @@ def compare(
     yield "|---" * len(columns) + "|"
     usual: list[list[Scores]] = []
     for number, change in enumerate(["", *changes]):
-        settings = folder / f"{number}.yaml"
-        shutil.copy(ROOT / "params.yaml", settings)
-        apply_overrides(settings, [f"data.source={source}", *change.split()])
-        work = make_work(folder / "packed", load_settings(settings))
+        settings = changed_settings(folder / f"{number}.yaml", [f"data.source={source}", *change.split()])
+        work = make_work(folder / "packed", settings)
         work = with_epochs(work, 2, epochs)
         counts = views or [work.settings.evaluate.tta_views]
         _, _, activations = prepare(work, 0)

@@ -44,7 +44,7 @@ def speed(work: Work, repeats: int, say: Callable[[str], None]) -> dict[str, Any
     """Seconds of each case on both sides, and their ratios by the medians; and of what ours find done, the packing."""
     result: dict[str, Any] = {}
     with ExitStack() as stack:
-        us, them = (stack.enter_context(_process()) for _ in range(2))
+        us, them = (stack.enter_context(process()) for _ in range(2))
         result["packing"] = us.submit(ours.packing, work).result()
         say(f"reading and packing the images, once: {result['packing']:.1f} s")
         for name in CASES:
@@ -70,7 +70,7 @@ def shares(work: Work, repeats: int, say: Callable[[str], None]) -> dict[str, An
     found: dict[str, Any] = {}
     for top, rates in PARTS.items():
         turns: dict[str, list[dict[str, Any]]] = {name: [] for name in rates}
-        with _process() as us, _process() as ceiling:
+        with process() as us, process() as ceiling:
             for rate in rates.values():
                 us.submit(rate, work).result()
             for _ in range(repeats):
@@ -99,7 +99,7 @@ def accuracy(work: Work, seeds: int, say: Callable[[str], None]) -> dict[str, An
     work = with_epochs(work, 2, 4)
     runs: dict[str, list[dict[str, float]]] = {ALL: [], OURS: [], "fastai": []}
     with ExitStack() as stack:
-        us, them = (stack.enter_context(_process()) for _ in range(2))
+        us, them = (stack.enter_context(process()) for _ in range(2))
         turns = ((ALL, us, ours.recipe, (ours.WHOLE,)), (OURS, us, ours.recipe, ()), ("fastai", them, peer.recipe, ()))
         for seed in range(seeds):
             for name, pool, function, more in turns:
@@ -162,7 +162,7 @@ def helpful_workers(work: Work, say: Callable[[str], None]) -> int:
     """
     times = {}
     for workers in sorted({0, 1, os.cpu_count() or 1}):
-        with _process() as them:
+        with process() as them:
             asked = dataclasses.replace(work, workers=workers)
             times[workers] = [them.submit(peer.frozen_epoch, asked).result() for _ in range(2)][-1]
     best = min(times, key=lambda workers: times[workers])
@@ -170,7 +170,8 @@ def helpful_workers(work: Work, say: Callable[[str], None]) -> int:
     return best
 
 
-def _process() -> ProcessPoolExecutor:
+def process() -> ProcessPoolExecutor:
+    """A process of its own, which ends with the one that began it."""
     return ProcessPoolExecutor(1, get_context("spawn"), _prepare)
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -119,10 +118,16 @@ def packing(work: Work) -> float:
 
 
 def recipe(work: Work, seed: int, unfreeze: Unfreeze | None = None) -> dict[str, float]:
-    """From images to evaluated model, as the settings say: seconds, epochs of the whole network, its rate, and scores on
-    valid and test, plain and with TTA.
+    """From images to evaluated model, as the settings say.
 
-    ``unfreeze`` says which layer groups train in the end, where it is not to be what the settings say.
+    Args:
+        work: images and settings.
+        seed: of training.
+        unfreeze: which layer groups train in the end, where it is not to be what the settings say.
+
+    Returns:
+        Seconds; rate and epochs of the whole network; which model was chosen (0: logistic regression, 1: head, 2: augmented
+        head, 3: whole network); and its scores on valid and test, plain and with TTA.
     """
     start = time.perf_counter()
     seed_everything(seed)
@@ -137,21 +142,20 @@ def recipe(work: Work, seed: int, unfreeze: Unfreeze | None = None) -> dict[str,
         rows = {split: packed.rows(split) for split in ("train", "valid", "test")}
         regression = fit_baseline(activations[rows["train"]], packed.labels[rows["train"]])
         baseline = baseline_probabilities(regression, activations, len(packed.classes))
-        heads = {"baseline": baseline_head(regression, activations.shape[1], len(packed.classes))}
-        states, judged = {}, {}
+        head = baseline_head(regression, activations.shape[1], len(packed.classes))
+        linear = to_device(Classifier(model.backbone, head), loader.device)
 
-        def judge(split: str, temperature: float | None = None) -> Evaluation:
-            views = predict_tta(model, loader, rows[split], settings.augment, here.views)
+        def judge(network: Classifier, split: str, temperature: float | None = None) -> Evaluation:
+            views = predict_tta(network, loader, rows[split], settings.augment, here.views)
             return evaluate_split(views, rows[split], packed, baseline[rows[split]], temperature)
 
-        for name in itertools.chain(heads, stages(here, model, loader, activations, found)):
-            trained, model.head = model.head, to_device(heads.get(name, model.head), loader.device)
-            states[name], judged[name] = copy.deepcopy(model.state_dict()), judge("valid")
-            model.head = trained
+        states, judged = {"baseline": copy.deepcopy(linear.state_dict())}, {"baseline": judge(linear, "valid")}
+        for name in stages(here, model, loader, activations, found):
+            states[name], judged[name] = copy.deepcopy(model.state_dict()), judge(model, "valid")
         labels = packed.labels[rows["valid"]]
         best, _ = choose([Candidate(name, it.predictions.tta, labels) for name, it in judged.items()])
         model.load_state_dict(states[best.name])
-        splits = {"valid": judged[best.name], "test": judge("test", judged[best.name].temperature)}
+        splits = {"valid": judged[best.name], "test": judge(model, "test", judged[best.name].temperature)}
         scores = {f"{split}_{key}": value for split, it in splits.items() for key, value in it.metrics.items()}
     return {"seconds": time.perf_counter() - start, "chosen": list(states).index(best.name), **found, **scores}
 

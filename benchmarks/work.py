@@ -1,6 +1,7 @@
 """The work that both sides are given: the same images, split, backbone, weights, image size, batches and epochs."""
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from unfreeze.data.sources import read_source
 from unfreeze.device import best_device, to_device
 from unfreeze.models.backbones import Backbone, create_backbone
 from unfreeze.models.classifier import Classifier, Head
-from unfreeze.settings.schema import Settings
+from unfreeze.settings.overrides import apply_overrides
+from unfreeze.settings.schema import Settings, load_settings
 
+ROOT = Path(__file__).parent.parent
 SWEEP: dict[str, Any] = {"start": 1e-6, "end": 1e-4}
 """Rates of a timed LR range test: none breaks a network, so that both sides see every batch."""
 
@@ -70,6 +73,13 @@ def with_epochs(work: Work, frozen: int, full: int) -> Work:
     )
     settings = dataclasses.replace(work.settings, train_augmented=head, train_full=whole)
     return dataclasses.replace(work, settings=settings)
+
+
+def changed_settings(file: Path, changes: list[str]) -> Settings:
+    """The settings of `params.yaml` with changes, as ``key=value``; they are written to the file."""
+    shutil.copy(ROOT / "params.yaml", file)
+    apply_overrides(file, changes)
+    return load_settings(file)
 
 
 def make_work(folder: Path, settings: Settings) -> Work:
