@@ -51,12 +51,13 @@ def keep(run: Run, history: History) -> dict[str, float]:
     """Write a training's tables; `evaluate` plots them, so that a nicer plot costs no training.
 
     Returns:
-        Metrics of the cycle whose weights were kept; its number counts from 1, as in the log.
+        Metrics of the cycle whose weights were kept; its number counts from 1, as in the log. Of a training without epochs,
+        their number alone.
     """
     history.epochs_frame().to_csv(run.path("history.csv"), index=False)
     history.batches_frame().to_csv(run.path("batches.csv"), index=False)
     if not history.epochs:
-        return {}
+        return {"epochs": 0}
     kept = [row for row in history.epochs if row["cycle"] == history.best_cycle][-1]
     metrics = {name: kept[name] for name in ("train_loss", "valid_loss", "valid_accuracy") if name in kept}
     return metrics | {"epochs": len(history.epochs), "best_cycle": history.best_cycle + 1}

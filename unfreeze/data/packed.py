@@ -105,16 +105,15 @@ def open_packed(folder: Path) -> PackedImages:
     return packed
 
 
-def packed_images(pixels: Path, table: pd.DataFrame, image_size: int, classes: list[str] | None = None) -> PackedImages:
+def packed_images(pixels: Path, table: pd.DataFrame, image_size: int, classes: list[str]) -> PackedImages:
     """Images whose pixels lie in a file.
 
     Args:
         pixels: the file.
         table: a row per image: label, packed_width, packed_height, offset and more.
         image_size: shorter side in pixels.
-        classes: names of the classes; those of the table where they are not given.
+        classes: sorted names of the classes.
     """
-    classes = sorted(table["label"].unique()) if classes is None else classes
     numbers = {name: number for number, name in enumerate(classes)}
     labels = table["label"].map(numbers.__getitem__).to_numpy(np.int64)
     sizes = table[["packed_width", "packed_height"]].to_numpy(np.int64)

@@ -20,7 +20,7 @@ from PIL import Image
 
 from unfreeze.data.decoding import BrokenImage, decode, resize_shorter
 from unfreeze.data.duplicates import find_duplicates
-from unfreeze.data.packed import NUMBERS, packed_images
+from unfreeze.data.packed import NUMBERS, PackedImages, packed_images
 from unfreeze.data.splits import assign_splits
 from unfreeze.errors import UserError
 from unfreeze.persistence.atomic import sync
@@ -73,7 +73,10 @@ def pack(
             good = found["reason"] == ""
             _check_classes(found, good)
             classes = sorted(found.loc[good, "label"].unique())
-            pairs = _near_duplicates(found[good], file, data) if data.near_duplicates == "group" else []
+            pairs = []
+            if data.near_duplicates == "group":
+                file.keep()  # or the last pixels may not be in the file yet
+                pairs = _near_duplicates(packed_images(file.path, found[good], data.image_size, classes))
             split = assign_splits(found[good], data.valid, data.test, seed, pairs)
             found["split"] = split.reindex(found.index, fill_value="")
             about = {
@@ -125,10 +128,8 @@ def _pack_pixels(table: pd.DataFrame, file: ResumableFile, data: Data) -> list[R
     return rows
 
 
-def _near_duplicates(found: pd.DataFrame, file: ResumableFile, data: Data) -> list[tuple[int, int]]:
-    """Pairs of positions in the table of images that are nearly the same."""
-    file.keep()
-    packed = packed_images(file.path, found, data.image_size)
+def _near_duplicates(packed: PackedImages) -> list[tuple[int, int]]:
+    """Pairs of row numbers of images that are nearly the same."""
     pairs = find_duplicates(packed)
     return list(pairs.loc[pairs["kind"] == "near", ["row_a", "row_b"]].itertuples(index=False, name=None))
 

@@ -5,7 +5,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from unfreeze.models.classifier import Head
 
@@ -35,9 +34,7 @@ def baseline_head(model: Any, features: int, classes: int) -> Head:
     if len(model.classes_) == 2:  # for which scikit-learn has one row, of the second class against the first
         weight, bias = np.concatenate([0 * weight, weight]), np.concatenate([0 * bias, bias])
     with torch.no_grad():
-        nn.init.constant_(
-            cast(torch.Tensor, head.norm.running_var), 1 - head.norm.eps
-        )  # then BatchNorm changes nothing
+        cast(torch.Tensor, head.norm.running_var).fill_(1 - head.norm.eps)  # with which BatchNorm changes nothing
         logits.weight.zero_()
         logits.bias.fill_(NEVER)
         logits.weight[model.classes_] = torch.from_numpy(weight).float()

@@ -45,7 +45,7 @@ def choose(candidates: list[Candidate]) -> tuple[Candidate, str]:
     elif len(level) == len(candidates):
         why = "none is significantly less accurate on the validation images, and it has the lowest log loss"
     else:
-        names = " and ".join(c.name for c in level)
+        names = ", ".join(c.name for c in level[:-1]) + f" and {level[-1].name}"
         why = f"the accuracies of {names} on the validation images are not significantly different, and it has the lowest log loss"
     return best, f"{best.name} is handed on: {why} (accuracy and log loss: {shown})."
 

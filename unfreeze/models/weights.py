@@ -137,7 +137,11 @@ def _filled(module: Any, tensors: dict[str, torch.Tensor], path: Path) -> Any:
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        raise UserError(f"{path} does not fit the network that it names: {str(error).splitlines()[0]}") from None
+        what = " ".join(str(error).splitlines()[:2]).replace("\t", "")
+        raise UserError(
+            f"{path} does not fit the network that it names: {what} If an earlier version of unfreeze wrote it, run the "
+            "recipe again."
+        ) from None
     return module
 
 

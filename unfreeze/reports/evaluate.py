@@ -213,6 +213,6 @@ def _course(course: Course) -> str:
     )
     for name, (curve, picks) in course.curves.items():
         title = "Learning-rate finder: " + ("head" if name == "lr_find" else "whole network")
-        text += heading(title) + plot(lr_find_plot(curve, picks), "loss against learning rate")
+        text += heading(title) + plot(lr_find_plot(curve, picks), "change of the loss against learning rate")
     text += heading("Rates and losses of the whole network's training")
     return text + plot(rates_plot(course.batches), "learning rate and loss over iterations")

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 PATIENCE = 1
-"""Cycles in a row that must be no better. A cycle is long enough to find the next valley (`train_full.cycle_len` and
-`warmup`), and what it costs to go on is as much again as all the time so far."""
+"""Cycles in a row that must be no better than the best. Another cycle takes as long as the first, or longer."""
 
 
 def until_overfitting(train_losses: Sequence[float], valid_losses: Sequence[float]) -> tuple[bool, int]:

@@ -42,8 +42,8 @@ def range_test(
 ) -> pd.DataFrame:
     """LR range test: train on one batch after another, over as many epochs as it takes, and leave no trace.
 
-    Of every batch the starting weights' loss is taken as well, with the same views and the same dropout: a forward pass
-    more, by which the sweep takes about a third longer. Labels are not smoothed, whatever training does.
+    Of every batch the starting weights' loss is computed as well, with the same views and the same dropout: one forward
+    pass more. Labels are not smoothed, whatever training does.
 
     Args:
         model, optimizer: what is trained, in training mode, and left as it was.
