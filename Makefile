@@ -11,7 +11,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export MLFLOW_DISABLE_TELEMETRY = true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run repro test fast-test lint types bench ui server deploy worker clean
+.PHONY: help setup run repro test fast-test soak lint types bench ui server deploy worker clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | column -t -s '|'
@@ -40,6 +40,9 @@ test: $(READY)  ## run all tests
 
 fast-test: $(READY)  ## run the tests that take no minutes
 	pytest -q -n 2 --dist loadfile --ignore tests/integration
+
+soak: $(READY)  ## kill a small recipe at some moment, start it again, and compare with one that was left alone
+	python -m tests.integration.soak --kills 1 --seed 5
 
 lint: $(READY)  ## look for mistakes and untidiness
 	ruff check . && ruff format --check .

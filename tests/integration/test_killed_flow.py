@@ -1,18 +1,10 @@
-"""Killed again and again, the recipe ends as if nothing had happened; `tests.integration.soak` does it at length."""
+"""A flow that is killed takes what it started with it; `tests.integration.soak` kills whole recipes, at length."""
 
-import random
 import signal
 import time
 from pathlib import Path
 
-import pytest
-
-from tests.integration.soak import at_work, begin, nothing_left, project, soak
-
-
-@pytest.mark.timeout(1200)
-def test_killed_nothing_is_lost(tmp_path: Path) -> None:
-    soak(tmp_path, 1, random.Random(5))
+from tests.integration.soak import at_work, begin, nothing_left, project
 
 
 def test_prefects_temporary_server_ends_with_a_flow_that_is_killed(tmp_path: Path) -> None:
