@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.ours import WHOLE
 from benchmarks.work import Work, classifier
@@ -29,7 +30,7 @@ def measure(work: Work, say: Callable[[str], None], repeats: int = 5) -> dict[st
     with unfrozen(model, loader, rows, WHOLE) as groups:
         optimizer = make_optimizer(groups, work.settings.train)
         set_rate(optimizer, 1e-5)
-        train_batch(model, optimizer, next(loader.plain(rows)), 0.0)
+        train_batch(model, optimizer, next(loader.plain(rows)), nn.CrossEntropyLoss())
         weights = trainable_state(model)
     history = [{"iteration": i, "rate": 1e-3, "loss": 0.5} for i in range(ITERATIONS)]
     best = {name: torch.clone(tensor) for name, tensor in weights.items()}

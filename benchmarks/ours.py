@@ -26,7 +26,7 @@ from unfreeze.evaluation.model_choice import Candidate, choose
 from unfreeze.evaluation.predicting import backbone_activations, predict_tta
 from unfreeze.models.classifier import Classifier
 from unfreeze.models.freezing import decay_groups
-from unfreeze.settings.schema import LRFind, TrainAugmented, TrainFull, Unfreeze
+from unfreeze.settings.schema import LRFind, Train, TrainAugmented, TrainFull, Unfreeze
 from unfreeze.training import phases
 from unfreeze.training.loop import make_optimizer
 from unfreeze.training.lr_curve import pick_rate, suggest
@@ -175,19 +175,21 @@ def stages(
     """
     settings, packed = work.settings, loader.packed
     train, valid = _rows(loader, validate=True)
+    images = _images(work, loader)
 
     def on_activations(epoch: int, first: int) -> Iterator[Batch]:
-        order = shuffled(train, settings.batch_size, settings.seed, epoch)
+        order = shuffled(train, settings.batch_size, settings.seed, epoch, images.probabilities(settings.train))
         return activation_batches(activations, packed.labels, order[first:], loader.device)
 
     groups = decay_groups(model.head.parameters())
-    rate = _rate(settings.lr_find, lambda: _sweep(work, model.head, groups, on_activations, settings.lr_find))
+    rate = _rate(
+        settings.lr_find, lambda: _sweep(images, model.head, groups, on_activations, settings.lr_find, settings.train)
+    )
     data = phases.Activations(
         activations, packed.labels, train, valid, settings.batch_size, settings.seed, loader.device
     )
     phases.fit_head(model.head, data, rate, settings.train_head, settings.train)
     yield "train_head"
-    images = _images(work, loader)
     phases.fit_augmented(model, images, rate, settings.train_augmented, settings.train)
     yield "train_augmented"
     sweep = settings.unfreeze_lr_find
@@ -220,19 +222,24 @@ def _rows(loader: Loader, validate: bool) -> tuple[Rows, Rows]:
 
 
 def _find(work: Work, model: Classifier, loader: Loader, unfreeze: Unfreeze, sweep: LRFind) -> pd.DataFrame:
-    rows = loader.packed.rows("train")
+    images, train = _images(work, loader), work.settings.train
 
     def augmented(epoch: int, first: int) -> Iterator[Batch]:
-        return loader.augmented(rows, work.settings.augment, work.settings.seed, epoch, first)
+        return images.augmented(train, work.settings.seed, epoch, first)
 
-    with unfrozen(model, loader, rows, unfreeze) as groups:
-        return _sweep(work, model, groups, augmented, sweep)
+    with unfrozen(model, loader, images.train, unfreeze) as groups:
+        return _sweep(images, model, groups, augmented, sweep, train)
 
 
 def _sweep(
-    work: Work, model: Any, groups: Any, batches: Callable[[int, int], Iterator[Batch]], sweep: LRFind
+    images: phases.Images,
+    model: Any,
+    groups: Any,
+    batches: Callable[[int, int], Iterator[Batch]],
+    sweep: LRFind,
+    train: Train,
 ) -> pd.DataFrame:
-    return range_test(model, make_optimizer(groups, work.settings.train), batches, sweep)
+    return range_test(model, make_optimizer(groups, train), batches, sweep, loss=images.loss(train))
 
 
 def _rate(sweep: LRFind, test: Callable[[], pd.DataFrame]) -> float:

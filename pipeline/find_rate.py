@@ -20,6 +20,7 @@ def find_rate(
     optimizer: torch.optim.Optimizer,
     batches: Callable[[int, int], Iterable[Batch]],
     settings: LRFind,
+    loss: nn.Module,
 ) -> dict[str, float]:
     """Sweep the rate over training batches, pick one, keep curve and plot.
 
@@ -28,11 +29,12 @@ def find_rate(
         model, optimizer: what is trained during the sweep and left as it was.
         batches: those of epoch n (from 0), from batch i (from 0) on.
         settings: the sweep's ends, its length, and the rule that picks.
+        loss: what the training is going to lower.
 
     Returns:
         Metrics: the rate to train with, and the points of the curve it was chosen among.
     """
-    curve = range_test(model, optimizer, batches, settings, run.checkpoint("sweep"))
+    curve = range_test(model, optimizer, batches, settings, run.checkpoint("sweep"), loss)
     for i, row in enumerate(curve.itertuples(index=False, name=None)):
         run.tracker.curve(dict(zip(COLUMNS, row, strict=True)), i)
     picks = suggest(curve)

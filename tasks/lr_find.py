@@ -13,6 +13,7 @@ from unfreeze.models.classifier import Head
 from unfreeze.models.freezing import decay_groups
 from unfreeze.settings.schema import Head as HeadSettings
 from unfreeze.settings.schema import LRFind, Train
+from unfreeze.training.balance import make_loss, sampling_probabilities
 from unfreeze.training.loop import make_optimizer
 from unfreeze.training.phases import derive_seed
 
@@ -28,9 +29,12 @@ def lr_find(
     model = Head(activations.shape[1], len(packed.classes), head.dropout).to(device).train()
     optimizer = make_optimizer(decay_groups(model.parameters()), train)
     rows = packed.rows("train")
+    labels = packed.labels[rows]
+    probabilities = sampling_probabilities(train, labels)
 
     def batches(epoch: int, first: int) -> Iterator[Batch]:
-        order = shuffled(rows, batch_size, derive_seed(seed, "lr_find"), epoch)
+        order = shuffled(rows, batch_size, derive_seed(seed, "lr_find"), epoch, probabilities)
         return activation_batches(activations, packed.labels, order[first:], device)
 
-    return find_rate(run, model, optimizer, batches, lr_find)
+    loss = make_loss(train, labels, len(packed.classes), device)
+    return find_rate(run, model, optimizer, batches, lr_find, loss)

@@ -9,7 +9,7 @@ from unfreeze.batches.loader import Batch
 from unfreeze.device import seed_everything
 from unfreeze.settings.schema import Augment, Train, Unfreeze, UnfreezeLRFind
 from unfreeze.training.loop import make_optimizer
-from unfreeze.training.phases import derive_seed, unfrozen
+from unfreeze.training.phases import Images, derive_seed, unfrozen
 
 
 @step
@@ -25,10 +25,11 @@ def unfreeze_lr_find(
     seed_everything(seed)
     model, loader = frozen_classifier("train_augmented", batch_size, run.device)
     rows = loader.packed.rows("train")
+    data = Images(loader, rows, rows[:0], augment, seed)
 
     def batches(epoch: int, first: int) -> Iterator[Batch]:
-        return loader.augmented(rows, augment, derive_seed(seed, "unfreeze_lr_find"), epoch, first)
+        return data.augmented(train, derive_seed(seed, "unfreeze_lr_find"), epoch, first)
 
     with unfrozen(model, loader, rows, unfreeze) as groups:
         optimizer = make_optimizer(groups, train)
-        return find_rate(run, model, optimizer, batches, unfreeze_lr_find)
+        return find_rate(run, model, optimizer, batches, unfreeze_lr_find, data.loss(train))

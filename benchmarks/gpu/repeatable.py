@@ -13,6 +13,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch import nn
 
 from benchmarks.gpu.material import Row, Scale, classifier, digest, packed, row, settings, wait
 from unfreeze.batches.loader import Batch, Loader
@@ -104,10 +105,11 @@ def _stepped(scale: Scale, name: str, kind: str, graphed: bool) -> tuple[str, fl
         optimizer = make_optimizer(groups, replace(ours.train, optimizer=kind))
         batches = list(loader.augmented(rows, ours.augment, 0, 0))
         torch.manual_seed(1)
-        eager = partial(train_batch, model, optimizer, label_smoothing=0.0)
+        loss = nn.CrossEntropyLoss()
+        eager = partial(train_batch, model, optimizer, loss=loss)
         if graphed:
-            deterministically(lambda: record(model, optimizer, batches[0], 0.0))
-        step: Any = GraphedStep(model, optimizer, batches[0], 0.0) if graphed else eager
+            deterministically(lambda: record(model, optimizer, batches[0], loss))
+        step: Any = GraphedStep(model, optimizer, batches[0], loss) if graphed else eager
         losses = []
         for number, batch in enumerate(batches):
             set_rate(optimizer, 1e-3 / (1 + number))

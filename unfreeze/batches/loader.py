@@ -87,14 +87,21 @@ class Loader:
         return track(self.views(views), "predicting", len(chunks))
 
     def augmented(
-        self, rows: NDArray[np.int64], augment: Augment, seed: int, epoch: int, first: int = 0, together: int = 1
+        self,
+        rows: NDArray[np.int64],
+        augment: Augment,
+        seed: int,
+        epoch: int,
+        first: int = 0,
+        together: int = 1,
+        probabilities: NDArray[np.float64] | None = None,
     ) -> Iterator[Batch]:
         """One epoch of ``rows``, shuffled and augmented, from the batch number ``first`` on.
 
         Chance is a function of seed, epoch and batch alone, so that any batch of any epoch can be made again.
-        So many batches as ``together`` says come as one.
+        So many batches as ``together`` says come as one. ``probabilities`` as for `shuffled`.
         """
-        chunks = shuffled(rows, self.batch_size, seed, epoch)
+        chunks = shuffled(rows, self.batch_size, seed, epoch, probabilities)
 
         def views_of(number: int) -> Views:
             chunk, rng = chunks[number], np.random.default_rng([seed, epoch, number + 1])
@@ -153,9 +160,15 @@ def batches_per_epoch(images: int, batch_size: int) -> int:
     return max(1, images // batch_size)
 
 
-def shuffled(rows: NDArray[np.int64], batch_size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
-    """One epoch's batches of row numbers: another order each epoch, the rest that fills no batch left out."""
-    order = np.random.default_rng([seed, epoch, 0]).permutation(rows)
+def shuffled(
+    rows: NDArray[np.int64], batch_size: int, seed: int, epoch: int, probabilities: NDArray[np.float64] | None = None
+) -> list[NDArray[np.int64]]:
+    """One epoch's batches of row numbers: another order each epoch, the rest that fills no batch left out.
+
+    With a probability for each row (N,) as many rows are drawn with replacement, as torch's `WeightedRandomSampler` does.
+    """
+    rng = np.random.default_rng([seed, epoch, 0])
+    order = rng.permutation(rows) if probabilities is None else rng.choice(rows, len(rows), p=probabilities)
     return [order[i * batch_size : (i + 1) * batch_size] for i in range(batches_per_epoch(len(rows), batch_size))]
 
 

@@ -68,6 +68,7 @@ class Train:
     optimizer: Annotated[str, OneOf(("adamw", "sgd"))]
     weight_decay: Annotated[float, In(0, 1)]
     label_smoothing: Annotated[float, In(0, 1, open_high=True)]
+    balance: Annotated[str, OneOf(("none", "loss", "sampler"))]
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def fit(
     *,
     train_mode: Callable[[], object],
     stop_when_overfitting: bool = False,
-    label_smoothing: float = 0.0,
+    loss: nn.Module | None = None,
     callbacks: Callbacks | None = None,
 ) -> History:
     """Train ``model`` along ``schedule`` and leave the weights of the best cycle in it.
@@ -125,7 +125,7 @@ def fit(
         train_mode: puts the model's trained parts into training mode; called before every epoch.
         stop_when_overfitting: treat the number of cycles as a maximum, stop as `until_overfitting` says, and go back to
             the weights of the best cycle.
-        label_smoothing: share of probability spread over all classes.
+        loss: of logits (B, classes) and class numbers (B,); cross-entropy by default.
         callbacks: called while it trains; among them the checkpoint to save to and to resume from.
 
     Raises:
@@ -151,7 +151,7 @@ def fit(
             checkpoint.save(weights, optimizer, at)
             raise
 
-    step = TrainStep(model, optimizer, label_smoothing)
+    step = TrainStep(model, optimizer, loss or nn.CrossEntropyLoss())
     with checkpoint.deferring() if checkpoint else nullcontext():
         while not at.done:
             train_mode()

@@ -21,10 +21,11 @@ from unfreeze.batches.loader import Batch, Loader, activation_batches, batches_p
 from unfreeze.errors import UserError
 from unfreeze.evaluation.metrics import Scores, score
 from unfreeze.evaluation.predicting import infer, predict
-from unfreeze.models.classifier import Classifier
+from unfreeze.models.classifier import Classifier, Head
 from unfreeze.models.freezing import decay_groups, freeze_to, parameter_groups, set_train_mode
 from unfreeze.progress import track
 from unfreeze.settings.schema import Augment, Train, TrainAugmented, TrainFull, TrainHead, Unfreeze
+from unfreeze.training.balance import make_loss, sampling_probabilities
 from unfreeze.training.history import History
 from unfreeze.training.loop import Callbacks, Diverged, TrainingData, fit, make_optimizer
 from unfreeze.training.schedules import Schedule, make_schedule
@@ -78,9 +79,22 @@ class Images:
     augment: Augment
     seed: int
 
+    def loss(self, train: Train) -> nn.CrossEntropyLoss:
+        """The loss of the settings, for the classes of the training images."""
+        labels, classes = self.loader.packed.labels[self.train], len(self.loader.packed.classes)
+        return make_loss(train, labels, classes, self.loader.device)
+
+    def augmented(self, train: Train, seed: int, epoch: int, first: int = 0, together: int = 1) -> Iterator[Batch]:
+        """One epoch of augmented training images, drawn as the settings say; the other arguments as of the loader's."""
+        return self.loader.augmented(self.train, self.augment, seed, epoch, first, together, self.probabilities(train))
+
+    def probabilities(self, train: Train) -> NDArray[np.float64] | None:
+        """Of each training image to be drawn next, as `sampling_probabilities` says."""
+        return sampling_probabilities(train, self.loader.packed.labels[self.train])
+
 
 def fit_head(
-    head: nn.Module,
+    head: Head,
     data: Activations,
     rate: float,
     settings: TrainHead,
@@ -100,13 +114,16 @@ def fit_head(
     seed = derive_seed(data.seed, "train_head")
     schedule = make_schedule("sgdr", 1, settings.epochs, 1, batches_per_epoch(len(data.train), data.batch_size))
 
+    labels = data.labels[data.train]
+    probabilities = sampling_probabilities(train, labels)
+
     def batches(epoch: int, first: int) -> Iterator[Batch]:
-        chunks = shuffled(data.train, data.batch_size, seed, epoch)
+        chunks = shuffled(data.train, data.batch_size, seed, epoch, probabilities)
         return activation_batches(data.features, data.labels, chunks[first:], data.device)
 
     def validate() -> Scores:
-        probabilities = predict(head, activation_batches(data.features, data.labels, [data.valid], data.device))
-        return score(probabilities, data.labels[data.valid])
+        found = predict(head, activation_batches(data.features, data.labels, [data.valid], data.device))
+        return score(found, data.labels[data.valid])
 
     return fit(
         head,
@@ -115,7 +132,7 @@ def fit_head(
         rate,
         TrainingData(batches, validate if len(data.valid) else None),
         train_mode=head.train,
-        label_smoothing=train.label_smoothing,
+        loss=make_loss(train, labels, head.classes, data.device),
         callbacks=callbacks,
     )
 
@@ -142,7 +159,7 @@ def fit_augmented(
 
     def batches(epoch: int, first: int) -> Iterator[Batch]:
         skipped = first % 2  # so that the same two come together whatever batch it begins with
-        pairs = loader.augmented(data.train, data.augment, seed, epoch, first - skipped, together=2)
+        pairs = data.augmented(train, seed, epoch, first - skipped, together=2)
         halves = (
             batch for x, y in infer(frozen, pairs, frozen) for batch in zip(x.split(size), y.split(size), strict=True)
         )
@@ -152,7 +169,7 @@ def fit_augmented(
         valid[:] = valid or infer(frozen, loader.plain(data.valid), frozen)
         return score(predict(head, valid), loader.packed.labels[data.valid])
 
-    with _named_images(data, seed):
+    with _named_images(data, train, seed):
         return fit(
             head,
             make_optimizer(decay_groups(head.parameters()), train),
@@ -160,7 +177,7 @@ def fit_augmented(
             rate,
             TrainingData(batches, validate if len(data.valid) else None),
             train_mode=head.train,
-            label_smoothing=train.label_smoothing,
+            loss=data.loss(train),
             callbacks=callbacks,
         )
 
@@ -179,7 +196,7 @@ def fit_full(
     schedule = _schedule(settings, data)
 
     def batches(epoch: int, first: int) -> Iterator[Batch]:
-        augmented = loader.augmented(data.train, data.augment, seed, epoch, first)
+        augmented = data.augmented(train, seed, epoch, first)
         return _tracked(augmented, schedule, epoch, first)
 
     copied: nn.Module | None = None
@@ -189,7 +206,7 @@ def fit_full(
         copied = frozen_copy(model, _example(loader, data.valid, loader.wide), copied)
         return score(predict(model, loader.plain(data.valid), copied), loader.packed.labels[data.valid])
 
-    with unfrozen(model, loader, data.train, unfreeze) as groups, _named_images(data, seed):
+    with unfrozen(model, loader, data.train, unfreeze) as groups, _named_images(data, train, seed):
         return fit(
             model,
             make_optimizer(groups, train),
@@ -198,7 +215,7 @@ def fit_full(
             TrainingData(batches, validate if len(data.valid) else None),
             train_mode=lambda: set_train_mode(model),
             stop_when_overfitting=settings.until_overfitting,
-            label_smoothing=train.label_smoothing,
+            loss=data.loss(train),
             callbacks=callbacks,
         )
 
@@ -232,11 +249,11 @@ def _tracked(batches: Iterable[Batch], schedule: Schedule, epoch: int, first: in
 
 
 @contextmanager
-def _named_images(data: Images, seed: int) -> Iterator[None]:
+def _named_images(data: Images, train: Train, seed: int) -> Iterator[None]:
     """Name the images of the batch at which the loss became infinite or not a number."""
     try:
         yield
     except Diverged as error:
-        chunk = shuffled(data.train, data.loader.batch_size, seed, error.epoch)[error.batch]
+        chunk = shuffled(data.train, data.loader.batch_size, seed, error.epoch, data.probabilities(train))[error.batch]
         names = "\n  ".join(map(str, data.loader.packed.table["path"].iloc[chunk]))
         raise UserError(f"{error} The batch's images, should it be them:\n  {names}") from None

@@ -39,17 +39,19 @@ def range_test(
     batches: Callable[[int, int], Iterable[Batch]],
     settings: LRFind,
     checkpoint: Checkpoint | None = None,
+    loss: nn.Module | None = None,
 ) -> pd.DataFrame:
     """LR range test: train on one batch after another, over as many epochs as it takes, and leave no trace.
 
     Of every batch the starting weights' loss is computed as well, with the same views and the same dropout: one forward
-    pass more. Labels are not smoothed, whatever training does.
+    pass more.
 
     Args:
         model, optimizer: what is trained, in training mode, and left as it was.
         batches: those of epoch n (from 0), from batch i (from 0) on.
         settings: the sweep's ends and its length.
         checkpoint: where to note how far the sweep has come, and to go on from, as in `fit`.
+        loss: of logits (B, classes) and class numbers (B,); cross-entropy by default.
 
     Returns:
         The curve, as `lr_find` gives it.
@@ -60,32 +62,33 @@ def range_test(
         at = (checkpoint.load(weights, optimizer) if checkpoint else None) or Progress()
         if at.iteration:
             logger.info("goes on at batch %d of %d, from a checkpoint", at.iteration + 1, settings.iterations)
-        line, step = _endless(batches, at), TrainStep(model, optimizer, label_smoothing=0.0)
+        loss = loss or nn.CrossEntropyLoss()
+        line, step = _endless(batches, at), TrainStep(model, optimizer, loss)
 
         def train_at(rate: float) -> Losses:
             batch = next(line)
-            starting = _starting_loss(model, weights, start, batch)
+            starting = _starting_loss(model, weights, start, batch, loss)
             set_rate(optimizer, rate)
-            loss = float(step(batch))
-            at.history.batches.append({"iteration": at.iteration, "rate": rate, "loss": loss, "starting": starting})
+            value = float(step(batch))
+            at.history.batches.append({"iteration": at.iteration, "rate": rate, "loss": value, "starting": starting})
             at.iteration, at.batch = at.iteration + 1, at.batch + 1
             if checkpoint and checkpoint.due():
                 checkpoint.save(weights, optimizer, at)
-            return loss, starting
+            return value, starting
 
         before = [(row["loss"], row["starting"]) for row in at.history.batches]
         return lr_find(train_at, settings.start, settings.end, settings.iterations, before)
 
 
-def _starting_loss(model: nn.Module, weights: Tensors, start: Tensors, batch: Batch) -> float:
+def _starting_loss(model: nn.Module, weights: Tensors, start: Tensors, batch: Batch, loss: nn.Module) -> float:
     """The batch's loss with the starting weights; weights and random state are as before afterwards."""
     now, chance = {name: tensor.clone() for name, tensor in weights.items()}, rng_state()
     put(weights, start)
     with torch.no_grad():
-        loss = float(batch_loss(model, batch))
+        value = float(batch_loss(model, batch, loss))
     put(weights, now)
     set_rng_state(chance)
-    return loss
+    return value
 
 
 def _endless(batches: Callable[[int, int], Iterable[Batch]], at: Progress) -> Iterator[Batch]:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from unfreeze.batches.loader import Batch
@@ -24,23 +23,21 @@ WARM_UP = 3
 """Steps before the recording: libraries choose their algorithms and allocate their workspaces in them."""
 
 
-def batch_loss(model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> torch.Tensor:
-    """Mean cross-entropy of a batch, on the device."""
+def batch_loss(model: nn.Module, batch: Batch, loss: nn.Module) -> torch.Tensor:
+    """The loss of a batch, on the device; ``loss`` maps logits (B, classes) and class numbers (B,) to it."""
     inputs, labels = batch
     with autocast(inputs.device):
         logits = model(inputs)
-    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+    return torch.as_tensor(loss(logits.float(), labels))
 
 
-def train_batch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, label_smoothing: float
-) -> torch.Tensor:
-    """One step of the optimizer; returns the batch's mean cross-entropy, still on the device."""
-    loss = batch_loss(model, batch, label_smoothing)
+def train_batch(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, loss: nn.Module) -> torch.Tensor:
+    """One step of the optimizer; returns the batch's loss, still on the device."""
+    value = batch_loss(model, batch, loss)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    value.backward()
     optimizer.step()
-    return loss.detach()
+    return value.detach()
 
 
 class TrainStep:
@@ -50,24 +47,22 @@ class TrainStep:
     and the modules' modes must stay.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, label_smoothing: float) -> None:
-        self._model, self._optimizer, self._label_smoothing = model, optimizer, label_smoothing
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: nn.Module) -> None:
+        self._model, self._optimizer, self._loss = model, optimizer, loss
         self._graph: GraphedStep | None = None
         self._tried = False
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """Train on a batch; returns its mean cross-entropy, on the device."""
+        """Train on a batch; returns its loss, on the device."""
         if not self._tried and batch[0].is_cuda:
             self._tried = True
-            self._graph = record(self._model, self._optimizer, batch, self._label_smoothing)
+            self._graph = record(self._model, self._optimizer, batch, self._loss)
         if self._graph is not None and self._graph.fits(batch):
             return self._graph(batch)
-        return train_batch(self._model, self._optimizer, batch, self._label_smoothing)
+        return train_batch(self._model, self._optimizer, batch, self._loss)
 
 
-def record(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, label_smoothing: float
-) -> "GraphedStep | None":
+def record(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, loss: nn.Module) -> "GraphedStep | None":
     """Record a training step, and compare it with a step that is not recorded.
 
     Weights, optimizer and random state are as before afterwards.
@@ -78,15 +73,15 @@ def record(
 
     def bits(step: Any) -> list[torch.Tensor]:
         with _restored_in_place(model, optimizer):
-            loss = step(batch)
-            return [loss.clone(), *(p.detach().clone() for p in model.parameters() if p.requires_grad)]
+            value = step(batch)
+            return [value.clone(), *(p.detach().clone() for p in model.parameters() if p.requires_grad)]
 
     def eager(given: Batch) -> torch.Tensor:
-        return train_batch(model, optimizer, given, label_smoothing)
+        return train_batch(model, optimizer, given, loss)
 
     try:
         expected = deterministically(lambda: bits(eager))
-        graph = GraphedStep(model, optimizer, batch, label_smoothing)
+        graph = GraphedStep(model, optimizer, batch, loss)
         if not all(torch.equal(a, b) for a, b in zip(bits(graph), expected, strict=True)):
             raise RuntimeError("the recorded step computes something else.")
         return graph
@@ -100,16 +95,14 @@ def record(
 class GraphedStep:
     """`train_batch` for one model, optimizer and shape of batch, recorded as a CUDA graph."""
 
-    def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, label_smoothing: float
-    ) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, loss: nn.Module) -> None:
         """Record the step; weights, optimizer and random state are as before afterwards.
 
         Args:
             model: on a GPU, in training mode.
             optimizer: of `make_optimizer`, over the parameters that train.
             batch: inputs and class numbers, of the shape of all batches to come.
-            label_smoothing: share of probability spread over all classes.
+            loss: of logits (B, classes) and class numbers (B,).
 
         Raises:
             RuntimeError: the model does something that cannot be recorded, such as looking at a value on the GPU.
@@ -120,25 +113,25 @@ class GraphedStep:
         stream.wait_stream(torch.cuda.current_stream())
         with _restored_in_place(model, optimizer), torch.cuda.stream(stream):
             for _ in range(WARM_UP):
-                train_batch(model, optimizer, static, label_smoothing)
+                train_batch(model, optimizer, static, loss)
         torch.cuda.current_stream().wait_stream(stream)
         optimizer.zero_grad(set_to_none=True)  # the graph's gradients are to lie in the graph's own memory
         torch.cuda.empty_cache()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._loss = train_batch(model, optimizer, static, label_smoothing)
+            self._value = train_batch(model, optimizer, static, loss)
 
     def fits(self, batch: Batch) -> bool:
         """Whether a batch has the shape that was recorded."""
         return batch[0].shape == self._inputs.shape and batch[0].dtype == self._inputs.dtype
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """Train on a batch; returns its mean cross-entropy, on the GPU."""
+        """Train on a batch; returns its loss, on the GPU."""
         inputs, labels = batch
         self._inputs.copy_(inputs)
         self._labels.copy_(labels)
         self._graph.replay()
-        return self._loss.clone()
+        return self._value.clone()
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def training(
 
     history = fit(
         model,
-        make_optimizer([{"params": list(model.parameters())}], Train(optimizer, 0.01, 0.0)),
+        make_optimizer([{"params": list(model.parameters())}], Train(optimizer, 0.01, 0.0, "none")),
         make_schedule("sgdr", CYCLES, 1, 1, BATCHES),
         0.05,
         TrainingData(lambda epoch, first: ((x.to(device), y.to(device)) for x, y in epochs(epoch, first)), validate),
@@ -134,7 +134,7 @@ def test_a_finished_training_is_not_trained_again(tmp_path: Path) -> None:
         return epochs(epoch, first)
 
     model = network()
-    optimizer = make_optimizer([{"params": list(model.parameters())}], Train("adamw", 0.01, 0.0))
+    optimizer = make_optimizer([{"params": list(model.parameters())}], Train("adamw", 0.01, 0.0, "none"))
     schedule = make_schedule("sgdr", CYCLES, 1, 1, BATCHES)
     again = fit(
         model, optimizer, schedule, 0.05, TrainingData(watched), train_mode=model.train,
@@ -149,7 +149,7 @@ def test_state_of_a_fused_optimizer_comes_back_in_the_layout_of_its_weights(tmp_
     with pytest.raises(Killed):
         training("adamw", at(tmp_path), 4)
     model = network().train()
-    optimizer = make_optimizer([{"params": list(model.parameters())}], Train("adamw", 0.01, 0.0))
+    optimizer = make_optimizer([{"params": list(model.parameters())}], Train("adamw", 0.01, 0.0, "none"))
     assert at(tmp_path).load(trainable_state(model), optimizer)
     for parameter, state in optimizer.state.items():
         assert state["exp_avg"].stride() == parameter.stride()
@@ -207,7 +207,7 @@ def test_a_wish_to_stop_is_granted_after_the_batch_and_a_checkpoint(tmp_path: Pa
     wish = Interruption()
     checkpoint = at(tmp_path, batches=None, interruption=wish)
     model = network()
-    optimizer = make_optimizer([{"params": list(model.parameters())}], Train("adamw", 0.01, 0.0))
+    optimizer = make_optimizer([{"params": list(model.parameters())}], Train("adamw", 0.01, 0.0, "none"))
 
     def interrupted(epoch: int, first: int) -> Iterator[Batch]:
         for i, batch in enumerate(epochs(epoch, first), first):
@@ -234,7 +234,7 @@ def test_a_wish_to_stop_is_granted_in_the_middle_of_validation(tmp_path: Path) -
     wish = Interruption()
     checkpoint = at(tmp_path, batches=None, interruption=wish)
     model = network()
-    optimizer = make_optimizer([{"params": list(model.parameters())}], Train("adamw", 0.01, 0.0))
+    optimizer = make_optimizer([{"params": list(model.parameters())}], Train("adamw", 0.01, 0.0, "none"))
     validated = []
 
     def validate() -> Scores:
@@ -283,7 +283,7 @@ def test_half_a_checkpoint_is_removed(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("unfreeze.training.checkpoints.os.fsync", full)
     model = network().train()
-    optimizer = make_optimizer([{"params": list(model.parameters())}], Train("adamw", 0.01, 0.0))
+    optimizer = make_optimizer([{"params": list(model.parameters())}], Train("adamw", 0.01, 0.0, "none"))
     at(tmp_path).save(trainable_state(model), optimizer, Progress())
     assert not list(tmp_path.iterdir())
 

@@ -147,7 +147,7 @@ def test_frozen_parts_do_not_change_by_a_bit(settings: Settings, n: int) -> None
     batches = Loader(images(16), NORM, CPU, 8).augmented(np.arange(16), settings.augment, 0, 0)
     set_train_mode(model)
     for batch in batches:
-        train_batch(model, optimizer, batch, 0.0)
+        train_batch(model, optimizer, batch, nn.CrossEntropyLoss())
     frozen = {name.rsplit(".", 1)[0] for group in layer_groups(model)[:n] for name in group}
     for name, value in model.state_dict().items():
         same = torch.equal(value, before[name])
@@ -162,7 +162,7 @@ def test_bn_freeze_keeps_statistics_and_trains_weights(settings: Settings) -> No
     optimizer = make_optimizer(parameter_groups(model, 1), settings.train)
     set_rate(optimizer, 0.05)
     for batch in Loader(images(8), NORM, CPU, 8).plain(np.arange(8)):
-        train_batch(model, optimizer, batch, 0.0)
+        train_batch(model, optimizer, batch, nn.CrossEntropyLoss())
     for name, value in model.backbone.state_dict().items():
         assert torch.equal(value, before[name]) == ("running" in name or "tracked" in name), name
 

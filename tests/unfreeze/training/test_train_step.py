@@ -12,6 +12,7 @@ from unfreeze.settings.schema import Train
 from unfreeze.training.loop import make_optimizer, set_rate
 from unfreeze.training.train_step import TrainStep, record, train_batch
 
+LOSS = nn.CrossEntropyLoss()
 RATES = (1e-2, 3e-3, 1e-3, 1e-4)
 
 
@@ -26,7 +27,7 @@ def material(device: str, kind: str, *more: nn.Module) -> tuple[nn.Module, torch
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), *more, nn.Dropout(0.5), nn.Flatten(), nn.Linear(4 * 36, 2)]
     model = nn.Sequential(*layers).to(device).train()
-    optimizer = make_optimizer([{"params": list(model.parameters())}], Train(kind, 0.01, 0.0))
+    optimizer = make_optimizer([{"params": list(model.parameters())}], Train(kind, 0.01, 0.0, "none"))
     batches = [(torch.randn(5, 3, 8, 8).to(device), torch.tensor([0, 1, 0, 1, 0]).to(device)) for _ in RATES]
     return model, optimizer, batches
 
@@ -34,7 +35,7 @@ def material(device: str, kind: str, *more: nn.Module) -> tuple[nn.Module, torch
 def trained(device: str, kind: str, recorded: bool) -> list[torch.Tensor]:
     """Losses, weights and buffers after some steps, each with a rate of its own."""
     model, optimizer, batches = material(device, kind)
-    step = TrainStep(model, optimizer, 0.0) if recorded else lambda b: train_batch(model, optimizer, b, 0.0)
+    step = TrainStep(model, optimizer, LOSS) if recorded else lambda b: train_batch(model, optimizer, b, LOSS)
     torch.manual_seed(1)
     losses = []
     for rate, batch in zip(RATES, batches, strict=True):
@@ -56,7 +57,7 @@ def test_a_recording_is_used_and_leaves_no_trace(kind: str) -> None:
     model, optimizer, batches = material("cuda", kind)
     before = [tensor.clone() for tensor in [*model.parameters(), *model.buffers()]]
     chance = torch.cuda.get_rng_state()
-    assert record(model, optimizer, batches[0], 0.0) is not None
+    assert record(model, optimizer, batches[0], LOSS) is not None
     assert all(torch.equal(a, b) for a, b in zip(before, [*model.parameters(), *model.buffers()], strict=True))
     assert torch.equal(chance, torch.cuda.get_rng_state())
 
@@ -66,5 +67,5 @@ def test_a_recording_is_used_and_leaves_no_trace(kind: str) -> None:
 def test_a_model_that_cannot_be_recorded_is_trained_all_the_same(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     model, optimizer, batches = material("cuda", kind, Looks())
     with caplog.at_level(logging.INFO, "unfreeze"):
-        loss = TrainStep(model, optimizer, 0.0)(batches[0])
+        loss = TrainStep(model, optimizer, LOSS)(batches[0])
     assert torch.isfinite(loss) and "Training without a CUDA graph" in caplog.text
