@@ -4,13 +4,14 @@ import copy
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 
 from benchmarks.work import SWEEP, Work, classifier, timed
@@ -24,16 +25,18 @@ from unfreeze.evaluation.baseline import baseline_head, baseline_probabilities, 
 from unfreeze.evaluation.evaluating import Evaluation, evaluate_split
 from unfreeze.evaluation.model_choice import Candidate, choose
 from unfreeze.evaluation.predicting import backbone_activations, predict_tta
+from unfreeze.evaluation.soup import average_weights, greedy_soup
 from unfreeze.models.classifier import Classifier
 from unfreeze.models.freezing import decay_groups
 from unfreeze.settings.schema import LRFind, Train, TrainAugmented, TrainFull, Unfreeze
 from unfreeze.training import phases
-from unfreeze.training.loop import make_optimizer
+from unfreeze.training.loop import Callbacks, make_optimizer
 from unfreeze.training.lr_curve import pick_rate, suggest
 from unfreeze.training.phases import Rows, unfrozen
 from unfreeze.training.range_test import range_test
 
 Activations = NDArray[np.float32]
+State = dict[str, torch.Tensor]
 WHOLE = Unfreeze(freeze_to=0, lr_ratio=3, bn_freeze=True)
 """All layer groups train, as in the peer's epochs."""
 
@@ -127,7 +130,7 @@ def recipe(work: Work, seed: int, unfreeze: Unfreeze | None = None) -> dict[str,
 
     Returns:
         Seconds; rate and epochs of the whole network; which model was chosen (0: logistic regression, 1: head, 2: augmented
-        head, 3: whole network); and its scores on valid and test, plain and with TTA.
+        head, 3: whole network, 4: average of its cycles); and its scores on valid and test, plain and with TTA.
     """
     start = time.perf_counter()
     seed_everything(seed)
@@ -150,8 +153,20 @@ def recipe(work: Work, seed: int, unfreeze: Unfreeze | None = None) -> dict[str,
             return evaluate_split(views, rows[split], packed, baseline[rows[split]], temperature)
 
         states, judged = {"baseline": copy.deepcopy(linear.state_dict())}, {"baseline": judge(linear, "valid")}
-        for name in stages(here, model, loader, activations, found):
+        cycles: dict[int, State] = {}
+        for name in stages(here, model, loader, activations, found, cycles):
             states[name], judged[name] = copy.deepcopy(model.state_dict()), judge(model, "valid")
+
+        def judge_soup(numbers: Sequence[int]) -> Evaluation:
+            states["soup"] = average_weights([cycles[number] for number in numbers])
+            model.load_state_dict(states["soup"])
+            return judge(model, "valid")
+
+        losses = {number: found.pop(f"cycle {number}") for number in cycles}
+        alone = judged["train_full"].metrics["tta_log_loss"]
+        soup = greedy_soup(losses, lambda numbers: judge_soup(numbers).metrics["tta_log_loss"], alone)
+        if len(soup) > 1:
+            judged["soup"] = judge_soup(soup)
         labels = packed.labels[rows["valid"]]
         best, _ = choose([Candidate(name, it.predictions.tta, labels) for name, it in judged.items()])
         model.load_state_dict(states[best.name])
@@ -167,11 +182,17 @@ def prepare(work: Work, seed: int) -> tuple[Classifier, Loader, Activations]:
 
 
 def stages(
-    work: Work, model: Classifier, loader: Loader, activations: Activations, found: dict[str, float] | None = None
+    work: Work,
+    model: Classifier,
+    loader: Loader,
+    activations: Activations,
+    found: dict[str, float] | None = None,
+    cycles: dict[int, State] | None = None,
 ) -> Iterator[str]:
     """Train head, augmented head and whole network; yields the name of each when it is done.
 
-    ``found`` gets the rate of the whole network, how many epochs it was trained, and which cycle was kept.
+    ``found`` gets the rate of the whole network, how many epochs it was trained, which cycle was kept, and the validation loss
+    at each cycle's end; ``cycles`` gets the weights there, by the cycle's number from 1.
     """
     settings, packed = work.settings, loader.packed
     train, valid = _rows(loader, validate=True)
@@ -194,8 +215,16 @@ def stages(
     yield "train_augmented"
     sweep = settings.unfreeze_lr_find
     rate = _rate(sweep, lambda: _find(work, model, loader, settings.unfreeze, sweep))
-    history = phases.fit_full(model, images, rate, settings.train_full, settings.unfreeze, settings.train)
+
+    def keep(number: int) -> None:
+        if cycles is not None:
+            cycles[number + 1] = copy.deepcopy(model.state_dict())
+
+    history = phases.fit_full(
+        model, images, rate, settings.train_full, settings.unfreeze, settings.train, Callbacks(cycle=keep)
+    )
     if found is not None:
+        found |= {f"cycle {row['cycle'] + 1:.0f}": row["valid_loss"] for row in history.epochs if "valid_loss" in row}
         found |= {"rate": rate, "epochs": len(history.epochs), "best_cycle": history.best_cycle + 1}
     yield "train_full"
 

@@ -1,15 +1,17 @@
 """How good the result is and where it goes wrong: predictions with and without TTA, confusion matrix, report.
 
-Logistic regression, head, augmented head and full network are compared on the validation split, each at its best, with TTA
-and calibrated, and the best is handed on: beyond chance, what a user gets is never worse there than the frozen network. The
-test split is looked at last, with the model that was chosen.
+Logistic regression, head, augmented head, full network and the average of its cycles' weights (a model soup) are compared on
+the validation split, each at its best, with TTA and calibrated, and the best is handed on: beyond chance, what a user gets is
+never worse there than the frozen network. The test split is looked at last, with the model that was chosen.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
 from pipeline.artifacts import artifact, write_json
+from pipeline.cycles import average_cycles
 from pipeline.inputs import frozen_classifier, precomputed
 from pipeline.results import keep_confusion, write_predictions
 from pipeline.step import Run, step
@@ -18,6 +20,7 @@ from unfreeze.device import seed_everything, to_device
 from unfreeze.evaluation.evaluating import Evaluation, Predictions, evaluate_split
 from unfreeze.evaluation.model_choice import Candidate, choose
 from unfreeze.evaluation.predicting import predict_tta
+from unfreeze.evaluation.soup import greedy_soup
 from unfreeze.models.classifier import Classifier
 from unfreeze.models.weights import load_classifier, load_head, save_classifier
 from unfreeze.reports.evaluate import Course, evaluate_report, reliability_tables
@@ -39,16 +42,27 @@ def evaluate(run: Run, seed: int, batch_size: int, augment: Augment, evaluate: E
         "train_augmented": artifact("train_augmented", "head.safetensors"),
     }
     models = {name: Classifier(model.backbone, load_head(path).to(loader.device)) for name, path in heads.items()}
-    full, _ = load_classifier(artifact("train_full", "model.safetensors"))
-    models["train_full"] = to_device(full, loader.device)
+    models["train_full"] = to_device(load_classifier(artifact("train_full", "model.safetensors"))[0], loader.device)
 
-    def judge(name: str, split: str, temperature: float | None = None) -> Evaluation:
+    def judge(model: Classifier, name: str, split: str, temperature: float | None = None) -> Evaluation:
         rows = packed.rows(split)
         with run.predictions(f"{name}-{split}") as kept:
-            found = predict_tta(models[name], loader, rows, augment, evaluate.tta_views, kept)
+            found = predict_tta(model, loader, rows, augment, evaluate.tta_views, kept)
             return evaluate_split(found, rows, packed, baseline[rows], temperature)
 
-    judged = {name: judge(name, "valid") for name in models}
+    def soup(cycles: Sequence[int]) -> Classifier:
+        averaged = copy.deepcopy(models["train_full"])
+        averaged.load_state_dict(average_cycles(artifact("train_full", "cycles"), cycles))
+        return averaged
+
+    def judge_soup(cycles: Sequence[int]) -> Evaluation:
+        return judge(soup(cycles), f"soup-{'-'.join(map(str, cycles))}", "valid")
+
+    judged = {name: judge(model, name, "valid") for name, model in models.items()}
+    alone = judged["train_full"].metrics["tta_log_loss"]
+    cycles = greedy_soup(cycle_losses(), lambda those: judge_soup(those).metrics["tta_log_loss"], alone)
+    if len(cycles) > 1:
+        models["soup"], judged["soup"] = soup(cycles), judge_soup(cycles)
     candidates = [Candidate(name, found.predictions.tta, packed.labels[valid]) for name, found in judged.items()]
     best, reason = choose(candidates)
     run.log("%s", reason)
@@ -56,7 +70,7 @@ def evaluate(run: Run, seed: int, batch_size: int, augment: Augment, evaluate: E
     model, temperature = models[best.name], judged[best.name].temperature
     splits = {"valid": judged[best.name]}
     if len(packed.rows("test")):
-        splits["test"] = judge(best.name, "test", temperature)
+        splits["test"] = judge(model, best.name, "test", temperature)
     metrics = {f"{split}_{name}": value for split, found in splits.items() for name, value in found.metrics.items()}
     metrics["temperature"] = temperature
     predictions = {split: found.predictions for split, found in splits.items()}
@@ -70,12 +84,20 @@ def evaluate(run: Run, seed: int, batch_size: int, augment: Augment, evaluate: E
 
     model.temperature = temperature
     save_classifier(model, run.path("model.safetensors"), packed.classes, packed.image_size, augment)
-    write_json(run.path("chosen.json"), {"chosen": best.name, "reason": reason})
+    write_json(
+        run.path("chosen.json"), {"chosen": best.name, "reason": reason, "soup": cycles if best.name == "soup" else []}
+    )
     write_predictions(run.path("predictions.csv"), packed, predictions)
     keep_confusion(run, packed, predictions)
     write_report(run, packed, predictions, metrics, candidates, best.name, reason, seed)
     run.log("report: %s", run.path("report.html"))
     return metrics
+
+
+def cycle_losses() -> dict[int, float]:
+    """The validation loss at the end of each cycle of the whole network's training, by the cycle's number from 1."""
+    ends = pd.read_csv(artifact("train_full", "history.csv")).groupby("cycle")["valid_loss"].last()
+    return dict(zip((ends.index.to_numpy() + 1).tolist(), ends.tolist(), strict=True))
 
 
 def write_report(

@@ -1,8 +1,8 @@
 """The same recipe with the rates, cycles and epochs that were found, on train + valid; measured on test.
 
-It replays head, augmented head and full training up to the one that `evaluate` chose, or fits the logistic regression
-anew where that was chosen, and keeps the temperature that was found. No validation split is left, so
-only the test split can judge; where there is none, nobody can, and the log says so.
+It replays head, augmented head and full training up to the one that `evaluate` chose, averages the weights of the same cycles
+where an average was chosen, or fits the logistic regression anew, and keeps the temperature that was found. No validation split
+is left, so only the test split can judge; where there is none, nobody can, and the log says so.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import json
 import numpy as np
 
 from pipeline.artifacts import artifact
+from pipeline.cycles import average_cycles, keep_cycles
 from pipeline.inputs import fresh_classifier, precomputed
 from pipeline.results import keep_confusion, write_predictions
 from pipeline.step import Run, step
@@ -45,7 +46,8 @@ def retrain(
     activations = precomputed("activations.npy")
     rows = np.sort(np.concatenate([packed.rows("train"), packed.rows("valid")]))
     nothing = rows[:0]
-    chosen = json.loads(artifact("evaluate", "chosen.json").read_text())["chosen"]
+    choice = json.loads(artifact("evaluate", "chosen.json").read_text())
+    chosen = choice["chosen"]
     rate = run.read_metrics("lr_find")["rate"]
 
     baseline = fit_baseline(activations[rows], packed.labels[rows])
@@ -56,15 +58,18 @@ def retrain(
         data = Activations(activations, packed.labels, rows, nothing, batch_size, seed, loader.device)
         history = fit_head(model.head, data, rate, train_head, train, callbacks(run, train_head.epochs, "head"))
     images = Images(loader, rows, nothing, augment, seed)
-    if chosen in ("train_augmented", "train_full"):
+    if chosen in ("train_augmented", "train_full", "soup"):
         history = fit_augmented(
             model, images, rate, train_augmented, train, callbacks(run, train_augmented.epochs, "augmented")
         )
-    if chosen == "train_full":
-        cycles = int(run.read_metrics("train_full")["best_cycle"])
-        found = dataclasses.replace(train_full, cycles=cycles, until_overfitting=False)
+    if chosen in ("train_full", "soup"):
+        cycles = choice["soup"] if chosen == "soup" else [int(run.read_metrics("train_full")["best_cycle"])]
+        found = dataclasses.replace(train_full, cycles=max(cycles), until_overfitting=False)
         rate = run.read_metrics("unfreeze_lr_find")["rate"]
-        history = fit_full(model, images, rate, found, unfreeze, train, callbacks(run, found.epochs, "full"))
+        save = keep_cycles(run.scratch / "cycles", model, packed, augment)
+        history = fit_full(model, images, rate, found, unfreeze, train, callbacks(run, found.epochs, "full", save))
+        if chosen == "soup":
+            model.load_state_dict(average_cycles(run.scratch / "cycles", cycles))
     metrics, temperature = keep(run, history), run.read_metrics("evaluate")["temperature"]
 
     predictions: dict[str, Predictions] = {}

@@ -5,8 +5,8 @@ are what the step hands on.
 """
 
 import shutil
-from pathlib import Path
 
+from pipeline.cycles import keep_cycles
 from pipeline.inputs import frozen_classifier
 from pipeline.step import Run, step
 from pipeline.training_log import callbacks, keep
@@ -23,18 +23,14 @@ def train_full(
     seed_everything(seed)
     model, loader = frozen_classifier("train_augmented", batch_size, run.device)
     cycles = run.scratch / "cycles"  # DVC removes what is in artifacts before an interrupted step goes on
-    cycles.mkdir(parents=True, exist_ok=True)
-
-    def save(path: Path) -> None:
-        save_classifier(model, path, loader.packed.classes, loader.packed.image_size, augment)
-
     data = Images(loader, loader.packed.rows("train"), loader.packed.rows("valid"), augment, seed)
     rate = run.read_metrics("unfreeze_lr_find")["rate"]
     history = fit_full(
         model, data, rate, train_full, unfreeze, train,
-        callbacks(run, train_full.epochs, cycle=lambda number: save(cycles / f"{number + 1}.safetensors")),
+        callbacks(run, train_full.epochs, cycle=keep_cycles(cycles, model, loader.packed, augment)),
     )  # fmt: skip
     run.log("kept the weights of cycle %d", history.best_cycle + 1)
-    save(run.path("model.safetensors"))
+    packed = loader.packed
+    save_classifier(model, run.path("model.safetensors"), packed.classes, packed.image_size, augment)
     shutil.copytree(cycles, run.path("cycles"), dirs_exist_ok=True)
     return keep(run, history)

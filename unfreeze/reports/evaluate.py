@@ -33,6 +33,7 @@ NAMES = {
     "train_head": "head on activations",
     "train_augmented": "head, augmented",
     "train_full": "whole network",
+    "soup": "whole network, average of cycles",
 }
 GALLERIES = {
     "most_wrong": ("Most wrong", "Sure, and mistaken."),
