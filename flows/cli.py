@@ -1,4 +1,5 @@
-"""The command line: `unfreeze run`, `unfreeze check`, `unfreeze predict`, `unfreeze report`, `unfreeze publish`."""
+"""The command line: `unfreeze run`, `unfreeze check`, `unfreeze predict`, `unfreeze report`, `unfreeze reproduce`,
+`unfreeze publish`."""
 
 import argparse
 import os
@@ -64,6 +65,13 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="print the accuracies and where the reports are")
     report.set_defaults(command=_report)
+
+    reproduce = commands.add_parser(
+        "reproduce", help="have the model of an earlier run again, in a worktree beside this folder, and compare it"
+    )
+    reproduce.add_argument("run", help="id of an MLflow run, or models:/<name>/<version>")
+    reproduce.add_argument("--into", type=Path, metavar="FOLDER", help="where to (default: beside this folder)")
+    reproduce.set_defaults(command=_reproduce)
 
     publish = commands.add_parser(
         "publish", help="send what MLflow, or DVC's remote, was not there to take; the next run does so too"
@@ -192,6 +200,16 @@ def _report(chosen: argparse.Namespace) -> int:
         )
     print_summary({})
     return 0
+
+
+def _reproduce(chosen: argparse.Namespace) -> int:
+    from flows.reproduce import reproduce
+    from pipeline.tracking.sender import Unreachable
+
+    try:
+        return reproduce(chosen.run, chosen.into)
+    except Unreachable as error:
+        raise UserError(str(error)) from None
 
 
 def _publish(chosen: argparse.Namespace) -> int:

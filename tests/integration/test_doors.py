@@ -106,6 +106,21 @@ def test_served_model_answers(flow_project: Project) -> None:
     assert "p_bright" in flow_project.run("ask")
 
 
+def test_the_same_model_again(flow_project: Project) -> None:
+    """From the cache; what the cache has lost is computed; what MLflow does not know is said."""
+    output = flow_project.run("flows.cli", "reproduce", "models:/unfreeze/1")
+    assert "Nothing was computed" in output and "Weights: equal to those of dvc.lock and models:/unfreeze/1" in output
+    parents, _ = runs(flow_project)
+    lock = yaml.safe_load((flow_project.folder / "dvc.lock").read_text())
+    md5 = next(out["md5"] for out in lock["stages"]["retrain"]["outs"] if out["path"].endswith("predictions.csv"))
+    (flow_project.folder / ".dvc/cache/files/md5" / md5[:2] / md5[2:]).unlink()
+    output = flow_project.run("flows.cli", "reproduce", parents[0].info.run_id, "--into", "../again")
+    assert "Computed: retrain." in output and "Weights: equal to" in output and "Traceback" not in output
+    assert "does not know models:/unfreeze/9" in flow_project.run(
+        "flows.cli", "reproduce", "models:/unfreeze/9", code=2
+    )
+
+
 def test_a_wrong_setting_is_refused_before_anything_runs(flow_project: Project) -> None:
     before = (flow_project.folder / "params.yaml").read_text()
     output = flow_project.run("flows.cli", "run", "-S", "train_full.cylces=2", code=2)

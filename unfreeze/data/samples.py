@@ -10,15 +10,15 @@ SAMPLES = {"sample:elpv": Path("samples/elpv.yaml")}
 """What `data.source` calls them, and the file that says which version of the package is meant."""
 
 
-def link_sample(source: str) -> None:
-    """Give a built-in sample's file the name that `data.source` gives it: a link, by which DVC watches it.
+def link_sample(source: str, folder: Path = Path()) -> None:
+    """Give a built-in sample's file in ``folder`` the name that `data.source` gives it: a link, by which DVC watches it.
 
     `dvc.yaml` names `data.source` as what `ingest` depends on. A file that is called ``sample:elpv`` could not be checked out
     on Windows, so that none is under version control.
     """
-    if source in SAMPLES and not Path(source).exists():
+    if source in SAMPLES and not (folder / source).exists():
         with suppress(FileExistsError):  # another process was quicker
-            Path(source).symlink_to(SAMPLES[source])
+            (folder / source).symlink_to(SAMPLES[source])
 
 
 def elpv() -> list[tuple[Path, str, str]]:
