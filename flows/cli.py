@@ -7,6 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
+from pipeline.artifacts import STAGES
 from pipeline.process.secrets import mask
 from unfreeze.errors import UserError, disk_trouble
 
@@ -40,6 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check", help="check settings and the source of images; runs nothing, and leaves params.yaml as it is"
     )
+    run.add_argument(
+        "--until", metavar="STEP", choices=STAGES, default="register", help="stop after this step (default: the last)"
+    )
     for command, does in ((run, _run), (check, _check)):
         command.add_argument(
             "--settings", type=Path, metavar="FILE",
@@ -65,6 +69,14 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="print the accuracies and where the reports are")
     report.set_defaults(command=_report)
+
+    sweep = commands.add_parser(
+        "sweep", help="search over settings: every trial is a run of the recipe, judged on validation images"
+    )
+    sweep.add_argument(
+        "file", nargs="?", type=Path, default=Path("sweep.yaml"), help="what to search (default: %(default)s)"
+    )
+    sweep.set_defaults(command=_sweep)
 
     reproduce = commands.add_parser(
         "reproduce", help="have the model of an earlier run again, in a worktree beside this folder, and compare it"
@@ -117,17 +129,21 @@ def _run_alone(chosen: argparse.Namespace) -> int:
     from flows.publish import what_waits
     from flows.recipe import recipe
     from flows.stage import StageFailed
-    from flows.summary import print_summary
+    from flows.summary import print_steps, print_summary
 
     try:
-        print_summary(recipe())
+        outcomes = recipe(until=chosen.until)
+        if chosen.until == "register":
+            print_summary(outcomes)
+        else:
+            print_steps(outcomes)
     except StageFailed as error:
         print(f"unfreeze: {error}", file=sys.stderr)
         return 1
     except Exception as error:
         if not is_away(error):
             raise
-        go_on_without()
+        go_on_without(chosen.until)
     finally:
         if left := what_waits():
             print(left, file=sys.stderr)
@@ -191,7 +207,7 @@ def _image_files(named: list[Path]) -> list[Path]:
 
 def _report(chosen: argparse.Namespace) -> int:
     from flows.summary import print_summary
-    from pipeline.artifacts import STAGES, artifact
+    from pipeline.artifacts import artifact
 
     missing = [stage for stage in STAGES if not artifact(stage, "metrics.json").exists()]
     if missing:
@@ -200,6 +216,21 @@ def _report(chosen: argparse.Namespace) -> int:
         )
     print_summary({})
     return 0
+
+
+def _sweep(chosen: argparse.Namespace) -> int:
+    from flows.sweep import sweep
+    from pipeline.process.lock import alone
+    from pipeline.process.signals import INTERRUPTED, interrupt_in_time
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, interrupt_in_time)
+        with alone("sweep"):
+            return sweep(chosen.file)
+    except KeyboardInterrupt:
+        print("unfreeze: stopped. `unfreeze sweep` goes on where it was.", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _reproduce(chosen: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -184,6 +185,16 @@ def push(pauses: Sequence[float] = (2, 8)) -> str | None:
 def to_push() -> bool:
     """Whether a push has failed, or was interrupted, since one that did not."""
     return TO_PUSH.exists()
+
+
+def share_cache(worktree: Path) -> None:
+    """Have the DVC of a worktree use this project's cache, and what is configured here alone, such as a remote's password."""
+    local = Path(".dvc/config.local")
+    if local.exists():
+        shutil.copy(local, worktree / ".dvc/config.local")
+    cache = subprocess.run(dvc("cache", "dir"), capture_output=True, text=True, env=environment()).stdout.strip()
+    configure = dvc("config", "--local", "cache.dir", os.path.abspath(cache))
+    subprocess.run(configure, cwd=worktree, capture_output=True, env=environment(), check=True)
 
 
 def is_noise(line: str) -> bool:

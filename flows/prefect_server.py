@@ -35,7 +35,7 @@ def is_away(error: BaseException) -> bool:
     return False
 
 
-def go_on_without() -> NoReturn:
+def go_on_without(until: str) -> NoReturn:
     """Start `unfreeze run` again in the place of this process, with a temporary Prefect server."""
     from prefect.settings import PREFECT_API_URL
 
@@ -50,4 +50,4 @@ def go_on_without() -> NoReturn:
     if key := os.environ.get(PASS):
         environment[SAME_PASS] = key
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", "flows.cli", "run"], environment)
+    os.execve(sys.executable, [sys.executable, "-m", "flows.cli", "run", "--until", until], environment)

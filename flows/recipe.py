@@ -1,5 +1,6 @@
 """The recipe as a Prefect flow: easy steps to a world-class image classifier."""
 
+import os
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,6 +14,8 @@ from flows.stage import Outcome, run_stage, stage_task
 from pipeline.process.forkserver import warm_process
 from pipeline.process.lock import alone
 from pipeline.process.signals import GRACE, end_in_time
+from pipeline.tracking.tracker import SWEEP
+from unfreeze.errors import UserError
 from unfreeze.settings.overrides import apply_overrides, as_overrides
 
 ingest = stage_task("ingest", "read every image once: validate, split, pack")
@@ -44,11 +47,15 @@ STEPS = (
 
 
 @flow(name="recipe", description=__doc__)
-def recipe(settings: dict[str, Any] | None = None) -> dict[str, Outcome]:
+def recipe(
+    settings: dict[str, Any] | None = None, until: str = "register", sweep: str | None = None
+) -> dict[str, Outcome]:
     """Run the recipe; a step whose inputs, settings and code have not changed is not run again.
 
     Args:
         settings: values to change in `params.yaml` first, for example ``{"train_full.cycles": 2}``.
+        until: the last step to run.
+        sweep: name of the search that this pass is a trial of, for a tag in MLflow.
 
     Returns:
         What became of each step.
@@ -58,6 +65,11 @@ def recipe(settings: dict[str, Any] | None = None) -> dict[str, Outcome]:
         StageFailed: a step failed, with the last lines of what it printed.
     """
     log_sentences()
+    names = [step.name for step in STEPS]
+    if until not in names:
+        raise UserError(f"until is {until!r}, and must be one of the steps: {', '.join(names)}.")
+    if sweep:
+        os.environ[SWEEP] = sweep
     with alone("run"):
         if settings:
             with alone("step", GRACE):  # which may be a step of `dvc repro`
@@ -68,7 +80,7 @@ def recipe(settings: dict[str, Any] | None = None) -> dict[str, Outcome]:
         status = "FAILED"
         with warm_process() if plan.ask else nullcontext():
             try:
-                for step in STEPS:
+                for step in STEPS[: names.index(until) + 1]:
                     outcomes[step.name] = run_stage(step, plan)
                 status = "FINISHED"
             except (KeyboardInterrupt, TerminationSignal):  # the second: Prefect's own handler of SIGTERM

@@ -6,7 +6,6 @@ names is fetched from the cache and the remote. Only what neither has is compute
 
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +40,7 @@ def reproduce(named: str, into: Path | None) -> int:
     _worktree(recorded.commit, into)
     for name, text in recorded.files.items():
         (into / name).write_text(text, encoding="utf-8")
-    _configure(here, into)
+    dvc.share_cache(into)
     print(f"MLflow run {recorded.run}, commit {recorded.commit[:12]}: in {into}", flush=True)
     if recorded.changed:
         print("The run had changes that were not committed: code, or settings, of which params.yaml is there.")
@@ -73,15 +72,6 @@ def _git(*words: str) -> str:
     """What git prints; nothing where it fails."""
     done = subprocess.run(["git", *words], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _configure(here: Path, into: Path) -> None:
-    """Have the worktree's DVC use this project's cache and what is configured here alone, such as a remote's password."""
-    local = here / ".dvc/config.local"
-    if local.exists():
-        shutil.copy(local, into / ".dvc/config.local")
-    cache = subprocess.run(dvc.dvc("cache", "dir"), capture_output=True, text=True, env=dvc.environment())
-    _dvc(into, "config", "--local", "cache.dir", str((here / cache.stdout.strip()).resolve()))
 
 
 def _dvc(into: Path, *words: str) -> subprocess.CompletedProcess[str]:

@@ -35,7 +35,7 @@ def print_summary(outcomes: Mapping[str, Outcome]) -> None:
     console = Console()
     console.print()
     if outcomes:
-        console.print(_steps(outcomes))
+        print_steps(outcomes)
     console.print(_accuracies())
     chosen = json.loads(artifact("evaluate", "chosen.json").read_text())
     console.print(chosen["reason"], highlight=False, soft_wrap=True)
@@ -47,6 +47,11 @@ def print_summary(outcomes: Mapping[str, Outcome]) -> None:
         ("Compare runs in MLflow", way_to_experiments()),
     ):
         console.print(f"{what + ':':24}{where}", highlight=False, soft_wrap=True)
+
+
+def print_steps(outcomes: Mapping[str, Outcome]) -> None:
+    """Print the steps of a pass."""
+    Console().print(_steps(outcomes))
 
 
 def _metrics(step: str) -> dict[str, float]:

@@ -1,12 +1,13 @@
-"""What MLflow has of a pass that has ended: what it takes to have the same model again, and what to compare it with."""
+"""What MLflow has of a pass: what it takes to have the same model again and to compare it, and how far it has come."""
 
 import hashlib
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.tracking.sender import address, client, reaching
+from pipeline.tracking.sender import PASS_TAG, STAGE_TAG, address, client, reaching
 from unfreeze.errors import UserError
 
 FILES = ("params.yaml", "dvc.lock")
@@ -91,3 +92,38 @@ def _weights_digest(mlflow: Any, version: Any, folder: str) -> str | None:
     model = download_artifacts(f"models:/{version.name}/{version.version}", dst_path=folder)
     found = list(Path(model).rglob("*.safetensors"))
     return hashlib.sha256(found[0].read_bytes()).hexdigest() if len(found) == 1 else None
+
+
+def prepare_experiment() -> None:
+    """Create the environment's experiment where there is none, so that its files lie where this process works."""
+    mlflow, name = client(), os.environ["MLFLOW_EXPERIMENT_NAME"]
+    with reaching():
+        if mlflow.get_experiment_by_name(name) is None:
+            mlflow.create_experiment(name)
+
+
+@dataclass(frozen=True)
+class Course:
+    """How far a pass has come: its validation losses of the whole network's epochs so far, and its final metrics so far."""
+
+    valid_losses: list[float]
+    metrics: dict[str, float]
+
+
+def course_of(key: str) -> Course:
+    """What MLflow has of the pass with this key so far. Raises Unreachable where it does not answer."""
+    mlflow = client()
+    with reaching():
+        experiment = mlflow.get_experiment_by_name(os.environ["MLFLOW_EXPERIMENT_NAME"])
+        parents = mlflow.search_runs([experiment.experiment_id], f"tags.`{PASS_TAG}` = '{key}'") if experiment else []
+        if not parents:
+            return Course([], {})
+        parent = parents[0]
+        steps = mlflow.search_runs(
+            [experiment.experiment_id],
+            f"tags.`mlflow.parentRunId` = '{parent.info.run_id}' and tags.`{STAGE_TAG}` = 'train_full'",
+            order_by=["attributes.start_time DESC"],
+        )
+        points = mlflow.get_metric_history(steps[0].info.run_id, "valid_loss") if steps else []
+    by_epoch = {point.step: point.value for point in points}
+    return Course([by_epoch[epoch] for epoch in sorted(by_epoch)], dict(parent.data.metrics))

@@ -32,7 +32,12 @@ from pipeline.tracking.journal import (
 
 logger = logging.getLogger("unfreeze")
 
-PASS_TAG, EXECUTION_TAG = "unfreeze.pass", "unfreeze.execution"
+PASS_TAG, EXECUTION_TAG, STAGE_TAG, SWEEP_TAG = (
+    "unfreeze.pass",
+    "unfreeze.execution",
+    "unfreeze.stage",
+    "unfreeze.sweep",
+)
 PATIENCE = 5.0
 """Seconds within which a server that is well has answered."""
 SPEED = 1e6
@@ -202,6 +207,8 @@ def _open(client: Any, head: Mapping[str, Any], experiment: Any) -> Generator[fl
     experiment_id = experiment.experiment_id if experiment else client.create_experiment(head["experiment"])
     source = head.get("source", {})
     tags = {PASS_TAG: head["pass"], "unfreeze.door": head["door"], **source}
+    if sweep := head.get("sweep"):
+        tags[SWEEP_TAG] = sweep
     parent = yield from _run(client, experiment_id, (PASS_TAG, head["pass"]), head, "parent", tags)
     folder = pass_folder(head["pass"])
     write_json(folder / "parent.json", {"experiment": experiment_id, "run": parent})
@@ -209,7 +216,7 @@ def _open(client: Any, head: Mapping[str, Any], experiment: Any) -> Generator[fl
     if head["stage"]:
         tags = {
             "mlflow.parentRunId": parent,
-            "unfreeze.stage": head["stage"],
+            STAGE_TAG: head["stage"],
             EXECUTION_TAG: head["execution"],
             **source,
         }

@@ -30,8 +30,8 @@ from pipeline.tracking.sender import address, client, metrics, reaching, reason,
 
 logger = logging.getLogger("unfreeze")
 
-PASS, DOOR = "UNFREEZE_PASS", "UNFREEZE_DOOR"
-"""Environment variables: the key of the pass, and the door it came through."""
+PASS, DOOR, SWEEP = "UNFREEZE_PASS", "UNFREEZE_DOOR", "UNFREEZE_SWEEP"
+"""Environment variables: the key of the pass, the door it came through, and the search that it is a trial of, if any."""
 SHOWN = ("*.png", "*.html", "confusion_matrix.csv", "predictions.csv")
 """Files of a step that a person wants beside its numbers."""
 LONGEST_PAUSE = 30.0
@@ -58,6 +58,7 @@ def begin_journal(stage: str, params: Mapping[str, Any], step_params: Mapping[st
         {
             "pass": key,
             "door": door,
+            "sweep": os.environ.get(SWEEP),
             "stage": stage,
             "execution": str(uuid.uuid4()),
             "address": address(),

@@ -1,0 +1,179 @@
+"""Trials of a search: passes in worktrees on this machine, or runs of a deployment on whatever workers there are."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+from uuid import UUID
+
+from flows import dvc
+from flows.prefect_server import SAME_PASS
+from pipeline.process.signals import GRACE
+from pipeline.tracking.tracker import SWEEP
+from unfreeze.data.samples import SAMPLES, link_sample
+from unfreeze.errors import UserError
+from unfreeze.settings.overrides import apply_overrides, as_overrides
+from unfreeze.settings.schema import Settings
+
+LAST = "evaluate"
+"""The step that trials end with: they are judged on validation images, and no trial registers a model."""
+
+
+class Trial(Protocol):
+    """A trial that is being run.
+
+    Attributes:
+        key: of its pass, by which MLflow knows it.
+    """
+
+    key: str
+
+    def ended(self) -> bool | None:
+        """Whether it has ended well; None while it runs."""
+
+    def stop(self) -> None:
+        """Stop it; a trial that is started again goes on from its checkpoints."""
+
+
+@dataclass
+class LocalTrial:
+    """A pass in a worktree."""
+
+    key: str
+    process: subprocess.Popen[bytes]
+
+    def ended(self) -> bool | None:
+        code = self.process.poll()
+        return None if code is None else code == 0
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(2 * GRACE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+class LocalTrials:
+    """Runs trials on this machine, each in one of some worktrees of the committed code that share DVC's cache.
+
+    What steps before the changed ones have made stays in a worktree, or comes from the cache: it is computed once.
+    """
+
+    def __init__(self, study: str, folder: Path, settings: Settings) -> None:
+        """Prepare.
+
+        Args:
+            study: name of the search.
+            folder: where worktrees and logs are to be.
+            settings: that trials begin from.
+        """
+        self._study, self._folder, self._source = study, folder, settings.data.source
+
+    def start(self, number: int, slot: int, settings: Mapping[str, Any], known: str | None) -> LocalTrial:
+        """Start a trial, or go on with it.
+
+        Args:
+            number: of the trial.
+            slot: number of the worktree; no other trial may be at work there.
+            settings: ``section.key -> value`` over those of `params.yaml`.
+            known: not needed here.
+        """
+        here = self._worktree(slot)
+        (here / "params.yaml").write_bytes(Path("params.yaml").read_bytes())
+        source = self._source if self._source in SAMPLES else os.path.abspath(self._source)
+        apply_overrides(here / "params.yaml", as_overrides({"data.source": source, **settings}))
+        key = f"sweep-{self._study}-{number}"
+        environment = os.environ | {
+            SAME_PASS: key,
+            SWEEP: self._study,
+            "MLFLOW_TRACKING_URI": _absolute(os.environ["MLFLOW_TRACKING_URI"]),
+            "PYTHONPATH": str(here.resolve()),
+        }
+        with (self._folder / f"trial-{number}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "flows.cli", "run", "--until", LAST], cwd=here, env=environment, stdout=log,
+                stderr=log, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+        return LocalTrial(key, process)
+
+    def _worktree(self, slot: int) -> Path:
+        here = self._folder / f"worktree-{slot}"
+        if not (here / ".git").exists():
+            done = subprocess.run(
+                ["git", "worktree", "add", "--quiet", "--force", "--detach", here, "HEAD"],
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode:
+                raise UserError(f"git could not make a worktree for trials in {here}: {done.stderr.strip()}")
+            dvc.share_cache(here)
+            link_sample(self._source, here)
+        return here
+
+    def close(self) -> None:
+        """Remove the worktrees; logs stay."""
+        for here in self._folder.glob("worktree-*"):
+            subprocess.run(["git", "worktree", "remove", "--force", here], capture_output=True)
+
+
+@dataclass
+class DeployedTrial:
+    """A run of a deployment."""
+
+    key: str
+    id: str
+
+    def ended(self) -> bool | None:
+        from prefect.client.orchestration import get_client
+
+        with get_client(sync_client=True) as client:
+            state = client.read_flow_run(UUID(self.id)).state
+        return state.is_completed() if state and state.is_final() else None
+
+    def stop(self) -> None:
+        from prefect.client.orchestration import get_client
+        from prefect.states import Cancelling
+
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(UUID(self.id), Cancelling())
+
+
+class DeployedTrials:
+    """Runs trials as runs of a deployment; Prefect gives them to its workers."""
+
+    def __init__(self, study: str, deployment: str, settings: Settings) -> None:
+        """Prepare.
+
+        Args:
+            study: name of the search.
+            deployment: ``<flow>/<deployment>``.
+            settings: not needed: a run begins from what is committed.
+        """
+        from prefect.settings import PREFECT_API_URL
+
+        if not PREFECT_API_URL.value():
+            raise UserError(f"deployment {deployment} needs a Prefect server: set PREFECT_API_URL.")
+        self._study, self._deployment = study, deployment
+
+    def start(self, number: int, slot: int, settings: Mapping[str, Any], known: str | None) -> DeployedTrial:
+        """Start a trial; one that has a flow run already, ``known``, is taken up. Other arguments as of `LocalTrials`."""
+        from prefect.deployments import run_deployment
+
+        if known is None:
+            parameters = {"settings": dict(settings), "until": LAST, "sweep": self._study}
+            run: Any = run_deployment(self._deployment, parameters=parameters, timeout=0, as_subflow=False)
+            known = str(run.id)
+        return DeployedTrial(f"flow-{known}", known)
+
+    def close(self) -> None:
+        """Nothing is left to remove."""
+
+
+def _absolute(address: str) -> str:
+    """The address of an SQLite database with an absolute path; any other as it is."""
+    path = address.removeprefix("sqlite:///")
+    return address if path == address else f"sqlite:///{os.path.abspath(path)}"
