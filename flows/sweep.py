@@ -308,7 +308,9 @@ def _conclude(study: "optuna.Study", chosen: SweepSettings, folder: Path) -> int
         raise UserError(f"No trial came to its end: see the logs in {folder}.")
     complete.sort(key=lambda trial: trial.value or 0.0, reverse=chosen.direction == "maximize")
     keys = list(complete[0].params)
-    table = Table("trial", *keys, chosen.metric.partition("/")[2], title=f"Search {study.study_name}", title_justify="left")
+    table = Table(
+        "trial", *keys, chosen.metric.partition("/")[2], title=f"Search {study.study_name}", title_justify="left"
+    )
     for trial in [*complete, *others]:
         result = f"{trial.value:.4f}" if trial.value is not None and trial in complete else trial.state.name.lower()
         table.add_row(str(trial.number + 1), *(_number(trial.params.get(key)) for key in keys), result)

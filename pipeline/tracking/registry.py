@@ -5,6 +5,7 @@ import importlib.metadata
 import io
 import logging
 import os
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -29,21 +30,46 @@ def register_model(weights: Path, name: str, parent: str, key: str) -> Any:
     client = mlflow.MlflowClient()
     if versions := client.search_model_versions(f"tags.`{KEY_TAG}` = '{key}'"):
         return versions[0]
-    root = Path(__file__).parent.parent.parent
     # MLflow says on stderr what it did; what goes wrong it raises.
-    with mlflow.start_run(run_id=parent), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        model = _logged(client, parent, key)
-        if model is None:
-            model = mlflow.pyfunc.log_model(
-                name="model",
-                python_model=str(Path(__file__).with_name("served_model.py")),
-                artifacts={"weights": str(weights)},
-                code_paths=[str(root / "unfreeze")],
-                pip_requirements=[f"{package}=={_version(package)}" for package in REQUIREMENTS],
-                tags={KEY_TAG: key},
-            ).model_id
+        model = _logged(client, parent, key) or _log(client, weights, parent, key)
         return mlflow.register_model(f"models:/{model}", name, tags={KEY_TAG: key})
+
+
+def _log(client: Any, weights: Path, parent: str, key: str) -> str:
+    """Log the model to the parent run, with the metrics that are its own; returns its id.
+
+    As `mlflow.pyfunc.log_model` does it, which asks for the history of each of the run's metrics: behind a password, where a
+    request takes a second, that took two minutes.
+    """
+    import mlflow
+    from mlflow.entities import LoggedModelOutput, Metric
+    from mlflow.models import Model
+
+    run, root = client.get_run(parent), Path(__file__).parent.parent.parent
+    model = client.create_logged_model(
+        run.info.experiment_id, "model", source_run_id=parent, params=run.data.params, tags={KEY_TAG: key}
+    )
+    client.log_outputs(parent, [LoggedModelOutput(model.model_id, step=0)])
+    own = [name for name in run.data.metrics if name.startswith("retrain/")]
+    points = [p for name in own for p in client.get_metric_history(parent, name) if p.model_id is None]
+    client.log_batch(
+        parent, [Metric(p.key, p.value, p.timestamp, p.step, model.model_id, run_id=parent) for p in points]
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder, "model"))
+        mlflow.pyfunc.save_model(
+            path,
+            python_model=str(Path(__file__).with_name("served_model.py")),
+            artifacts={"weights": str(weights)},
+            code_paths=[str(root / "unfreeze")],
+            pip_requirements=[f"{package}=={_version(package)}" for package in REQUIREMENTS],
+            mlflow_model=Model(model.artifact_location, parent, model_uuid=model.model_id, model_id=model.model_id),
+        )
+        client.log_model_artifacts(model.model_id, path)
+    client.finalize_logged_model(model.model_id, "READY")
+    return str(model.model_id)
 
 
 def _version(package: str) -> str:
