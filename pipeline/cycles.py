@@ -17,7 +17,8 @@ def keep_cycles(folder: Path, model: Classifier, packed: PackedImages, augment: 
     folder.mkdir(parents=True, exist_ok=True)
 
     def save(number: int) -> None:
-        save_classifier(model, folder / f"{number + 1}.safetensors", packed.classes, packed.image_size, augment)
+        weights = folder / f"{number + 1}.safetensors"
+        save_classifier(model, weights, packed.classes, packed.image_size, augment, packed.grey_range)
 
     return save
 

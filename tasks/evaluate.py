@@ -83,7 +83,8 @@ def evaluate(run: Run, seed: int, batch_size: int, augment: Augment, evaluate: E
         metrics |= {f"{name}_{kind}": found.metrics[kind] for kind in ("accuracy", "tta_accuracy", "tta_log_loss")}
 
     model.temperature = temperature
-    save_classifier(model, run.path("model.safetensors"), packed.classes, packed.image_size, augment)
+    weights = run.path("model.safetensors")
+    save_classifier(model, weights, packed.classes, packed.image_size, augment, packed.grey_range)
     write_json(
         run.path("chosen.json"), {"chosen": best.name, "reason": reason, "soup": cycles if best.name == "soup" else []}
     )

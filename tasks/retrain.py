@@ -91,7 +91,8 @@ def retrain(
             "source has no splits of its own."
         )
     model.temperature = temperature
-    save_classifier(model, run.path("model.safetensors"), packed.classes, packed.image_size, augment)
+    weights = run.path("model.safetensors")
+    save_classifier(model, weights, packed.classes, packed.image_size, augment, packed.grey_range)
     write_predictions(run.path("predictions.csv"), packed, predictions)
     keep_confusion(run, packed, predictions)
     return metrics

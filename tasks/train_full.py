@@ -31,6 +31,6 @@ def train_full(
     )  # fmt: skip
     run.log("kept the weights of cycle %d", history.best_cycle + 1)
     packed = loader.packed
-    save_classifier(model, run.path("model.safetensors"), packed.classes, packed.image_size, augment)
+    save_classifier(model, run.path("model.safetensors"), packed.classes, packed.image_size, augment, packed.grey_range)
     shutil.copytree(cycles, run.path("cycles"), dirs_exist_ok=True)
     return keep(run, history)

@@ -102,7 +102,7 @@ def good() -> dict[str, bytes]:
         "jpeg inside.tiff": encoded(image, "TIFF", compression="jpeg"),
         "fax.tiff": encoded(image.convert("1"), "TIFF", compression="group4"),
         "16 bit.tiff": encoded(deep, "TIFF"),
-        "real.tiff": encoded(RNG.random((23, 31), np.float32), "TIFF"),
+        "real.tiff": encoded(RNG.random((23, 31), np.float32) * 65535, "TIFF"),
         "cmyk.tiff": encoded(image.convert("CMYK"), "TIFF"),
         "turned.tiff": encoded(image, "TIFF", compression="tiff_lzw", tiffinfo={ORIENTATION: 6}),
         "pages.tiff": _animated("TIFF"),
@@ -175,10 +175,9 @@ def reference(data: bytes) -> np.ndarray:
             orientation = image.getexif().get(ORIENTATION, 1)
         except Exception:
             orientation = 1
-        if image.mode.startswith("I"):
-            shown = np.round(np.asarray(image).astype(float) / 257)[..., None].repeat(3, 2)
-        elif image.mode == "F":
-            shown = np.round(np.asarray(image).astype(float) * 255)[..., None].repeat(3, 2)
+        if image.mode.startswith("I") or image.mode == "F":
+            values = np.nan_to_num(np.asarray(image).astype(float), nan=0, posinf=np.inf, neginf=0)
+            shown = np.round(values.clip(0, 65535) / 257)[..., None].repeat(3, 2)
         elif image.has_transparency_data:
             rgba = np.asarray(image.convert("RGBA")).astype(float)
             share = rgba[..., 3:] / 255

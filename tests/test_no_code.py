@@ -102,6 +102,9 @@ def test_as_weights_that_a_step_wrote(tmp_path: Path, mark: Path, load: type) ->
         '"head": {"features": 256, "classes": -2, "dropout": 0.5}}',
         '{"kind": "classifier", "backbone": {"name": "timm:test_efficientnet", "image_size": 32}, '
         '"head": {"features": 256, "classes": 2, "dropout": 0.5}}',
+        '{"kind": "classifier", "backbone": {"name": "timm:test_efficientnet", "image_size": 32}, "classes": ["a", "b"], '
+        '"head": {"features": 256, "classes": 2, "dropout": 0.5}, "image_size": 32, '
+        '"augment": {"flip": "none", "rotate": 0, "zoom": 1, "lighting": 0}, "grey_range": [1]}',
     ],
 )  # fmt: skip
 def test_weights_with_a_strange_description_are_refused(tmp_path: Path, meta: str | None) -> None:

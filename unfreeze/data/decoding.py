@@ -1,7 +1,7 @@
 """From a file to pixels: any image that Pillow reads, as people see it.
 
-The EXIF orientation is honoured, transparency is shown on white, 16-bit grey keeps its range, of an animation the first
-frame counts. What cannot be read raises `BrokenImage` with a reason that says so in a few words.
+The EXIF orientation is honoured, transparency is shown on white, greys of more than 8 bits are shown by a range that is
+given, of an animation the first frame counts. What cannot be read raises `BrokenImage` with a reason that says so in a few words.
 """
 
 import errno
@@ -9,8 +9,9 @@ import io
 import os
 import stat
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,10 @@ from PIL import Image, UnidentifiedImageError
 
 from unfreeze.errors import TransientError
 
+T = TypeVar("T")
+
+FULL_RANGE = (0.0, 65535.0)
+"""Black and white, where greys of 16 bits take all of them."""
 MAX_ASPECT = 20
 """Longer side over shorter side; beyond it, no square says anything about the image."""
 MAX_HELD = 2**28
@@ -55,30 +60,61 @@ class BrokenImage(Exception):
     """An image that cannot be used, with the reason."""
 
 
-def decode(file: str | Path | io.BytesIO, max_megapixels: float, size: int = 0) -> tuple[tuple[int, int], Image.Image]:
+class UnknownGreyRange(BrokenImage):
+    """Greys of more than 8 bits, where nobody has said which of them is black and which is white."""
+
+    def __init__(self) -> None:
+        super().__init__("greys of more than 8 bits, and no range of them is known (data.grey_range)")
+
+
+def decode(
+    file: str | Path | io.BytesIO,
+    max_megapixels: float,
+    size: int = 0,
+    grey_range: tuple[float, float] | None = FULL_RANGE,
+) -> tuple[tuple[int, int], Image.Image]:
     """Read an image as RGB, with its width and height in the file (upright, as people see it).
+
+    Where its greys have more than 8 bits, its ``info["greys"]`` is the image on the same scale, 0 to 255, not rounded.
 
     Args:
         file: path, or bytes in memory.
         max_megapixels: larger images are refused by what their header says, before they are decoded.
         size: shorter side in pixels that is needed; a JPEG much larger is decoded at half, quarter or eighth size, but
             never below twice ``size``.
+        grey_range: which greys of more than 8 bits are black and white; None where that is not known.
 
     Raises:
-        BrokenImage: the image cannot be read, is too large, or too narrow.
+        BrokenImage: the image cannot be read, is too large, or too narrow; `UnknownGreyRange` where one is needed.
         TransientError: the disk, the network or the system fails.
     """
+    return _opened(file, max_megapixels, lambda image: _read(image, max_megapixels, size, grey_range))
+
+
+def raw_greys(file: str | Path | io.BytesIO, max_megapixels: float) -> NDArray[Any] | None:
+    """The values (H, W) of an image whose greys have more than 8 bits; None for any other, which is not decoded. Errors as
+    for `decode`."""
+
+    def read(image: Image.Image) -> NDArray[Any] | None:
+        _check_size(image.size, max_megapixels)
+        return np.asarray(image) if _is_deep(image) else None
+
+    return _opened(file, max_megapixels, read)
+
+
+def _opened(file: str | Path | io.BytesIO, max_megapixels: float, read: Callable[[Image.Image], T]) -> T:
+    """What ``read`` makes of an image, with errors as `decode` tells them."""
     # Pillow's own guard, which also looks at images within a container whose header says something else.
     Image.MAX_IMAGE_PIXELS = int(max_megapixels * 1e6)
     try:
         if isinstance(file, io.BytesIO):
-            return _decode(file, max_megapixels, size)
+            return _decode(file, read)
         before = _check_file(file)
         with _open(file, before.st_size) as stream:
-            read = _decode(stream, max_megapixels, size)
+            found = _decode(stream, read)
         if _state(os.stat(file)) != _state(before):
             raise BrokenImage("changed while it was read")
-        return read
+        return found
     except BrokenImage:
         raise
     except UnidentifiedImageError:
@@ -125,14 +161,16 @@ def _open(file: str | Path, size: int) -> BinaryIO:
     return io.BufferedReader(kind(file, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)))
 
 
-def _decode(stream: BinaryIO, max_megapixels: float, size: int) -> tuple[tuple[int, int], Image.Image]:
+def _decode(stream: BinaryIO, read: Callable[[Image.Image], T]) -> T:
     with Image.open(stream) as image:
-        return _read(image, max_megapixels, size)
+        if image.format in PROGRAMS:
+            raise BrokenImage(f"{image.format} is a program that draws, not an image")
+        return read(image)
 
 
-def _read(image: Image.Image, max_megapixels: float, size: int) -> tuple[tuple[int, int], Image.Image]:
-    if image.format in PROGRAMS:
-        raise BrokenImage(f"{image.format} is a program that draws, not an image")
+def _read(
+    image: Image.Image, max_megapixels: float, size: int, grey_range: tuple[float, float] | None
+) -> tuple[tuple[int, int], Image.Image]:
     seen = image.size
     _check_size(seen, max_megapixels)
     if size and image.format in ("JPEG", "MPO"):
@@ -143,10 +181,8 @@ def _read(image: Image.Image, max_megapixels: float, size: int) -> tuple[tuple[i
         seen = image.size  # containers and TIFF know only now
         _check_size(seen, max_megapixels)
     orientation = _orientation(image)
-    rgb = _as_rgb(image)
-    if orientation in UPRIGHT:
-        rgb = rgb.transpose(UPRIGHT[orientation])
-    return (seen[::-1] if orientation in UPRIGHT and orientation >= 5 else seen), rgb
+    upright = image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+    return (seen[::-1] if orientation in UPRIGHT and orientation >= 5 else seen), _as_rgb(upright, grey_range)
 
 
 def _check_size(size: tuple[int, int], max_megapixels: float) -> None:
@@ -165,9 +201,14 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_as_bytes(np.asarray(image, np.float64), image.mode == "F")).convert("RGB")
+def _as_rgb(image: Image.Image, grey_range: tuple[float, float] | None) -> Image.Image:
+    if _is_deep(image):
+        if grey_range is None:
+            raise UnknownGreyRange
+        greys = _scaled(np.asarray(image, np.float64), *grey_range)
+        rgb = Image.fromarray((greys + 0.5).clip(0, 255).astype(np.uint8)).convert("RGB")
+        rgb.info["greys"] = Image.fromarray(greys.astype(np.float32))
+        return rgb
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -175,19 +216,15 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _as_bytes(values: NDArray[np.float64], real: bool) -> NDArray[np.uint8]:
-    """Grey values of more than 8 bits as 0..255.
+def _is_deep(image: Image.Image) -> bool:
+    """Whether it has greys of more than 8 bits: whole numbers (``I``, ``I;16``, ``I;16B``) or real ones."""
+    return image.mode.startswith("I") or image.mode == "F"
 
-    Integers are 16-bit ones, 0..65535, whatever an image happens to contain, so that the images of a data set stay
-    comparable; real numbers 0..1 or 0..255. What exceeds these ranges is stretched between its ends.
-    """
-    values = np.nan_to_num(values, posinf=0.0, neginf=0.0)
-    low, high = values.min(initial=0), values.max(initial=0)
-    tops = (1.0, 255.0) if real else (65535.0,)
-    top = next((top for top in tops if low >= 0 and high <= top), None)
-    if top is None:
-        values, top = values - low, high - low
-    return (values * (255 / top) + 0.5).clip(0, 255).astype(np.uint8)
+
+def _scaled(values: NDArray[np.float64], black: float, white: float) -> NDArray[np.float64]:
+    """Greys of more than 8 bits with black at 0 and white at 255; what is no number is black."""
+    values = np.nan_to_num(values, nan=black, posinf=white, neginf=black)
+    return (values - black) * (255 / (white - black))
 
 
 def resize_shorter(image: Image.Image, size: int) -> Image.Image:

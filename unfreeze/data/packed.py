@@ -7,9 +7,10 @@ for every image that was found where its pixels begin, or why there are none; `d
 import json
 import os
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,8 +26,27 @@ ROWS = 5_000
 """Rows of `images.csv` read at a time: all at once would leave behind four times the table's own memory."""
 
 Pixels = NDArray[np.uint8]
+GreyRange = tuple[float, float]
+"""Of greys of more than 8 bits, the value that is shown as black and the one that is shown as white."""
 Read = Callable[[int, Pixels], None]
 """``read(start, into)``: fill a contiguous array with the bytes from that one on."""
+
+
+@dataclass(frozen=True)
+class Greys:
+    """The greys of more than 8 bits in a data set.
+
+    Attributes:
+        range: what is black and what is white.
+        images: how many images were looked at that have such greys.
+        found: their lowest and highest value.
+        counts: histogram of their values, in bins of one width from the lowest to the highest.
+    """
+
+    range: GreyRange
+    images: int
+    found: GreyRange
+    counts: list[int]
 
 
 @dataclass(frozen=True)
@@ -41,6 +61,7 @@ class PackedImages:
         sizes: (N, 2) width and height in pixels.
         offsets: (N,) where an image begins, in bytes.
         image_size: shorter side in pixels.
+        greys: of more than 8 bits, if there are such images.
     """
 
     read: Read
@@ -50,12 +71,18 @@ class PackedImages:
     sizes: NDArray[np.int64]
     offsets: NDArray[np.int64]
     image_size: int
+    greys: Greys | None = None
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, row: int) -> Pixels:
         return self.crop(row, (0, 0), self.sizes[row])
+
+    @property
+    def grey_range(self) -> GreyRange | None:
+        """Which greys of more than 8 bits are black and white; None where no image has such."""
+        return None if self.greys is None else self.greys.range
 
     def crop(self, row: int, low: Sequence[int], high: Sequence[int], out: Pixels | None = None) -> Pixels:
         """Read a rectangle of image ``row``, and of the image no rows but the rectangle's.
@@ -95,6 +122,7 @@ def open_packed(folder: Path) -> PackedImages:
         table = pd.concat([_packed(part) for part in parts], ignore_index=True)
         size = pixels.stat().st_size
         packed = packed_images(pixels, table, int(about["image_size"]), about["classes"])
+        packed = replace(packed, greys=_greys(about.get("greys")))
     except OSError as error:
         raise UserError(f"There are no packed images in {folder} ({error}): run the step ingest first.") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -103,6 +131,17 @@ def open_packed(folder: Path) -> PackedImages:
     if size != packed.sizes.prod(1).sum() * 3:
         raise UserError(f"{pixels} does not belong to images.csv beside it: run the step ingest again.")
     return packed
+
+
+def _greys(said: Mapping[str, Any] | None) -> Greys | None:
+    if said is None:
+        return None
+    return Greys(_pair(said["range"]), int(said["images"]), _pair(said["found"]), [int(n) for n in said["counts"]])
+
+
+def _pair(values: Sequence[float]) -> GreyRange:
+    low, high = values
+    return float(low), float(high)
 
 
 def packed_images(pixels: Path, table: pd.DataFrame, image_size: int, classes: list[str]) -> PackedImages:

@@ -7,9 +7,8 @@ import logging
 import math
 import os
 import shutil
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,11 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from unfreeze.data.decoding import BrokenImage, decode, resize_shorter
+from unfreeze.data.decoding import BrokenImage, UnknownGreyRange, decode, resize_shorter
 from unfreeze.data.duplicates import find_duplicates
-from unfreeze.data.packed import NUMBERS, PackedImages, packed_images
+from unfreeze.data.greys import look_at_greys
+from unfreeze.data.packed import NUMBERS, Greys, PackedImages, packed_images
+from unfreeze.data.parallel import in_order
 from unfreeze.data.splits import assign_splits
 from unfreeze.errors import UserError
 from unfreeze.persistence.atomic import sync
@@ -37,6 +38,8 @@ SET_ASIDE = dict.fromkeys((*NUMBERS, "digest", "difference_hash"), "")
 """What `images.csv` says of an image that could not be read, beside the reason."""
 AHEAD = 4
 """Images in memory at once while packing, times the number of cores."""
+SAME = 1e-3
+"""Difference of greys, of 255, that a mean of real numbers may have by rounding."""
 SHAPE = 1.4
 """Long side over short side of an average photograph, to estimate the space that it takes."""
 
@@ -68,7 +71,7 @@ def pack(
             # A rehearsal without knowledge of duplicates: what cannot be split is refused before hours of decoding.
             assign_splits(table.assign(digest=""), data.valid, data.test, seed)
             _check_space(file, folder, len(table), data.image_size)
-            rows = _pack_pixels(table, file, data)
+            rows, greys = _pack_pixels(table, file, data)
             found = pd.concat([table.drop(columns="file").reset_index(drop=True), pd.DataFrame(rows)], axis=1)
             good = found["reason"] == ""
             _check_classes(found, good)
@@ -84,6 +87,7 @@ def pack(
                 "image_size": data.image_size,
                 "source": data.source,
                 "fingerprint": _fingerprint(found[good]),
+                "greys": None if greys is None else asdict(greys),
             }
             partial["images.csv"].write_bytes(found.to_csv(index=False, lineterminator="\n").encode())
             partial["dataset.json"].write_bytes((json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode())
@@ -105,10 +109,36 @@ def pack(
     return {"images": int(good.sum()), "broken": int((~good).sum()), "classes": len(classes), **splits}
 
 
-def _pack_pixels(table: pd.DataFrame, file: ResumableFile, data: Data) -> list[Row]:
-    """Write all pixels; returns a row for each image, in the table's order."""
-    kept = _unchanged(table, file, data)
-    rows: list[Row] = [note["row"] for note in kept]
+def _pack_pixels(table: pd.DataFrame, file: ResumableFile, data: Data) -> tuple[list[Row], Greys | None]:
+    """Write all pixels.
+
+    The first image with greys of more than 8 bits makes us look at all images for their range; where there is none, none
+    is read twice.
+
+    Returns:
+        A row for each image, in the table's order, and the greys of more than 8 bits, if there are any.
+    """
+    files = list(table["file"])
+    greys = look_at_greys(files, data) if any(note["grey_range"] for note in file.notes) else None
+    _keep_unchanged(table, file, _scaled(data, greys))
+    while len(file.notes) < len(table):
+        try:
+            _write_pixels(table, file, _scaled(data, greys))
+        except UnknownGreyRange:
+            greys = look_at_greys(files, data)
+    if greys is None and not isinstance(data.grey_range, str):  # images to be predicted may have such greys
+        greys = Greys(data.grey_range, 0, data.grey_range, [])
+    return [note["row"] for note in file.notes], greys
+
+
+def _scaled(data: Data, greys: Greys | None) -> Data:
+    """The settings with the range of greys as it is known, or ``auto``."""
+    return replace(data, grey_range=greys.range if greys else "auto")
+
+
+def _write_pixels(table: pd.DataFrame, file: ResumableFile, data: Data) -> None:
+    """Write the pixels of the images that are not in the file yet. Raises UnknownGreyRange where that is needed."""
+    kept = file.notes
     broken = [f"{note['path']}: {note['row']['reason']}" for note in kept if note["row"]["reason"]]
     left = table[len(kept) :]
     for path, (row, pixels, stamp) in zip(
@@ -123,9 +153,11 @@ def _pack_pixels(table: pd.DataFrame, file: ResumableFile, data: Data) -> list[R
                 )
         else:
             row["offset"] = file.size
-        file.append(pixels, {"path": path, "stamp": stamp, "row": row})
-        rows.append(row)
-    return rows
+        file.append(pixels, {"path": path, "stamp": stamp, "row": row, "grey_range": _known_range(data)})
+
+
+def _known_range(data: Data) -> list[float] | None:
+    return None if isinstance(data.grey_range, str) else list(data.grey_range)
 
 
 def _near_duplicates(packed: PackedImages) -> list[tuple[int, int]]:
@@ -134,14 +166,19 @@ def _near_duplicates(packed: PackedImages) -> list[tuple[int, int]]:
     return list(pairs.loc[pairs["kind"] == "near", ["row_a", "row_b"]].itertuples(index=False, name=None))
 
 
-def _unchanged(table: pd.DataFrame, file: ResumableFile, data: Data) -> list[dict[str, Any]]:
-    """Notes of the first images that are packed already, and are as they were then; goes back to the last of them."""
+def _keep_unchanged(table: pd.DataFrame, file: ResumableFile, data: Data) -> None:
+    """Go back to the last of the first images that are packed already, and are as they were then."""
 
     def same(note: dict[str, Any], path: str, name: str) -> bool:
         if note["path"] != path or note["stamp"] != _stamp(name):
             return False
+        if note["grey_range"] not in (None, _known_range(data)):
+            return False
         # What could not be read may have been the disk's fault, or that of somebody who has mended it.
-        return not note["row"]["reason"] or _read(name, data)[0] == note["row"]
+        try:
+            return not note["row"]["reason"] or _read(name, data)[0] == note["row"]
+        except UnknownGreyRange:
+            return False
 
     notes = file.notes
     count = sum(
@@ -151,7 +188,6 @@ def _unchanged(table: pd.DataFrame, file: ResumableFile, data: Data) -> list[dic
         file.cut(count)
     if count:
         logger.info("%d of %d images were packed before an interruption", count, len(table))
-    return notes[:count]
 
 
 def stamps(table: pd.DataFrame) -> list[list[int] | None]:
@@ -169,30 +205,22 @@ def _stamp(file: str) -> list[int] | None:
 
 
 def _decoded(files: list[str], data: Data) -> Iterator[Decoded]:
-    """Rows, pixels and stamps of images in their order, decoded on all cores (Pillow lets go of Python's lock while it works), a
-    few images ahead of what has been taken."""
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    waiting: deque[Future[Decoded]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for file in files:
-                waiting.append(pool.submit(_read, file, data))
-                if len(waiting) >= AHEAD * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    """Rows, pixels and stamps of images in their order, a few images ahead of what has been taken."""
+    return in_order(lambda file: _read(file, data), files, AHEAD)
 
 
 def _read(file: str, data: Data) -> Decoded:
     """What `images.csv` says of an image, its packed pixels, and the file's stamp before it was read."""
     stamp = _stamp(file)
+    grey_range = None if isinstance(data.grey_range, str) else data.grey_range
     try:
-        (width, height), image = decode(file, data.max_megapixels, data.image_size)
+        (width, height), image = decode(file, data.max_megapixels, data.image_size, grey_range)
+    except UnknownGreyRange:
+        raise
     except BrokenImage as error:
         return {**SET_ASIDE, "reason": str(error)}, b"", stamp
-    digest = hashlib.blake2b(image.tobytes(), digest_size=16, key=f"{image.size}".encode()).hexdigest()
+    fine = image.info.get("greys", image)  # two images whose greys differ are not the same, though we show them so
+    digest = hashlib.blake2b(fine.tobytes(), digest_size=16, key=f"{image.size}".encode()).hexdigest()
     small = resize_shorter(image, data.image_size)
     row = {
         "width": width,
@@ -201,7 +229,7 @@ def _read(file: str, data: Data) -> Decoded:
         "packed_height": small.height,
         "offset": 0,
         "digest": digest,
-        "difference_hash": difference_hash(small),
+        "difference_hash": difference_hash(small if fine is image else fine),
         "reason": "",
     }
     return row, small.tobytes(), stamp
@@ -210,8 +238,9 @@ def _read(file: str, data: Data) -> Decoded:
 def difference_hash(image: Image.Image) -> str:
     """64 bits, as hex, that stay nearly the same when an image is resized or saved anew: whether it gets brighter from
     each of 8 x 8 cells to the next (Krawetz's dHash, 2013)."""
-    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
-    return np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes().hex()
+    grey = image if image.mode == "F" else image.convert("L")
+    cells = np.asarray(grey.resize((9, 8), Image.Resampling.BOX), float)
+    return np.packbits(cells[:, 1:] > cells[:, :-1] + SAME).tobytes().hex()
 
 
 def _fingerprint(table: pd.DataFrame) -> str:

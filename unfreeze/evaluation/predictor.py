@@ -59,7 +59,7 @@ class Predictor:
         pixels, reasons = [], []
         for image in images:
             try:
-                _, decoded = decode(image, MAX_MEGAPIXELS, size)
+                _, decoded = decode(image, MAX_MEGAPIXELS, size, self._meta["grey_range"])
                 pixels.append(np.asarray(resize_shorter(decoded, size)))
                 reasons.append("")
             except (BrokenImage, TransientError) as error:

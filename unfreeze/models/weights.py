@@ -47,7 +47,14 @@ def load_head(path: Path) -> Head:
     return _filled(head, tensors, path)
 
 
-def save_classifier(model: Classifier, path: Path, classes: list[str], image_size: int, augment: Augment) -> None:
+def save_classifier(
+    model: Classifier,
+    path: Path,
+    classes: list[str],
+    image_size: int,
+    augment: Augment,
+    grey_range: tuple[float, float] | None = None,
+) -> None:
     """Write a classifier: a file that is enough to predict with.
 
     Args:
@@ -56,12 +63,14 @@ def save_classifier(model: Classifier, path: Path, classes: list[str], image_siz
         classes: names of the classes in order of the logits.
         image_size: side in pixels of the squares it was trained on.
         augment: what it was trained with, for the views of test-time augmentation.
+        grey_range: which greys of more than 8 bits were black and white in what it was trained on, if it has such.
     """
     meta = {
         "kind": "classifier",
         "classes": classes,
         "image_size": image_size,
         "augment": dataclasses.asdict(augment),
+        "grey_range": grey_range,
         "backbone": _backbone_meta(model.backbone),
         "head": _head_meta(model.head),
     }
@@ -72,7 +81,7 @@ def load_classifier(path: Path) -> tuple[Classifier, Meta]:
     """Read a classifier.
 
     Returns:
-        The model, and what was saved with it: classes, image_size, augment.
+        The model, and what was saved with it: classes, image_size, augment, grey_range.
 
     Raises:
         UserError: the file is missing, damaged, of an earlier version, or something else.
@@ -82,10 +91,13 @@ def load_classifier(path: Path) -> tuple[Classifier, Meta]:
         backbone = create_backbone(meta["backbone"]["name"], "none", meta["backbone"]["image_size"])
         head = meta["head"]
         model = Classifier(backbone, Head(head["features"], head["classes"], head["dropout"]))
-        if missing := {"classes", "image_size", "augment"} - meta.keys():
+        if missing := {"classes", "image_size", "augment", "grey_range"} - meta.keys():
             said = ", ".join(sorted(missing))
             raise UserError(f"{path} lacks {said}: an earlier version of unfreeze wrote it. Run the recipe again.")
         meta["augment"] = parse_section(Augment, meta["augment"], "augment", str(path))
+        if meta["grey_range"] is not None:
+            black, white = (float(value) for value in meta["grey_range"])
+            meta["grey_range"] = black, white
     return _filled(model, tensors, path), meta
 
 

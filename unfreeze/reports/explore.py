@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from unfreeze.data.packed import PackedImages
+from unfreeze.data.packed import Greys, PackedImages
 from unfreeze.reports.html import Section, cards, folded, gallery, heading, page, pairs, paragraph, plot, table
-from unfreeze.reports.plots import balance_plot, sizes_plot
+from unfreeze.reports.plots import balance_plot, greys_plot, sizes_plot
 
+FEW_LEVELS = 16
+"""Greys of 256 in which 99 % of the pixels lie, below which the range of greys is perhaps that of a few odd pixels."""
 SHOWN_CLASSES, SHOWN_SAMPLES, SHOWN_PAIRS, SHOWN_BROKEN, SHOWN_ROWS, FEW = 30, 6, 12, 200, 20, 30
 
 
@@ -41,6 +43,7 @@ def explore_report(packed: PackedImages, found: pd.DataFrame, duplicates: pd.Dat
         Section("At a glance", _glance(packed, metrics)),
         Section("Classes and splits", _balance(packed)),
         Section("Sizes", _sizes(packed)),
+        *([Section("Greys of more than 8 bits", _greys(packed.greys))] if packed.greys else []),
         Section("Samples", _samples(packed)),
         Section("Duplicates and leaks", _duplicates(packed, duplicates)),
         Section("Broken files", _broken(found)),
@@ -92,6 +95,12 @@ def _glance(packed: PackedImages, metrics: dict[str, float]) -> str:
         notes.append(
             f"Images more than 2.5 times as long as wide: {long}. The network sees their middle square, TTA sees the rest."
         )
+    levels = _levels(packed.greys)
+    if levels is not None and levels < FEW_LEVELS:
+        notes.append(
+            f"Of greys of more than 8 bits, 99 % of the pixels are shown in {levels} of 256 greys: look at their histogram, "
+            "and set data.grey_range to [low, high] of what matters."
+        )
     if "test" not in splits:
         notes.append("There is no test split: nothing will be able to judge the retrained model.")
     if not notes:
@@ -123,6 +132,28 @@ def _sizes(packed: PackedImages) -> str:
     text = table(["", "smallest", "25 %", "median", "75 %", "largest"], rows)
     figure = sizes_plot(width, height, packed.image_size)
     return text + plot(figure, "width and height of the images")
+
+
+def _greys(greys: Greys) -> str:
+    black, white = greys.range
+    if not greys.images:
+        return paragraph(f"None of the images that were looked at has such: {black:g} would be black, {white:g} white.")
+    text = paragraph(
+        f"In the {greys.images:,} images that were looked at, values lie between {greys.found[0]:g} and {greys.found[1]:g}. "
+        f"{black:g} is shown as black and {white:g} as white in every image (data.grey_range), in predictions too."
+    )
+    return text + plot(greys_plot(greys.counts, greys.found, greys.range), "histogram of the greys")
+
+
+def _levels(greys: Greys | None) -> int | None:
+    """Of the 256 greys that are shown, how many hold 99 % of the pixels; None where nobody has counted."""
+    if greys is None or not sum(greys.counts):
+        return None
+    centres = np.linspace(*greys.found, 2 * len(greys.counts) + 1)[1::2]
+    black, white = greys.range
+    shown = ((centres - black) * (255 / (white - black)) + 0.5).clip(0, 255).astype(int)
+    pixels = np.sort(np.bincount(shown, greys.counts, 256))[::-1]
+    return int(np.searchsorted(pixels.cumsum(), 0.99 * pixels.sum()) + 1)
 
 
 def _samples(packed: PackedImages) -> str:

@@ -236,6 +236,25 @@ def balance_plot(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def greys_plot(counts: Sequence[int], found: tuple[float, float], shown: tuple[float, float]) -> Figure:
+    """Histogram of greys of more than 8 bits, on a logarithmic axis, with what is shown as black and as white.
+
+    Args:
+        counts: of values, in bins of one width.
+        found: ends of the first and the last bin.
+        shown: the values that are black and white.
+    """
+    figure, axes = _figure(7.0, 3.4)
+    edges = np.linspace(*found, len(counts) + 1)
+    axes.stairs(counts, edges, color=BLUE, fill=True, alpha=0.5)
+    axes.set_yscale("log")
+    for value, name in zip(shown, ("black", "white"), strict=True):
+        axes.axvline(value, color=ORANGE, linewidth=1.5, linestyle="--")
+        axes.annotate(f"{name}: {value:g}", (value, 1.01), xycoords=("data", "axes fraction"), ha="center", fontsize=9)
+    axes.set(xlabel="value", ylabel="pixels")
+    return figure
+
+
 def sizes_plot(width: pd.Series, height: pd.Series, image_size: int) -> Figure:
     """Width and height of the images as they were found; larger dots for more images of one size."""
     sizes = pd.DataFrame({"width": width, "height": height}).value_counts().reset_index(name="count")

@@ -79,7 +79,7 @@ def as_overrides(values: Mapping[str, Any]) -> list[str]:
     """``section.key -> value`` as `apply_overrides` takes them; text is quoted only where it has to be.
 
     Raises:
-        UserError: a value is a list or anything else that no setting can be.
+        UserError: a value is a mapping or anything else that no setting can be.
     """
     return [f"{key}={_written(key, value)}" for key, value in values.items()]
 
@@ -91,9 +91,11 @@ def _written(key: str, value: Any) -> str:
         return str(value) if abs(value) < 2**63 else hex(value)  # Python refuses to write thousands of digits
     if isinstance(value, float):
         return repr(value) if math.isfinite(value) else {"inf": ".inf", "-inf": "-.inf"}.get(str(value), ".nan")
+    if isinstance(value, list) and all(isinstance(part, int | float) for part in value):
+        return f"[{', '.join(_written(key, part) for part in value)}]"
     if not isinstance(value, str):
         raise UserError(
-            f"{key} is {reprlib.repr(value)}, but every setting is a single number, text, true, false or null."
+            f"{key} is {reprlib.repr(value)}, but every setting is a number, text, true, false, null or [low, high]."
         )
     try:
         plain = bool(value.strip()) and read_yaml(f"- {value}", "") == [value]

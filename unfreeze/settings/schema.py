@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from unfreeze.errors import UserError
-from unfreeze.settings.validation import In, OneOf, Without, check_section, hints, key_names
+from unfreeze.settings.validation import In, OneOf, Rising, Without, check_section, hints, key_names
 from unfreeze.settings.yaml12 import read_yaml
 
 S = TypeVar("S")
@@ -34,6 +34,7 @@ class Data:
     near_duplicates: Annotated[str, OneOf(("group", "report"))]
     max_broken: Annotated[float, In(0, 1)]
     max_megapixels: Annotated[float, In(0, 100_000, open_low=True)]
+    grey_range: Annotated[str, OneOf(("auto",))] | Annotated[tuple[float, float], Rising()]
 
 
 @dataclass(frozen=True)

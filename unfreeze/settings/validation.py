@@ -5,6 +5,7 @@ Settings are dataclasses: a field per key, annotated with its type and its limit
 
 import dataclasses
 import difflib
+import math
 import re
 import reprlib
 import types
@@ -16,7 +17,10 @@ from typing import Annotated, Any, TypeVar
 
 S = TypeVar("S")
 
-KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+KINDS: dict[type, str] = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "[low, high], two numbers",
+    types.NoneType: "null",
+}  # fmt: skip
 UNSEEN = ("Cc", "Cs", "Zl", "Zp")
 """Unicode categories of what is no character of a text: controls, line breaks, halves of a character."""
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
@@ -50,7 +54,18 @@ class OneOf:
         return value in self.words
 
     def __str__(self) -> str:
-        return "one of " + ", ".join(self.words)
+        return "one of " + ", ".join(self.words) if len(self.words) > 1 else self.words[0]
+
+
+@dataclass(frozen=True)
+class Rising:
+    """Two finite numbers, the first below the second."""
+
+    def __contains__(self, value: tuple[float, float]) -> bool:
+        return -math.inf < value[0] < value[1] < math.inf
+
+    def __str__(self) -> str:
+        return "the first below the second"
 
 
 @dataclass(frozen=True)
@@ -116,20 +131,20 @@ def _unknown(key: object, prefix: str, keys: Collection[str], known: Collection[
 
 def _value(hint: Any, value: object, key: str, problems: list[str]) -> Any:
     """A single value with the type and range of its field; what is wrong goes to the problems."""
-    nullable = typing.get_origin(hint) in (types.UnionType, typing.Union)
-    if nullable and value is None:
+    several = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    choices = [_kind_and_limit(one) for one in (typing.get_args(hint) if several else (hint,))]
+    if value is None and (types.NoneType, None) in choices:
         return None
-    if nullable:
-        hint = typing.get_args(hint)[0]
-    kind, limit = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint, None)
-    typed = _typed(kind, value)
-    if typed is not None and (limit is None or typed in limit):
-        return typed
-    allowed = str(limit) if isinstance(limit, OneOf) else ", ".join(filter(None, (KINDS[kind], str(limit or ""))))
-    problem = f"{key} is {_shown(value)}, but must be {allowed}{', or null' if nullable else ''}."
-    if isinstance(limit, OneOf) and (near := difflib.get_close_matches(str(typed), limit.words, 1)):
+    for kind, limit in choices:
+        typed = _typed(kind, value)
+        if typed is not None and (limit is None or typed in limit):
+            return typed
+    problem = f"{key} is {_shown(value)}, but must be {', or '.join(_allowed(*choice) for choice in choices)}."
+    kind, limit = choices[0]
+    words = limit.words if isinstance(limit, OneOf) and isinstance(value, str) else ()
+    if words and (near := difflib.get_close_matches(str(value), words, 1)):
         problem += f" Did you mean {near[0]}?"
-    elif kind is str and value is not None and not isinstance(value, str | Mapping | list):
+    elif choices == [(str, limit)] and value is not None and not isinstance(value, str | Mapping | list):
         problem += " Put it in quotes."
     elif isinstance(value, str) and _unseen(value):
         problem += " There are control characters or line breaks in it."
@@ -137,10 +152,25 @@ def _value(hint: Any, value: object, key: str, problems: list[str]) -> Any:
     return None
 
 
+def _allowed(kind: type, limit: object) -> str:
+    return str(limit) if isinstance(limit, OneOf) else ", ".join(filter(None, (KINDS[kind], str(limit or ""))))
+
+
+def _kind_and_limit(hint: Any) -> tuple[type, Any]:
+    """The type of a field, and what of that type it may be."""
+    if typing.get_origin(hint) is not Annotated:
+        return hint, None
+    kind, limit = typing.get_args(hint)
+    return typing.get_origin(kind) or kind, limit
+
+
 def _typed(kind: type, value: object) -> Any:
     """The value as one of ``kind``, or None where it is not: no truth value is a number, no quoted number either."""
     if isinstance(value, bool) and kind is not bool:
         return None
+    if kind is tuple:
+        numbers = [_typed(float, part) for part in value] if isinstance(value, list | tuple) else []
+        return tuple(numbers) if len(numbers) == 2 and None not in numbers else None
     if kind is float:
         if isinstance(value, str) and EXPONENT.fullmatch(value):
             value = float(value)  # readers of YAML 1.1 take 1e-5 for text
@@ -148,7 +178,11 @@ def _typed(kind: type, value: object) -> Any:
             return float(value) if isinstance(value, int | float) else None
         except OverflowError:
             return None
-    if not isinstance(value, kind) or (isinstance(value, str) and (not value.strip() or _unseen(value))):
+    if (
+        value is None
+        or not isinstance(value, kind)
+        or (isinstance(value, str) and (not value.strip() or _unseen(value)))
+    ):
         return None
     return kind(value)
 

@@ -165,7 +165,7 @@ def packed(
     photos: Path, table: pd.DataFrame | None = None, share: float = 0.5
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Metrics, and why images were set aside."""
-    data = Data(str(photos), 32, 0.2, 0.2, "group", share, MEGAPIXELS)
+    data = Data(str(photos), 32, 0.2, 0.2, "group", share, MEGAPIXELS, "auto")
     out = photos.parent / "out"
     metrics = pack(read_source(str(photos)) if table is None else table, out, data, 0)
     found = pd.read_csv(out / "images.csv", keep_default_na=False, dtype=str)
@@ -182,12 +182,12 @@ def test_files_that_vanish_or_change_are_set_aside(photos: Path, monkeypatch: py
     os.mkfifo(photos / "cat/2.png")
     original = decoding._as_rgb
 
-    def meanwhile(image: Image.Image) -> Image.Image:
+    def meanwhile(*image: Any) -> Any:
         if not (photos / "dog/0.png").read_bytes().endswith(b"more"):
             with (photos / "dog/0.png").open("ab") as file:
                 file.write(b"more")
         (photos / "dog/1.png").unlink(missing_ok=True)
-        return original(image)
+        return original(*image)
 
     monkeypatch.setattr(decoding, "_as_rgb", meanwhile)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})  # one after the other

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests import corpus
-from unfreeze.data.decoding import ORIENTATION, BrokenImage, decode, resize_shorter
+from unfreeze.data.decoding import ORIENTATION, BrokenImage, UnknownGreyRange, decode, raw_greys, resize_shorter
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")  # pytest undoes what the module itself does about them
 RNG = np.random.default_rng(0)
@@ -45,7 +45,7 @@ def png(width: int, height: int, depth: int, colour: int, rows: bytes, *chunks: 
 
 
 @pytest.mark.parametrize("top", [65535, 4095, 200])
-def test_sixteen_bit_grey_keeps_its_range_whatever_it_contains(top: int) -> None:
+def test_sixteen_bit_grey_is_not_stretched_to_what_it_contains(top: int) -> None:
     values = np.linspace(0, top, 30 * 20).reshape(20, 30).astype(">u2")
     found = pixels(png(30, 20, 16, 0, values.tobytes()))
     np.testing.assert_array_equal(found, np.repeat(np.round(values / 257)[..., None], 3, 2))
@@ -89,10 +89,28 @@ def test_cmyk_one_bit_and_float() -> None:
     assert np.abs(pixels(encoded(flat, "JPEG"))[16, 16].astype(int) - [255, 0, 0]).max() <= 6
     bits = RNG.random((20, 32)) < 0.5
     np.testing.assert_array_equal(pixels(png(32, 20, 1, 0, np.packbits(bits).tobytes()))[..., 1], bits * 255)
-    real = RNG.random((20, 30), np.float32)
-    real[0, 0], real[0, 1] = np.nan, np.inf
-    found = pixels(encoded(Image.fromarray(real), "TIFF"))[..., 0]
-    assert np.abs(found[1:] - real[1:] * 255).max() <= 0.51
+
+
+def test_greys_of_more_than_8_bits_are_shown_by_the_range_that_is_given() -> None:
+    real = RNG.random((20, 30), np.float32) * 3 - 1
+    real[0, :3] = np.nan, np.inf, -np.inf
+    file = encoded(Image.fromarray(real), "TIFF")
+    image = decode(file, 100, grey_range=(-1, 2))[1]
+    assert np.abs(np.asarray(image)[1:] - (real[1:, :, None] + 1) * 85).max() <= 0.51
+    assert np.asarray(image)[0, :3, 0].tolist() == [0, 255, 0]
+    np.testing.assert_allclose(np.asarray(image.info["greys"])[1:], (real[1:] + 1) * 85, atol=1e-4)
+    inner = np.asarray(decode(file, 100, grey_range=(0, 1))[1])
+    assert (inner[1:][real[1:] < 0] == 0).all() and (inner[1:][real[1:] > 1] == 255).all()
+    with pytest.raises(UnknownGreyRange, match=r"no range of them is known \(data\.grey_range\)"):
+        decode(file, 100, grey_range=None)
+
+
+def test_only_greys_of_more_than_8_bits_are_decoded_to_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.arange(-300, 300).reshape(20, 30).astype(np.int32)
+    np.testing.assert_array_equal(raw_greys(encoded(Image.fromarray(values), "TIFF"), 100), values)
+    jpeg = encoded(Image.fromarray(NOISE), "JPEG")
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("decoded"))
+    assert raw_greys(jpeg, 100) is None
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "JPEG"])

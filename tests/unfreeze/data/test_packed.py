@@ -32,6 +32,7 @@ SIZE = 32
 
 def data(source: Path, **changes: Any) -> Data:
     usual = {"valid": 0.2, "test": 0.2, "near_duplicates": "group", "max_broken": 0.2, "max_megapixels": 1}
+    usual |= {"grey_range": "auto"}
     return Data(str(source), SIZE, **{**usual, **changes})
 
 

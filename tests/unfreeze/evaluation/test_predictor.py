@@ -53,6 +53,21 @@ def test_the_network_is_folded_once_for_requests_of_one_size(
     np.testing.assert_allclose(found[2].filter(like="p_"), found[0].filter(like="p_")[:1], atol=0.02)
 
 
+def test_greys_of_more_than_8_bits_are_shown_as_in_training(predictor: Predictor, tmp_path: Path) -> None:
+    shown = np.random.default_rng(0).integers(0, 256, (40, 32), dtype=np.uint8)
+    eight, twelve = tmp_path / "eight.png", tmp_path / "twelve.png"
+    Image.fromarray(shown).save(eight)
+    Image.fromarray(shown * np.uint16(4) + np.uint16(1000)).save(twelve)
+    trained = Predictor(tmp_path / "model.safetensors")._model
+    save_classifier(
+        trained, tmp_path / "greys.safetensors", ["a", "b", "c"], 32, Augment("none", 0, 1.1, 0.0), (1000, 2020)
+    )
+    found = Predictor(tmp_path / "greys.safetensors").predict([eight, twelve])
+    np.testing.assert_array_equal(found.filter(like="p_").iloc[0], found.filter(like="p_").iloc[1])
+    without = predictor.predict([eight, twelve])
+    assert without["reason"][0] == "" and "no range of them is known (data.grey_range)" in without["reason"][1]
+
+
 def test_requests_at_once_get_what_each_would_get_alone(predictor: Predictor) -> None:
     requests = [[image(seed), image(seed + 100)] for seed in range(12)]
     alone = [predictor.predict(files, 2) for files in requests]

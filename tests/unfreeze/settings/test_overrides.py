@@ -57,6 +57,7 @@ def test_nothing_to_change_leaves_the_file_alone(params: Path) -> None:
         ("lr_find.rate=1e-5", 1e-5),
         ("lr_find.rate= 0.01 ", 0.01),
         ("lr_find.start=1E-6", 1e-6),
+        ("data.grey_range=[-160, 240.5]", (-160, 240.5)),
         ("train_full.cycle_len=010", 10),
         ("train_full.until_overfitting=false", False),
         ("head.dropout=0", 0.0),
@@ -176,9 +177,17 @@ def test_a_failed_write_leaves_the_file_as_it_was(params: Path, monkeypatch: pyt
 
 def test_a_file_of_settings_changes_what_it_names(params: Path, tmp_path: Path) -> None:
     file = tmp_path / "photographs.yaml"
-    file.write_text("data:\n  image_size: 224\n  source: 'a: b'\naugment: {flip: none}\nlr_find:\n  rate: null\n")
+    file.write_text(
+        "data:\n  image_size: 224\n  grey_range: [0, 4095]\n  source: 'a: b'\naugment: {flip: none}\nlr_find:\n  rate: null\n"
+    )
     overrides = read_overrides(file)
-    assert overrides == ["data.image_size=224", 'data.source="a: b"', "augment.flip=none", "lr_find.rate=null"]
+    assert overrides == [
+        "data.image_size=224",
+        "data.grey_range=[0, 4095]",
+        'data.source="a: b"',
+        "augment.flip=none",
+        "lr_find.rate=null",
+    ]
     apply_overrides(params, overrides)
     settings = load_settings(params)
     assert settings.data.source == "a: b"

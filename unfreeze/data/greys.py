@@ -1,0 +1,74 @@
+"""One scale for the greys of more than 8 bits (16-bit PNG and TIFF, real numbers) of a data set.
+
+A file does not say which of its values are black and white: those of a 12-bit detector end at 4095, Hounsfield units in
+16 bits lie around 32768. A scale for each image by itself would make the images of a data set incomparable, so the range
+of values is that of all of them (`data.grey_range: auto`), found before the first such image is packed.
+"""
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unfreeze.data.decoding import FULL_RANGE, BrokenImage, raw_greys
+from unfreeze.data.packed import Greys
+from unfreeze.data.parallel import in_order
+from unfreeze.progress import track
+from unfreeze.settings.schema import Data
+
+logger = logging.getLogger("unfreeze")
+
+BINS = 256
+"""Of the histogram."""
+VALUES = 2_000_000
+"""Pixels of all images together that the histogram is made of, at most."""
+SOME = 1000
+"""Files that are looked at, evenly spread, where the range is given and the histogram is all that is wanted."""
+AHEAD = 4
+"""Images whose values are in memory at once, times the number of cores."""
+
+
+class _Values(NamedTuple):
+    """Of one image: its lowest and highest value, and some of its pixels' values (K,)."""
+
+    low: float
+    high: float
+    some: NDArray[np.float64]
+
+
+def look_at_greys(files: Sequence[str], data: Data) -> Greys:
+    """The range of values of all images whose greys have more than 8 bits, and a histogram; no other image is decoded.
+
+    Args:
+        files: all images of the data set.
+        data: with `grey_range`, which stands if it is no ``auto``: a sample of the files is looked at then.
+
+    Raises:
+        TransientError: the disk, the network or the system fails.
+    """
+    if data.grey_range != "auto":
+        files = files[:: -(-len(files) // SOME)]
+    read = partial(_values, most=max(1, VALUES // len(files)), max_megapixels=data.max_megapixels)
+    found = [values for values in track(in_order(read, files, AHEAD), "range of greys", len(files)) if values]
+    low, high = (min(v.low for v in found), max(v.high for v in found)) if found else FULL_RANGE
+    counts, _ = np.histogram(np.concatenate([np.empty(0), *(v.some for v in found)]), BINS, (low, high))
+    span = (low, high) if low < high else (low, low + 1)
+    shown = span if isinstance(data.grey_range, str) else data.grey_range
+    logger.info("greys of more than 8 bits: %g is shown as black, %g as white (data.grey_range)", *shown)
+    return Greys(shown, len(found), (low, high), counts.tolist())
+
+
+def _values(file: str, most: int, max_megapixels: float) -> _Values | None:
+    """The values of an image whose greys have more than 8 bits; None for any other, and for one that cannot be read."""
+    try:
+        greys = raw_greys(file, max_megapixels)
+    except BrokenImage:
+        return None
+    if greys is None or not (values := greys[np.isfinite(greys)]).size:
+        return None
+    # An odd step is in step with no image's rows for long.
+    some = values[:: -(-values.size // most) | 1].astype(float)
+    return _Values(float(values.min()), float(values.max()), some)
