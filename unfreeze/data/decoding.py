@@ -1,6 +1,6 @@
 """From a file to pixels: any image that Pillow reads, as people see it.
 
-The EXIF orientation is honoured, transparency is shown on white, greys of more than 8 bits are shown by a range that is
+The EXIF orientation is honoured, transparency is shown on white unless it hides the picture, greys of more than 8 bits are shown by a range that is
 given, of an animation the first frame counts. What cannot be read raises `BrokenImage` with a reason that says so in a few words.
 """
 
@@ -27,6 +27,12 @@ MAX_ASPECT = 20
 """Longer side over shorter side; beyond it, no square says anything about the image."""
 MAX_HELD = 2**28
 """Bytes of a file that a decoder may read as a whole; of a larger one (pages and pages of a TIFF) it maps what it needs."""
+FAINT = 16
+"""Opacity, of 255, below which nothing is to be seen; colours that differ by less make no picture either."""
+EDGE = 1 / 16
+"""Share of the width and of the height on each side in which something may be opaque that does not count."""
+HIDDEN = "transparent all over: its colours are shown, as if it were opaque"
+"""Remark on an image whose transparency hides it."""
 PROGRAMS = ("EPS", "WMF")
 """Formats that are programs, which a decoder would have to run."""
 UPRIGHT = {
@@ -75,7 +81,8 @@ def decode(
 ) -> tuple[tuple[int, int], Image.Image]:
     """Read an image as RGB, with its width and height in the file (upright, as people see it).
 
-    Where its greys have more than 8 bits, its ``info["greys"]`` is the image on the same scale, 0 to 255, not rounded.
+    Where its greys have more than 8 bits, its ``info["greys"]`` is the image on the same scale, 0 to 255, not rounded. What
+    people should know of how it was read is in ``info["remark"]``.
 
     Args:
         file: path, or bytes in memory.
@@ -182,7 +189,8 @@ def _read(
         _check_size(seen, max_megapixels)
     orientation = _orientation(image)
     upright = image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
-    return (seen[::-1] if orientation in UPRIGHT and orientation >= 5 else seen), _as_rgb(upright, grey_range)
+    rgb, rgb.info = _as_rgb(upright, grey_range)  # and nothing of what the file says of itself
+    return (seen[::-1] if orientation in UPRIGHT and orientation >= 5 else seen), rgb
 
 
 def _check_size(size: tuple[int, int], max_megapixels: float) -> None:
@@ -201,19 +209,30 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _as_rgb(image: Image.Image, grey_range: tuple[float, float] | None) -> Image.Image:
+def _as_rgb(image: Image.Image, grey_range: tuple[float, float] | None) -> tuple[Image.Image, dict[str, Any]]:
+    """An image as RGB, and what there is to say of it, as in `decode`."""
     if _is_deep(image):
         if grey_range is None:
             raise UnknownGreyRange
         greys = _scaled(np.asarray(image, np.float64), *grey_range)
         rgb = Image.fromarray((greys + 0.5).clip(0, 255).astype(np.uint8)).convert("RGB")
-        rgb.info["greys"] = Image.fromarray(greys.astype(np.float32))
-        return rgb
+        return rgb, {"greys": Image.fromarray(greys.astype(np.float32))}
     if image.has_transparency_data:
         image = image.convert("RGBA")
+        if _hides_a_picture(image):
+            return image.convert("RGB"), {"remark": HIDDEN}
         white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB"), {}
+
+
+def _hides_a_picture(image: Image.Image) -> bool:
+    """Whether the transparency of an RGBA image hides all of it, but perhaps for its edges, and there is a picture beneath:
+    masks, sprites and exports of tiles are written so, and other readers drop their transparency."""
+    width, height = image.size
+    x, y = int(width * EDGE), int(height * EDGE)
+    *colours, (_, opacity) = image.crop((x, y, width - x, height - y)).getextrema()
+    return opacity < FAINT and any(high - low >= FAINT for low, high in colours)
 
 
 def _is_deep(image: Image.Image) -> bool:

@@ -34,7 +34,7 @@ logger = logging.getLogger("unfreeze")
 Row = dict[str, Any]
 Decoded = tuple[Row, bytes, list[int] | None]
 
-SET_ASIDE = dict.fromkeys((*NUMBERS, "digest", "difference_hash"), "")
+SET_ASIDE = dict.fromkeys((*NUMBERS, "digest", "difference_hash", "remark"), "")
 """What `images.csv` says of an image that could not be read, beside the reason."""
 AHEAD = 4
 """Images in memory at once while packing, times the number of cores."""
@@ -104,6 +104,8 @@ def pack(
         ) from None
     finally:
         _clear(folder)
+    for remark, count in found.loc[found["remark"] != "", "remark"].value_counts().items():
+        logger.info("%d images are %s", count, remark)
     counts = found.loc[good, "split"].value_counts()
     splits = {split: int(counts.get(split, 0)) for split in ("train", "valid", "test")}
     return {"images": int(good.sum()), "broken": int((~good).sum()), "classes": len(classes), **splits}
@@ -230,6 +232,7 @@ def _read(file: str, data: Data) -> Decoded:
         "offset": 0,
         "digest": digest,
         "difference_hash": difference_hash(small if fine is image else fine),
+        "remark": image.info.get("remark", ""),
         "reason": "",
     }
     return row, small.tobytes(), stamp

@@ -39,6 +39,7 @@ def explore_metrics(packed: PackedImages, found: pd.DataFrame, duplicates: pd.Da
 def explore_report(packed: PackedImages, found: pd.DataFrame, duplicates: pd.DataFrame, source: str) -> str:
     """The page. Arguments as for `explore_metrics`; ``source`` as the settings name it."""
     metrics = explore_metrics(packed, found, duplicates)
+    remarks = packed.table[packed.table["remark"] != ""]
     sections = [
         Section("At a glance", _glance(packed, metrics)),
         Section("Classes and splits", _balance(packed)),
@@ -46,6 +47,7 @@ def explore_report(packed: PackedImages, found: pd.DataFrame, duplicates: pd.Dat
         *([Section("Greys of more than 8 bits", _greys(packed.greys))] if packed.greys else []),
         Section("Samples", _samples(packed)),
         Section("Duplicates and leaks", _duplicates(packed, duplicates)),
+        *([Section("Remarks", _remarks(remarks))] if len(remarks) else []),
         Section("Broken files", _broken(found)),
     ]
     return page("The images", f"{source}: what there is, before anything is trained", sections)
@@ -95,6 +97,8 @@ def _glance(packed: PackedImages, metrics: dict[str, float]) -> str:
         notes.append(
             f"Images more than 2.5 times as long as wide: {long}. The network sees their middle square, TTA sees the rest."
         )
+    for remark, count in packed.table.loc[packed.table["remark"] != "", "remark"].value_counts().items():
+        notes.append(f"{count:,} images are {remark}.")
     levels = _levels(packed.greys)
     if levels is not None and levels < FEW_LEVELS:
         notes.append(
@@ -203,6 +207,12 @@ def _duplicates(packed: PackedImages, duplicates: pd.DataFrame) -> str:
 
 def _what(pair: Mapping[Any, Any]) -> str:
     return pair["kind"] + ", between splits" * pair["leak"] + ", different labels" * pair["conflict"]
+
+
+def _remarks(remarks: pd.DataFrame) -> str:
+    rows = list(remarks[["path", "label", "remark"]].head(SHOWN_BROKEN).itertuples(index=False, name=None))
+    more = len(remarks) - len(rows)
+    return table(["file", "class", "remark"], rows) + (paragraph(f"And {more} more.", "soft") if more else "")
 
 
 def _broken(found: pd.DataFrame) -> str:

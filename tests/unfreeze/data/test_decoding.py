@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from tests import corpus
 from unfreeze.data.decoding import ORIENTATION, BrokenImage, UnknownGreyRange, decode, raw_greys, resize_shorter
@@ -73,6 +73,33 @@ def test_alpha_is_composited_on_white() -> None:
     assert np.abs(pixels(png(30, 20, 8, 6, values.tobytes())) - expected).max() <= 1
     grey = values[..., [0, 3]]
     assert np.abs(pixels(png(30, 20, 8, 4, grey.tobytes())) - (share * grey[..., :1] + (1 - share) * 255)).max() <= 1
+
+
+@pytest.mark.parametrize(("edge", "opacity"), [(0, 0), (1, 0), (0, 2)])
+def test_transparency_that_hides_all_of_a_picture_does_not_count(edge: int, opacity: int) -> None:
+    values = RNG.integers(0, 256, (40, 60, 4), np.uint8)
+    values[..., 3] = 255
+    values[edge : 40 - edge, edge : 60 - edge, 3] = opacity
+    image = decode(encoded(Image.fromarray(values), "PNG"), 100)[1]
+    np.testing.assert_array_equal(image, values[..., :3])
+    assert image.info["remark"] == "transparent all over: its colours are shown, as if it were opaque"
+
+
+def test_what_a_file_says_of_itself_is_not_taken_for_our_remark() -> None:
+    texts = PngImagePlugin.PngInfo()
+    for name in ("remark", "greys"):
+        texts.add_text(name, "of somebody else")
+    assert decode(encoded(Image.fromarray(NOISE), "PNG", pnginfo=texts), 100)[1].info == {}
+
+
+def test_transparency_counts_where_something_is_seen_or_nothing_is_beneath() -> None:
+    cut_out = RNG.integers(0, 256, (40, 60, 4), np.uint8)
+    cut_out[..., 3] = 0
+    cut_out[18:20, 30:33, 3] = 255
+    nothing = np.zeros((40, 60, 4), np.uint8)
+    for values in (cut_out, nothing):
+        image = decode(encoded(Image.fromarray(values), "PNG"), 100)[1]
+        assert np.asarray(image)[5, 5].tolist() == [255, 255, 255] and "remark" not in image.info
 
 
 def test_one_colour_of_a_png_may_be_transparent() -> None:

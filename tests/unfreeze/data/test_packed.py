@@ -19,11 +19,13 @@ import pytest
 from PIL import Image
 
 from unfreeze.data import packing
+from unfreeze.data.decoding import HIDDEN
 from unfreeze.data.duplicates import find_duplicates
 from unfreeze.data.packed import PackedImages, open_packed
 from unfreeze.data.packing import pack
 from unfreeze.data.sources import read_source
 from unfreeze.errors import UserError
+from unfreeze.reports.explore import explore_report
 from unfreeze.settings.schema import Data
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
@@ -367,3 +369,21 @@ def test_the_sample_is_packed_whole(tmp_path: Path) -> None:
     assert metrics["images"] == 40 and metrics["broken"] == 0
     images = open_packed(tmp_path)
     assert images[0].shape == (SIZE, SIZE, 3) and images[0].std() > 5
+
+
+def test_images_that_their_transparency_hides_are_shown_and_listed(photos: Path) -> None:
+    for i in range(0, 20, 3):
+        file = photos / ("cat", "dog")[i % 2] / f"{i}.png"
+        image = Image.open(file)
+        image.putalpha(0)
+        image.save(file)
+    images = packed(photos)
+    assert find_duplicates(images).empty
+    hidden = images.table[images.table["remark"] != ""]
+    assert len(hidden) == 7 and set(hidden["remark"]) == {HIDDEN}
+    for row in range(20):
+        np.testing.assert_array_equal(
+            images[row], np.asarray(Image.open(photos / images.table["path"][row]).convert("RGB"))
+        )
+    report = explore_report(images, images.table, find_duplicates(images), "photos")
+    assert f"7 images are {HIDDEN}." in report and report.count(HIDDEN) == 1 + 7

@@ -36,6 +36,7 @@ def packed_images(count: int, classes: list[str], splits: tuple[str, ...] = ("tr
             "width": SIDE,
             "height": SIDE,
             "reason": "",
+            "remark": "",
         }
     )
     pixels = rng.integers(0, 256, count * SIDE * SIDE * 3).astype(np.uint8)
