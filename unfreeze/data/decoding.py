@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from unfreeze.data.png import is_refused_for_its_texts, without_texts
 from unfreeze.errors import TransientError
 
 T = TypeVar("T")
@@ -169,6 +170,15 @@ def _open(file: str | Path, size: int) -> BinaryIO:
 
 
 def _decode(stream: BinaryIO, read: Callable[[Image.Image], T]) -> T:
+    try:
+        return _plainly(stream, read)
+    except ValueError as error:
+        if not is_refused_for_its_texts(error):
+            raise
+    return _plainly(without_texts(stream), read)
+
+
+def _plainly(stream: BinaryIO, read: Callable[[Image.Image], T]) -> T:
     with Image.open(stream) as image:
         if image.format in PROGRAMS:
             raise BrokenImage(f"{image.format} is a program that draws, not an image")

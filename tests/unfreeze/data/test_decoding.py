@@ -163,6 +163,28 @@ DAMAGED_EXIF = {
 }
 
 
+STEPS = b"step " * 300_000
+LARGE_TEXTS = {
+    "packed": [(b"zTXt", b"workflow\0\0" + zlib.compress(STEPS))],
+    "international": [(b"iTXt", b"workflow\0\1\0\0\0" + zlib.compress(STEPS))],
+    "profile": [(b"iCCP", b"profile\0\0" + zlib.compress(bytes(2_000_000)))],
+    "many": [(b"tEXt", b"a\0" + b"x" * 1_000_000)] * 65,
+}
+
+
+@pytest.mark.parametrize("chunks", LARGE_TEXTS.values(), ids=LARGE_TEXTS)
+def test_large_texts_do_not_cost_a_png(tmp_path: Path, chunks: list[tuple[bytes, bytes]]) -> None:
+    orientation = Image.Exif()
+    orientation[ORIENTATION] = 3
+    exif = (b"eXIf", orientation.tobytes().removeprefix(b"Exif\0\0"))
+    heavy = png(31, 23, 8, 2, NOISE.tobytes(), *chunks, exif)
+    (tmp_path / "a.png").write_bytes(heavy.getvalue())
+    for file in (heavy, tmp_path / "a.png"):
+        np.testing.assert_array_equal(pixels(file), NOISE[::-1, ::-1])
+    with pytest.raises(BrokenImage, match="damaged"):
+        decode(io.BytesIO(heavy.getvalue()[:-400]), 100)
+
+
 @pytest.mark.parametrize("exif", DAMAGED_EXIF.values(), ids=DAMAGED_EXIF)
 def test_damaged_exif_does_not_cost_the_image(exif: bytes) -> None:
     plain = encoded(Image.fromarray(NOISE), "JPEG")

@@ -1,0 +1,30 @@
+"""PNG files without their texts: where one is large, Pillow refuses the image, of which no text changes a pixel."""
+
+import io
+import struct
+from typing import BinaryIO
+
+TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+"""Chunks with text in them (an editor's history, a workflow, XMP), and that of the colour profile, which is not applied."""
+REFUSED = "PngImagePlugin.MAX_TEXT_CHUNK", "MAX_TEXT_MEMORY"
+"""How Pillow's messages end about a text that unpacked is larger than 1 MB, and about texts larger than 64 MB in all."""
+
+
+def is_refused_for_its_texts(error: Exception) -> bool:
+    """Whether this is what Pillow raises for a PNG with large texts."""
+    return isinstance(error, ValueError) and str(error).endswith(REFUSED)
+
+
+def without_texts(stream: BinaryIO) -> io.BytesIO:
+    """A PNG file without the chunks `TEXTS`; nothing in them is unpacked."""
+    stream.seek(0)
+    content = memoryview(stream.read())
+    kept, at = io.BytesIO(), 8
+    kept.write(content[:at])
+    while at < len(content):
+        length, kind = struct.unpack(">I4s", bytes(content[at : at + 8]).ljust(8, b"\0"))
+        if kind not in TEXTS:
+            kept.write(content[at : at + 12 + length])
+        at += 12 + length
+    kept.seek(0)
+    return kept
