@@ -5,25 +5,31 @@ things aside; DVC does not get that far.
 """
 
 import errno
+import math
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import pandas as pd
 
+from unfreeze.data.decoding import BrokenImage, check_header
 from unfreeze.data.sources import read_source, shown
 from unfreeze.data.splits import assign_splits
 from unfreeze.errors import UserError
-from unfreeze.settings.schema import Settings
+from unfreeze.settings.schema import Data, Settings
 
+LOOKED_AT = 100
+"""Images whose headers are looked at before anything runs: enough to find a folder of what are no images, in a moment."""
 NETWORK = ("backbone.", "data.image_size")
 """How the keys begin that say which network sees what: seeing that they fit takes seconds, most of them to import torch."""
 
 
 def check_images(settings: Settings) -> pd.DataFrame:
-    """See that the images can be listed, watched by DVC, and split, and that CUDA works where it is asked for.
+    """See that the images can be listed, watched by DVC, and split, that some of them are images, and that CUDA works where
+    it is asked for.
 
-    No image is opened.
+    No image is decoded.
 
     Returns:
         The images, as `read_source` lists them.
@@ -39,7 +45,32 @@ def check_images(settings: Settings) -> pd.DataFrame:
     table = read_source(data.source)
     check_watchable(data.source)
     assign_splits(table.assign(digest=""), data.valid, data.test, settings.seed)
+    looked_at, unreadable = look_at_some(table, data)
+    chance = 0.0  # that some of more images are worse than all of them
+    if looked_at < len(table):
+        chance = 4 * math.sqrt(looked_at * data.max_broken * (1 - data.max_broken))
+    if len(unreadable) > data.max_broken * looked_at + chance:
+        raise UserError(
+            f"data.source: of {looked_at} images of {data.source} that were looked at, {len(unreadable)} cannot be read, "
+            f"where data.max_broken allows {data.max_broken:.0%} of all, among them\n  " + "\n  ".join(unreadable[:5])
+        )
     return table
+
+
+def look_at_some(table: pd.DataFrame, data: Data) -> tuple[int, list[str]]:
+    """Look at the headers of `LOOKED_AT` images, evenly spread, or of all where there are fewer.
+
+    Returns:
+        How many were looked at, and of each that cannot be read its path and why.
+    """
+    some = table.iloc[np.linspace(0, len(table) - 1, min(LOOKED_AT, len(table)), dtype=int)]
+    unreadable = []
+    for file, path in zip(some["file"], some["path"], strict=True):
+        try:
+            check_header(file, data.max_megapixels)
+        except BrokenImage as error:
+            unreadable.append(f"{path}: {error}")
+    return len(some), unreadable
 
 
 def check_all(settings: Settings) -> pd.DataFrame:

@@ -158,7 +158,7 @@ def _overrides(chosen: argparse.Namespace) -> list[str]:
 
 
 def _check(chosen: argparse.Namespace) -> int:
-    from flows.checks import check_all
+    from flows.checks import check_all, look_at_some
     from unfreeze.settings.overrides import with_overrides
     from unfreeze.settings.schema import load_settings, parse_text
 
@@ -170,6 +170,10 @@ def _check(chosen: argparse.Namespace) -> int:
     )
     for label, count in table["label"].value_counts().sort_index().items():
         print(f"  {count:7,d}  {label}")
+    looked_at, unreadable = look_at_some(table, settings.data)
+    if unreadable:
+        print(f"Of {looked_at} images that were looked at, {len(unreadable)} cannot be read, and would be set aside:")
+        print("  " + "\n  ".join(unreadable))
     return 0
 
 

@@ -15,6 +15,9 @@ REQUIREMENTS = (
 )  # fmt: skip
 """Packages that a served model is installed with."""
 
+EXTRAS = ("pillow-heif",)
+"""Packages that it is installed with as well where they are here: they may have read what it was trained on."""
+
 KEY_TAG = "unfreeze.key"
 """Tag of a model and its version that says what they were made of: weights, the code that serves them, and the name."""
 
@@ -64,12 +67,17 @@ def _log(client: Any, weights: Path, parent: str, key: str) -> str:
             python_model=str(Path(__file__).with_name("served_model.py")),
             artifacts={"weights": str(weights)},
             code_paths=[str(root / "unfreeze")],
-            pip_requirements=[f"{package}=={_version(package)}" for package in REQUIREMENTS],
+            pip_requirements=[f"{package}=={_version(package)}" for package in (*REQUIREMENTS, *_extras())],
             mlflow_model=Model(model.artifact_location, parent, model_uuid=model.model_id, model_id=model.model_id),
         )
         client.log_model_artifacts(model.model_id, path)
     client.finalize_logged_model(model.model_id, "READY")
     return str(model.model_id)
+
+
+def _extras() -> list[str]:
+    installed = {found.name.lower().replace("_", "-") for found in importlib.metadata.distributions()}
+    return [package for package in EXTRAS if package in installed]
 
 
 def _version(package: str) -> str:

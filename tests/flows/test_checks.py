@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from flows import passes
-from flows.checks import check_all, check_for, check_images
+from flows.checks import LOOKED_AT, check_all, check_for, check_images, look_at_some
 from flows.cli import main
 from flows.recipe import recipe
 from tests.devices import NEEDS_NO_GPU
@@ -58,6 +58,48 @@ def test_a_pass_refuses_images_that_are_gone_before_it_asks_dvc(workspace: Path)
     shutil.rmtree("photos")
     with pytest.raises(UserError, match=r"data.source: photos does not exist"):
         passes.begin()
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 48213\n"
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_images_that_git_lfs_has_not_fetched_are_refused(
+    workspace: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in Path("few").rglob("*.png"):
+        for copy in range(4):
+            file.with_name(f"{file.stem} {copy}.png").write_bytes(POINTER)
+    before = Path("params.yaml").read_bytes()
+    assert main([command, "-S", "data.source=few"]) == 2
+    told = capsys.readouterr().err
+    assert "of 20 images of few that were looked at, 16 cannot be read" in told
+    assert "bright/00 0.png: not an image that can be read: a Git LFS pointer" in told and "`git lfs pull`" in told
+    assert Path("params.yaml").read_bytes() == before
+
+
+def test_check_lists_the_few_that_cannot_be_read(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("photos/dark/a.png").write_bytes(POINTER)
+    assert main(["check"]) == 0
+    told = capsys.readouterr().out
+    assert "Of 49 images that were looked at, 1 cannot be read" in told and "dark/a.png: not an image" in told
+
+
+def test_of_many_images_some_are_looked_at(workspace: Path) -> None:
+    for file in Path("photos").rglob("*.png"):
+        for copy in range(4):
+            shutil.copy(file, file.with_name(f"{file.stem} {copy}.png"))
+    broken = [f"photos/dark/{i:02} {copy}.png" for copy in (1, 2) for i in range(9)]
+    for file in broken:
+        Path(file).write_bytes(POINTER)
+    settings = load_settings()
+    table = check_images(settings)  # of 240 images 18 are broken, and of 100 at most about as many: chance, perhaps
+    looked_at, unreadable = look_at_some(table, settings.data)
+    assert len(table) == 240 and looked_at == LOOKED_AT and 0 < len(unreadable) < len(broken)
+    for file in Path("photos/bright").glob("* *.png"):
+        file.write_bytes(POINTER)
+    with pytest.raises(UserError, match="of 100 images of photos that were looked at, 4. cannot be read"):
+        check_images(settings)
 
 
 def test_check_says_which_class_has_too_few_images(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,8 +4,11 @@ The EXIF orientation is honoured, transparency is shown on white unless it hides
 given, of an animation the first frame counts. What cannot be read raises `BrokenImage` with a reason that says so in a few words.
 """
 
+import contextlib
 import errno
+import importlib
 import io
+import logging
 import os
 import stat
 import warnings
@@ -18,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from unfreeze.data.png import is_refused_for_its_texts, without_texts
+from unfreeze.data.recognition import recognised
 from unfreeze.errors import TransientError
 
 T = TypeVar("T")
@@ -50,6 +54,10 @@ ORIENTATION = 0x0112
 
 # What Pillow warns of ends up in a picture, or in a reason. Set once: `warnings.catch_warnings` is not for threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # which would print it where nobody has set up logging
+
+with contextlib.suppress(ImportError):  # an extra: HEIC, of telephones
+    importlib.import_module("pillow_heif").register_heif_opener()
 
 
 # fmt: off
@@ -110,6 +118,11 @@ def raw_greys(file: str | Path | io.BytesIO, max_megapixels: float) -> NDArray[A
     return _opened(file, max_megapixels, read)
 
 
+def check_header(file: str | Path, max_megapixels: float) -> None:
+    """See that a file is an image by what its header says. Errors as for `decode`."""
+    _opened(file, max_megapixels, lambda image: _check_size(image.size, max_megapixels))
+
+
 def _opened(file: str | Path | io.BytesIO, max_megapixels: float, read: Callable[[Image.Image], T]) -> T:
     """What ``read`` makes of an image, with errors as `decode` tells them."""
     # Pillow's own guard, which also looks at images within a container whose header says something else.
@@ -125,8 +138,6 @@ def _opened(file: str | Path | io.BytesIO, max_megapixels: float, read: Callable
         return found
     except BrokenImage:
         raise
-    except UnidentifiedImageError:
-        raise BrokenImage("not an image") from None
     except Image.DecompressionBombError:
         raise BrokenImage(f"more than {max_megapixels:g} megapixels") from None
     except Exception as error:  # whatever a decoder trips over, it is this one image that is at fault
@@ -179,7 +190,12 @@ def _decode(stream: BinaryIO, read: Callable[[Image.Image], T]) -> T:
 
 
 def _plainly(stream: BinaryIO, read: Callable[[Image.Image], T]) -> T:
-    with Image.open(stream) as image:
+    try:
+        opened = Image.open(stream)
+    except UnidentifiedImageError:
+        what = recognised(stream)
+        raise BrokenImage(f"not an image that can be read: {what}" if what else "not an image") from None
+    with opened as image:
         if image.format in PROGRAMS:
             raise BrokenImage(f"{image.format} is a program that draws, not an image")
         return read(image)
