@@ -1,20 +1,14 @@
-"""What is refused before anything runs or is written: images that cannot be listed, watched or split, and a wrong network.
+"""What is refused before anything runs or is written: images that cannot be listed, watched or split, and a wrong network."""
 
-DVC reads every file of the folder of images, and some it would wait for, or fail at with a traceback. `ingest` sets such
-things aside; DVC does not get that far.
-"""
-
-import errno
 import math
-import os
-import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pandas as pd
 
+from pipeline.watchable import check_readable, check_watched
 from unfreeze.data.decoding import BrokenImage, check_header
-from unfreeze.data.sources import read_source, shown
+from unfreeze.data.sources import read_source
 from unfreeze.data.splits import assign_splits
 from unfreeze.errors import UserError
 from unfreeze.settings.schema import Data, Settings
@@ -42,8 +36,9 @@ def check_images(settings: Settings) -> pd.DataFrame:
 
         choose_device(settings.device)
     data = settings.data
+    check_readable(data.source)
     table = read_source(data.source)
-    check_watchable(data.source)
+    check_watched(data.source, table["file"])
     assign_splits(table.assign(digest=""), data.valid, data.test, settings.seed)
     looked_at, unreadable = look_at_some(table, data)
     chance = 0.0  # that some of more images are worse than all of them
@@ -85,68 +80,3 @@ def check_all(settings: Settings) -> pd.DataFrame:
 def check_for(overrides: Iterable[str]) -> Callable[[Settings], pd.DataFrame]:
     """What settings with these ``key=value`` changes have to pass before they are kept."""
     return check_all if any(override.strip().startswith(NETWORK) for override in overrides) else check_images
-
-
-def check_watchable(source: str) -> None:
-    """Make sure that DVC can read all that is in a folder of images; opens none of it.
-
-    Args:
-        source: as `data.source` names it; what is no folder is fine.
-
-    Raises:
-        UserError: names the first things that it cannot read, and what to do.
-    """
-    if source.startswith("sample:") or not os.path.isdir(source):
-        return
-    found = [f"{shown(path)}: {why}" for path, why in _unwatchable(source)]
-    if found:
-        raise UserError(
-            f"data.source: DVC, which watches {source}, cannot read {len(found)} of the things in it; remove them, or list "
-            "the images in a CSV file and name that. Among them\n  " + "\n  ".join(found[:5])
-        )
-
-
-def _unwatchable(folder: str) -> Iterator[tuple[str, str]]:
-    seen: set[tuple[int, int]] = set()
-    waiting = [folder]
-    while waiting:
-        here = waiting.pop()
-        try:
-            status = os.stat(here)
-            if (status.st_dev, status.st_ino) in seen:
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(here) as opened:
-                entries = sorted(opened, key=lambda entry: entry.name)
-        except OSError as error:
-            yield here, str(error.strerror)
-            continue
-        for entry in entries:
-            if not _is_utf8(entry.name):
-                yield entry.path, "its name is not UTF-8"
-            elif entry.is_file(follow_symlinks=False):
-                if not os.access(entry.path, os.R_OK):
-                    yield entry.path, os.strerror(errno.EACCES)
-            elif why := _trouble(entry.path):
-                yield entry.path, why
-            elif os.path.isdir(entry.path):
-                waiting.append(entry.path)
-
-
-def _trouble(path: str) -> str:
-    """Why something that is no plain file cannot be read; nothing where it is a folder, or a link to what can."""
-    try:
-        mode = os.stat(path).st_mode
-        if not os.access(path, os.R_OK):
-            return os.strerror(errno.EACCES)
-    except OSError as error:
-        return str(error.strerror)
-    return "" if stat.S_ISDIR(mode) or stat.S_ISREG(mode) else "a pipe, socket or device"
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -6,6 +6,7 @@ are no parameters of this step, as another backbone needs no other pixels.
 """
 
 from pipeline.step import Run, step
+from pipeline.watchable import check_watched
 from unfreeze.data.packing import pack, stamps
 from unfreeze.data.sources import read_source
 from unfreeze.errors import TransientError, UserError
@@ -24,6 +25,7 @@ def ingest(run: Run, seed: int, data: Data) -> dict[str, float]:
     backbone = load_settings().backbone
     check_backbone(backbone.name, backbone.weights, data.image_size)
     table = read_source(data.source)
+    check_watched(data.source, table["file"])
     before = stamps(table)
     run.log("%d images in %s, %d classes", len(table), data.source, table["label"].nunique())
     pixels = run.resumable("pixels.bin")

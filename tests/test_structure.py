@@ -24,6 +24,7 @@ TELLING = (
     "pipeline/scratch.py",
     "pipeline/step.py",
     "pipeline/tracking/",
+    "pipeline/watchable.py",
     "unfreeze/errors.py",
     "unfreeze/progress.py",
     "unfreeze/settings/",

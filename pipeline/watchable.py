@@ -1,0 +1,168 @@
+"""Whether DVC can watch the images of a source: what it cannot read, and what it would not look into.
+
+DVC reads every file of the folder that `data.source` names, and some it would wait for, or fail at with a traceback. `ingest`
+sets such things aside; DVC does not get that far. What it does not look into is worse: a change there would go unnoticed.
+"""
+
+import errno
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from pipeline.artifacts import artifact
+from unfreeze.data.sources import shown
+from unfreeze.errors import UserError
+
+FIND = """
+import os, sys
+from dvc.repo import Repo
+repo = Repo()
+for path in repo.dvcignore.find(repo.fs, os.path.abspath(sys.argv[1])):
+    sys.stdout.buffer.write(os.fsencode(path) + b"\\0")
+"""
+"""Lists the files that DVC sees in a folder, as its `.dvcignore` and projects within this one decide it."""
+
+
+def check_readable(source: str) -> None:
+    """Make sure that DVC can read all that is in a folder of images; opens none of it.
+
+    Args:
+        source: as `data.source` names it; what is no folder is fine.
+
+    Raises:
+        UserError: names the first things that it cannot read, and what to do.
+    """
+    if not _is_watched_folder(source):
+        return
+    for own in (".", artifact("", "")):
+        if _is_within(os.path.realpath(own), os.path.realpath(source)):
+            raise UserError(
+                f"data.source: {source} has {os.path.realpath(own)} in it, where a run writes, and DVC takes no such folder. "
+                "Put the images into a folder of their own, or list them in a CSV file and name that."
+            )
+    if os.path.basename(os.path.abspath(source)).endswith(".dvc"):
+        raise UserError(
+            f"data.source: DVC takes {source} for a file of its own, as it ends in .dvc: rename the folder."
+        )
+    found = [f"{shown(path)}: {why}" for path, why in _unreadable(source)]
+    if found:
+        raise UserError(
+            f"data.source: DVC, which watches {source}, cannot read {len(found)} of the things in it; remove them, or list "
+            "the images in a CSV file and name that. Among them\n  " + "\n  ".join(found[:5])
+        )
+
+
+def check_watched(source: str, files: Iterable[str]) -> None:
+    """Make sure that DVC notices when one of the images in a folder changes.
+
+    It does not look behind links to folders, nor, within its own project, into what `.dvcignore` names and into other
+    projects of DVC.
+
+    Args:
+        source: as `data.source` names it; what is no folder is fine.
+        files: where the images are, as `unfreeze.data.sources.read_source` gives them.
+
+    Raises:
+        UserError: names the first folders into which it does not look, and what to do.
+    """
+    if not _is_watched_folder(source):
+        return
+    links = sorted(_links(str(Path(source).absolute()), {os.path.dirname(file) for file in files}))
+    if links:
+        raise UserError(
+            f"data.source: DVC, which watches {source}, does not look behind links to folders, and would not notice what "
+            f"changes there. Replace each link by a folder of links to files (cp -rs), or list the images in a CSV file and "
+            f"name that. There {_are(len(links), 'link')} to folders:\n  " + "\n  ".join(map(shown, links[:5]))
+        )
+    seen = _seen(os.path.abspath(source))
+    if seen is not None and (unseen := sorted({os.path.abspath(file) for file in files} - seen)):
+        raise UserError(
+            f"data.source: DVC, which watches {source}, does not see {len(unseen)} of the images in it, and would not notice "
+            "when they change: .dvcignore names them, or their folder is a DVC project of its own. Put them outside of "
+            f"{Path.cwd()}, or list them in a CSV file and name that. Among them\n  "
+            + "\n  ".join(map(shown, unseen[:5]))
+        )
+
+
+def _is_watched_folder(source: str) -> bool:
+    return not source.startswith("sample:") and os.path.isdir(source)
+
+
+def _is_within(path: str, folder: str) -> bool:
+    return os.path.join(path, "").startswith(os.path.join(folder, ""))
+
+
+def _are(count: int, what: str) -> str:
+    return f"is 1 {what}" if count == 1 else f"are {count} {what}s"
+
+
+def _links(root: str, folders: Iterable[str]) -> set[str]:
+    """Links on the way from a folder to those below it."""
+    found: set[str] = set()
+    seen = {root}
+    for folder in folders:
+        while folder not in seen:
+            seen.add(folder)
+            if os.path.islink(folder):
+                found.add(folder)
+            folder = os.path.dirname(folder)
+    return found
+
+
+def _seen(root: str) -> set[str] | None:
+    """The files that DVC sees in a folder of this project; None where it sees all there are, or cannot tell yet."""
+    if not (_is_within(root, os.getcwd()) and os.path.isdir(".dvc")):
+        return None
+    done = subprocess.run([sys.executable, "-c", FIND, root], capture_output=True)
+    return {os.fsdecode(path) for path in done.stdout.split(b"\0")} if done.returncode == 0 else None
+
+
+def _unreadable(folder: str) -> Iterator[tuple[str, str]]:
+    seen: set[tuple[int, int]] = set()
+    waiting = [folder]
+    while waiting:
+        here = waiting.pop()
+        try:
+            status = os.stat(here)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(here) as opened:
+                entries = sorted(opened, key=lambda entry: entry.name)
+        except OSError as error:
+            yield here, str(error.strerror)
+            continue
+        for entry in entries:
+            if entry.name == ".dvcignore":
+                yield entry.path, "DVC refuses a folder with this file in it"
+            elif not _is_utf8(entry.name):
+                yield entry.path, "its name is not UTF-8"
+            elif entry.is_file(follow_symlinks=False):
+                if not os.access(entry.path, os.R_OK):
+                    yield entry.path, os.strerror(errno.EACCES)
+            elif why := _trouble(entry.path):
+                yield entry.path, why
+            elif os.path.isdir(entry.path):
+                waiting.append(entry.path)
+
+
+def _trouble(path: str) -> str:
+    """Why something that is no plain file cannot be read; nothing where it is a folder, or a link to what can."""
+    try:
+        mode = os.stat(path).st_mode
+        if not os.access(path, os.R_OK):
+            return os.strerror(errno.EACCES)
+    except OSError as error:
+        return str(error.strerror)
+    return "" if stat.S_ISDIR(mode) or stat.S_ISREG(mode) else "a pipe, socket or device"
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
