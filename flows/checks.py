@@ -37,7 +37,7 @@ def check_images(settings: Settings) -> pd.DataFrame:
         choose_device(settings.device)
     data = settings.data
     check_readable(data.source)
-    table = read_source(data.source)
+    table = read_source(data.source, data.exclude, data.min_images)
     check_watched(data.source, table["file"])
     assign_splits(table.assign(digest=""), data.valid, data.test, settings.seed)
     looked_at, unreadable = look_at_some(table, data)

@@ -174,12 +174,14 @@ def _check(chosen: argparse.Namespace) -> int:
     if unreadable:
         print(f"Of {looked_at} images that were looked at, {len(unreadable)} cannot be read, and would be set aside:")
         print("  " + "\n  ".join(unreadable))
+    for note in table.attrs["notes"]:
+        print(f"- {note}")
     return 0
 
 
 def _predict(chosen: argparse.Namespace) -> int:
     files = _image_files(chosen.images)
-    from unfreeze.data.sources import shown
+    from unfreeze.data.folders import shown
     from unfreeze.evaluation.predictor import Predictor
 
     table = Predictor(chosen.model).predict(files, TTA_VIEWS if chosen.tta else 0)
@@ -197,7 +199,7 @@ def _predict(chosen: argparse.Namespace) -> int:
 
 def _image_files(named: list[Path]) -> list[Path]:
     """The files named, and those in the folders named."""
-    from unfreeze.data.sources import walk
+    from unfreeze.data.folders import walk
 
     files: list[Path] = []
     for path in named:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pipeline.artifacts import artifact
-from unfreeze.data.sources import shown
+from unfreeze.data.folders import shown
 from unfreeze.errors import UserError
 
 FIND = """

@@ -1,5 +1,7 @@
 """Look at the images before anything is trained: balance, sizes, samples, duplicates and leaks, broken files."""
 
+import json
+
 import pandas as pd
 
 from pipeline.artifacts import artifact
@@ -16,7 +18,9 @@ def explore(run: Run, data: Data) -> dict[str, float]:
     found = pd.read_csv(artifact("ingest", "images.csv"), keep_default_na=False, dtype=str)
     duplicates = find_duplicates(packed)
     metrics = explore_metrics(packed, found, duplicates)
-    run.path("report.html").write_text(explore_report(packed, found, duplicates, data.source), encoding="utf-8")
+    notes = json.loads(artifact("ingest", "dataset.json").read_text(encoding="utf-8"))["notes"]
+    text = explore_report(packed, found, duplicates, data.source, notes)
+    run.path("report.html").write_text(text, encoding="utf-8")
     run.log("%d images in %d classes, %d broken, %d duplicate pairs, %d leaks between splits",
             metrics["images"], metrics["classes"], metrics["broken"], len(duplicates), metrics["leaks"])  # fmt: skip
     run.log("report: %s", run.path("report.html"))

@@ -24,14 +24,16 @@ def ingest(run: Run, seed: int, data: Data) -> dict[str, float]:
 
     backbone = load_settings().backbone
     check_backbone(backbone.name, backbone.weights, data.image_size)
-    table = read_source(data.source)
+    table = read_source(data.source, data.exclude, data.min_images)
     check_watched(data.source, table["file"])
     before = stamps(table)
     run.log("%d images in %s, %d classes", len(table), data.source, table["label"].nunique())
+    for note in table.attrs["notes"]:
+        run.log("%s", note)
     pixels = run.resumable("pixels.bin")
     try:
         metrics = pack(table, run.path(""), data, seed, pixels)
-        changed = not read_source(data.source).equals(table)
+        changed = not read_source(data.source, data.exclude, data.min_images).equals(table)
     except UserError:
         if stamps(table) == before:
             raise

@@ -215,7 +215,8 @@ def _read(
         _check_size(seen, max_megapixels)
     orientation = _orientation(image)
     upright = image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
-    rgb, rgb.info = _as_rgb(upright, grey_range)  # and nothing of what the file says of itself
+    rgb, said = _as_rgb(upright, grey_range)
+    rgb.info = dict(said)  # and nothing of what the file says of itself
     return (seen[::-1] if orientation in UPRIGHT and orientation >= 5 else seen), rgb
 
 
@@ -257,7 +258,8 @@ def _hides_a_picture(image: Image.Image) -> bool:
     masks, sprites and exports of tiles are written so, and other readers drop their transparency."""
     width, height = image.size
     x, y = int(width * EDGE), int(height * EDGE)
-    *colours, (_, opacity) = image.crop((x, y, width - x, height - y)).getextrema()
+    extrema: Any = image.crop((x, y, width - x, height - y)).getextrema()  # of an RGBA image, a pair for each band
+    *colours, (_, opacity) = extrema
     return opacity < FAINT and any(high - low >= FAINT for low, high in colours)
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 from unfreeze.data.decoding import BrokenImage, UnknownGreyRange, decode, resize_shorter
 from unfreeze.data.duplicates import find_duplicates
+from unfreeze.data.folders import named
 from unfreeze.data.greys import look_at_greys
 from unfreeze.data.packed import NUMBERS, Greys, PackedImages, packed_images
 from unfreeze.data.parallel import in_order
@@ -88,6 +89,7 @@ def pack(
                 "source": data.source,
                 "fingerprint": _fingerprint(found[good]),
                 "greys": None if greys is None else asdict(greys),
+                "notes": table.attrs.get("notes", []),
             }
             partial["images.csv"].write_bytes(found.to_csv(index=False, lineterminator="\n").encode())
             partial["dataset.json"].write_bytes((json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode())
@@ -255,7 +257,9 @@ def _fingerprint(table: pd.DataFrame) -> str:
 def _check_classes(found: pd.DataFrame, good: pd.Series) -> None:
     empty = sorted(set(found["label"]) - set(found.loc[good, "label"]))
     if empty:
-        raise UserError(f"data.source: of the class {empty[0]!r} not a single image could be read.")
+        raise UserError(
+            f"data.source: of the class{'es' * (len(empty) > 1)} {named(empty)} not a single image could be read."
+        )
 
 
 def _check_space(file: ResumableFile, folder: Path, images: int, image_size: int) -> None:

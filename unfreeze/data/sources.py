@@ -10,80 +10,89 @@ import io
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 
+from unfreeze.data.folders import Excluded, Row, Tree, exclusion, is_path_excluded, list_folder, named, shown, split_of
+from unfreeze.data.labels import look_alikes, strange_labels
 from unfreeze.data.samples import SAMPLES, elpv
 from unfreeze.errors import UserError
 
-Row = tuple[str, str, str, str, str]
-
 COLUMNS = ["file", "path", "label", "split", "group"]
-SPLITS = {
-    **dict.fromkeys(("train", "training", "trn"), "train"),
-    **dict.fromkeys(("valid", "validation", "val", "validate", "dev"), "valid"),
-    **dict.fromkeys(("test", "testing", "tst"), "test"),
-}
-"""The usual spellings of the splits' names."""
-# fmt: off
-NO_IMAGES = frozenset((
-    ".txt", ".rst", ".md", ".csv", ".tsv", ".xls", ".xlsx", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".toml", ".html",
-    ".htm", ".css", ".js", ".py", ".ipynb", ".sh", ".log", ".pdf", ".doc", ".docx", ".zip", ".tar", ".gz", ".7z", ".rar",
-    ".db", ".ini", ".dvc", ".npy", ".npz", ".h5", ".pt", ".pth", ".safetensors", ".mp4", ".mov", ".avi", ".mp3", ".wav",
-))
-# fmt: on
-"""Files that lie beside images and are none. Any other ending is tried, an unknown one and none too."""
-LITTER = frozenset(("__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found", "@eaDir", "Icon\r"))
-"""What systems leave in folders, beside hidden files."""
+SHOWN_CLASSES = 200
+"""Names of classes in a note."""
+LEGEND = (
+    "labels.csv is not read, as it lists no images (it has no columns path and label, and few rows): the folders are the "
+    "classes."
+)
 
 
-def read_source(source: str) -> pd.DataFrame:
+class WrongColumns(UserError):
+    """A CSV file lacks the columns that say which image has which label; ``rows`` are how many it has."""
+
+    def __init__(self, sentence: str, rows: int) -> None:
+        super().__init__(sentence)
+        self.rows = rows
+
+
+def read_source(source: str, exclude: str | None = None, min_images: int = 1) -> pd.DataFrame:
     """List the images of a source, without opening them.
 
     Args:
         source: a folder with a subfolder per class; a folder with ``train/``, ``valid/`` and optionally ``test/``, each
-            with a subfolder per class; a folder with a ``labels.csv``; a CSV file with columns ``path,label`` and
-            optionally ``split`` and ``group``; or ``sample:elpv``.
+            with a subfolder per class, or the other way round; a folder with a ``labels.csv``; a CSV file with columns
+            ``path,label`` and optionally ``split`` and ``group``; or ``sample:elpv``.
+        exclude: files and folders to leave out: patterns of their names or paths, with commas between them.
+        min_images: classes with fewer images are left out.
 
     Returns:
-        The table described above, sorted by path. ``file`` is absolute.
+        The table described above, sorted by path. ``file`` is absolute. ``attrs["notes"]`` has sentences on how the source
+        was understood, what was left out, and what looks wrong.
 
     Raises:
         UserError: the source is missing, cannot be read, is empty, of no known kind, or has fewer than two classes.
     """
+    excluded, unused = exclusion(exclude)
     try:
-        table = _table(source)
+        table, notes = _table(source, excluded)
     except OSError as error:
         raise UserError(f"data.source: {shown(str(error.filename))} cannot be read: {error.strerror}.") from None
+    if idle := unused():
+        notes.append(f"data.exclude leaves nothing out by {named(idle)}: it takes names or paths of files and folders.")
     if table.empty:
         raise UserError(f"data.source: there are no images in {source}; see docs/data.md for what it can be.")
-    classes = sorted(table["label"].unique())
+    notes += look_alikes(table["label"])
+    counts = table["label"].value_counts()
+    small = sorted(counts.index[counts < min_images])
+    if small:
+        notes.append(
+            f"Classes with fewer than {min_images} images, left out as data.min_images says: {len(small)}, namely "
+            f"{named(small, SHOWN_CLASSES)}."
+        )
+        table = table[~table["label"].isin(small)]
+    classes = sorted(set(counts.index) - set(small))
+    if not classes:
+        raise UserError(
+            f"data.min_images: no class of {source} has {min_images} images; the largest has {counts.max()}."
+        )
     if len(classes) < 2:
         raise UserError(
             f"data.source: all {len(table)} images of {source} are of the class {classes[0]!r}; it takes two classes or "
-            f"more.{_deeper(source, classes[0])}"
+            f"more.{_deeper(source, classes[0])}{' ' + notes[-1] if small else ''}"
         )
-    return table.sort_values("path", kind="stable", ignore_index=True)
+    table = table.sort_values("path", kind="stable", ignore_index=True)
+    table.attrs["notes"] = notes
+    return table
 
 
-def shown(name: str) -> str:
-    """A name of a file as text that can be stored and printed: bytes that are not UTF-8, and control characters but for
-    the line feed, are escaped."""
-    if name.isprintable():
-        return name
-    return "".join(
-        c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Cs") and c != "\n" else c
-        for c in name
-    )
-
-
-def _table(source: str) -> pd.DataFrame:
+def _table(source: str, excluded: Excluded) -> tuple[pd.DataFrame, list[str]]:
+    """The table, and notes on how the source was understood."""
     if source.startswith("sample:"):
         if source not in SAMPLES:
             raise UserError(f"data.source: there is no {source}; there is {', '.join(SAMPLES)}.")
-        return _frame([(str(file), path, label, "", "") for file, path, label in elpv()])
+        rows = [(str(file), path, label, "", "") for file, path, label in elpv()]
+        return _frame([row for row in rows if not is_path_excluded(row[1], excluded)]), []
     if "://" in source:
         raise UserError(
             f"data.source: {source} is an address, and images are read from this machine's file system: mount or download "
@@ -91,13 +100,37 @@ def _table(source: str) -> pd.DataFrame:
         )
     where = _where(source)
     if os.path.isdir(where):
-        labels = where / "labels.csv"
-        return _csv(labels) if labels.is_file() else _folder(str(where))
+        return _labels_or_folders(where, excluded)
     if where.suffix.lower() in (".csv", ".tsv") and os.path.isfile(where):
-        return _csv(where)
+        return _csv(where, excluded)
     if os.path.exists(where):
         raise UserError(f"data.source: {source} is neither a folder nor a CSV file.")
     raise UserError(f"data.source: {source} does not exist (looked for {where}).")
+
+
+def _labels_or_folders(where: Path, excluded: Excluded) -> tuple[pd.DataFrame, list[str]]:
+    """A folder with a ``labels.csv``, or with folders of images; a ``labels.csv`` that only says what the classes' names mean
+    lies beside the latter."""
+    labels = where / "labels.csv"
+    if not labels.is_file():
+        rows, notes = list_folder(str(where), excluded)
+        return _frame(rows), notes
+    try:
+        return _csv(labels, excluded)
+    except WrongColumns as error:
+        try:
+            rows, notes = list_folder(str(where), excluded)
+        except UserError:
+            rows = []
+        # A legend has a row for each class, a list of images one for each image.
+        if len({row[2] for row in rows}) < 2 or error.rows > len(rows) / 2:
+            raise UserError(
+                f"{error} Or remove it, or give it another name, where folders in {where} are the classes (docs/data.md)."
+            ) from None
+        return _frame(rows), [
+            LEGEND,
+            *notes,
+        ]
 
 
 def _frame(rows: list[Row]) -> pd.DataFrame:
@@ -111,115 +144,56 @@ def _where(source: str) -> Path:
 def _deeper(source: str, label: str) -> str:
     """A hint where the only class is a folder that holds the classes, as archives like to be unpacked."""
     inner = _where(source) / label
-    if os.path.isdir(inner) and len(_subfolders(str(inner))) > 1:
-        return f" Are its subfolders the classes? Then set data.source to {os.path.join(source, label)}."
+    if os.path.isdir(inner) and len(Tree(str(inner), lambda path: False).subfolders("")) > 1:
+        return f" Are its subfolders the classes, or the splits? Then set data.source to {os.path.join(source, label)}."
     return ""
 
 
-def _folder(root: str) -> pd.DataFrame:
-    """A folder with a subfolder per class, or with such folders for each split."""
-    folders = _subfolders(root)
-    splits = {name: SPLITS[name.lower()] for name in folders if name.lower() in SPLITS}
-    # "train" may be a class, beside "bus" and "car"; then there are no classes in it.
-    training = [name for name, split in splits.items() if split == "train" and _subfolders(os.path.join(root, name))]
-    rows: list[Row] = []
-    if training:
-        for name, split in splits.items():
-            labels = _subfolders(os.path.join(root, name))
-            if not labels and any(walk(os.path.join(root, name))):
-                raise UserError(_no_classes(root, name))
-            for label in labels:
-                rows += _images(root, os.path.join(root, name, label), label, split)
-    elif splits and len(splits) == len(folders):
-        raise UserError(_no_classes(root, next((name for name in splits if splits[name] == "train"), None)))
-    else:
-        for label in folders:
-            rows += _images(root, os.path.join(root, label), label, "")
-    return _frame(rows)
-
-
-def _no_classes(root: str, name: str | None) -> str:
-    if name is None:
-        return f"data.source: {shown(root)} has folders for validation or testing, but none for training (train)."
-    return f"data.source: the images in {shown(os.path.join(root, name))} need a subfolder for each class."
-
-
-def _subfolders(folder: str) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if _is_folder(entry) and not _ignored(entry.name))
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads to itself
-        return False
-
-
-def _ignored(name: str) -> bool:
-    return name.startswith(".") or name in LITTER
-
-
-def _images(root: str, folder: str, label: str, split: str) -> list[Row]:
-    return [(file, shown(os.path.relpath(file, root)), shown(label), split, "") for file in walk(folder)]
-
-
-def walk(folder: str) -> Iterator[str]:
-    """Files below a folder that may be images, in a fixed order; links are followed, but no folder is entered twice."""
-    seen: set[tuple[int, int]] = set()
-    waiting = [folder]
-    while waiting:
-        here = waiting.pop()
-        status = os.stat(here)
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        below = []
-        with os.scandir(here) as entries:
-            for entry in sorted(entries, key=lambda e: e.name):
-                if _ignored(entry.name):
-                    continue
-                if _is_folder(entry):
-                    below.append(entry.path)
-                elif os.path.splitext(entry.name)[1].lower() not in NO_IMAGES:
-                    yield entry.path
-        waiting += reversed(below)
-
-
-def _csv(file: Path) -> pd.DataFrame:
-    """A CSV file of images, whose paths start at its own folder."""
+def _csv(file: Path, excluded: Excluded) -> tuple[pd.DataFrame, list[str]]:
+    """A CSV file of images, whose paths start at its own folder; and what looks wrong in it."""
     table = _cells(file)
     columns = list(table.columns)
     lacking = [name for name in ("path", "label") if name not in columns]
     if lacking:
-        raise UserError(
+        raise WrongColumns(
             f"data.source: {file} has no column {' and no column '.join(lacking)}; it has "
-            f"{', '.join(columns) or 'none at all'}. It needs path and label, and may have split and group."
+            f"{', '.join(columns) or 'none at all'}. It needs path and label, and may have split and group.",
+            len(table),
         )
     table = pd.DataFrame({name: table[name] if name in columns else "" for name in ("path", "label", "split", "group")})
     if table.empty:
-        return _frame([])
-    _refuse(file, table["path"].eq("") | table["label"].eq(""), table, "have no path or no label")
-    table["split"] = table["split"].str.lower().replace(SPLITS)
-    strange = ~table["split"].isin(["", *set(SPLITS.values())])
-    _refuse(file, strange, table, "have a split that is not train, valid or test")
-
+        return _frame([]), []
     root = str(file.parent)
     table["path"] = [
-        os.path.relpath(path, root) if os.path.isabs(path) else os.path.normpath(path) for path in table["path"]
+        os.path.relpath(path, root) if os.path.isabs(path) else os.path.normpath(path) if path else path
+        for path in table["path"]
     ]
+    table = table[[not is_path_excluded(path, excluded) for path in table["path"]]].copy()
+    _refuse(file, table["path"].eq("") | table["label"].eq(""), table, "have no path or no label")
+    table["split"] = [split_of(split) or split for split in table["split"]]
+    strange = ~table["split"].isin(["", "train", "valid", "test"])
+    _refuse(file, strange, table, "have a split that is not train, valid or test")
+
     outside = table["path"].eq("..") | table["path"].str.startswith("../")
     _refuse(file, outside, table, f"lead out of the folder {root}, where all images must be")
+    table["path"] = [_as_on_disk(root, path) for path in table["path"]]
     files = [os.path.join(root, path) for path in table["path"]]
     missing = pd.Series([not os.path.isfile(path) for path in files], table.index)
     _refuse(file, missing, table, "name a file that does not exist")
     table.insert(0, "file", pd.Series(files, table.index, dtype=object))
+    for name in ("label", "group"):
+        table[name] = [unicodedata.normalize("NFC", shown(cell)) for cell in table[name]]
     table = table.drop_duplicates()
     twice = table["path"].duplicated(keep=False)
     _refuse(file, twice, table, "list an image twice, with different labels, splits or groups")
-    for name in ("path", "label", "group"):
-        table[name] = table[name].map(shown)
-    return table[COLUMNS]
+    table["path"] = table["path"].map(shown)
+    return table[COLUMNS], strange_labels(table["label"])
+
+
+def _as_on_disk(root: str, path: str) -> str:
+    """A path in the form of Unicode that the disk has it in: tables and archives of a Mac differ in it."""
+    forms = (path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD")))
+    return next((form for form in forms if os.path.isfile(os.path.join(root, form))), path)
 
 
 def _cells(file: Path) -> pd.DataFrame:

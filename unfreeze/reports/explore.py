@@ -1,6 +1,6 @@
 """The exploration report: what the images are, before anything is trained on them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,12 +36,14 @@ def explore_metrics(packed: PackedImages, found: pd.DataFrame, duplicates: pd.Da
     }
 
 
-def explore_report(packed: PackedImages, found: pd.DataFrame, duplicates: pd.DataFrame, source: str) -> str:
-    """The page. Arguments as for `explore_metrics`; ``source`` as the settings name it."""
+def explore_report(
+    packed: PackedImages, found: pd.DataFrame, duplicates: pd.DataFrame, source: str, notes: Sequence[str] = ()
+) -> str:
+    """The page. Arguments as for `explore_metrics`; ``source`` as the settings name it, and notes on how it was understood."""
     metrics = explore_metrics(packed, found, duplicates)
     remarks = packed.table[packed.table["remark"] != ""]
     sections = [
-        Section("At a glance", _glance(packed, metrics)),
+        Section("At a glance", _glance(packed, metrics, notes)),
         Section("Classes and splits", _balance(packed)),
         Section("Sizes", _sizes(packed)),
         *([Section("Greys of more than 8 bits", _greys(packed.greys))] if packed.greys else []),
@@ -53,7 +55,7 @@ def explore_report(packed: PackedImages, found: pd.DataFrame, duplicates: pd.Dat
     return page("The images", f"{source}: what there is, before anything is trained", sections)
 
 
-def _glance(packed: PackedImages, metrics: dict[str, float]) -> str:
+def _glance(packed: PackedImages, metrics: dict[str, float], found: Sequence[str]) -> str:
     splits = packed.table["split"].value_counts()
     parts = ", ".join(f"{splits[name]:,} {name}" for name in ("train", "valid", "test") if name in splits)
     duplicates = metrics["exact_duplicates"] + metrics["near_duplicates"]
@@ -69,7 +71,7 @@ def _glance(packed: PackedImages, metrics: dict[str, float]) -> str:
             (f"{metrics['broken']:.0f}", "files set aside", "could not be read"),
         ]
     )
-    notes = []
+    notes = list(found)
     counts = packed.table["label"].value_counts(sort=False)
     tiny = counts[counts < FEW].sort_values(kind="stable")
     if metrics["largest_to_smallest_class"] >= 5:

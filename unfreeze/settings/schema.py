@@ -35,6 +35,8 @@ class Data:
     max_broken: Annotated[float, In(0, 1)]
     max_megapixels: Annotated[float, In(0, 100_000, open_low=True)]
     grey_range: Annotated[str, OneOf(("auto",))] | Annotated[tuple[float, float], Rising()]
+    exclude: str | None
+    min_images: Annotated[int, In(1, 1_000_000)]
 
 
 @dataclass(frozen=True)

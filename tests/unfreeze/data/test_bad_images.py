@@ -24,9 +24,10 @@ from tests import corpus
 from unfreeze.data import decoding
 from unfreeze.data.decoding import MAX_ASPECT, BrokenImage, decode
 from unfreeze.data.duplicates import find_duplicates
+from unfreeze.data.folders import walk
 from unfreeze.data.packed import open_packed
 from unfreeze.data.packing import pack
-from unfreeze.data.sources import read_source, walk
+from unfreeze.data.sources import read_source
 from unfreeze.errors import TransientError, UserError
 from unfreeze.settings.schema import Data
 
@@ -165,7 +166,7 @@ def packed(
     photos: Path, table: pd.DataFrame | None = None, share: float = 0.5
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Metrics, and why images were set aside."""
-    data = Data(str(photos), 32, 0.2, 0.2, "group", share, MEGAPIXELS, "auto")
+    data = Data(str(photos), 32, 0.2, 0.2, "group", share, MEGAPIXELS, "auto", None, 1)
     out = photos.parent / "out"
     metrics = pack(read_source(str(photos)) if table is None else table, out, data, 0)
     found = pd.read_csv(out / "images.csv", keep_default_na=False, dtype=str)

@@ -33,8 +33,16 @@ SIZE = 32
 
 
 def data(source: Path, **changes: Any) -> Data:
-    usual = {"valid": 0.2, "test": 0.2, "near_duplicates": "group", "max_broken": 0.2, "max_megapixels": 1}
-    usual |= {"grey_range": "auto"}
+    usual = {
+        "valid": 0.2,
+        "test": 0.2,
+        "near_duplicates": "group",
+        "max_broken": 0.2,
+        "max_megapixels": 1,
+        "grey_range": "auto",
+        "exclude": None,
+        "min_images": 1,
+    }
     return Data(str(source), SIZE, **{**usual, **changes})
 
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from unfreeze.data.sources import COLUMNS, read_source, walk
+from unfreeze.data.folders import walk
+from unfreeze.data.sources import COLUMNS, read_source
 from unfreeze.errors import UserError
 
 Touch = Callable[..., None]
@@ -298,6 +300,17 @@ def test_csv_may_name_its_files_in_full(tmp_path: Path, touch: Touch) -> None:
         ("a.jpg", "x", ""),
         ("in/b.jpg", "y", ""),
     ]
+
+
+def test_csv_and_disk_in_two_forms_of_unicode(tmp_path: Path, touch: Touch) -> None:
+    composed, apart = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    touch(f"{apart}.jpg", f"{composed}.png", "b.jpg")
+    file = write_csv(
+        tmp_path, f"path,label,group\n{composed}.jpg,{apart},{apart}\n{composed}.png,{composed},{composed}\nb.jpg,b,\n"
+    )
+    table = read_source(str(file))
+    assert set(table["label"]) == {"b", composed} and set(table["group"]) == {"", composed}
+    assert all(map(os.path.isfile, table["file"]))
 
 
 def test_the_header_tells_the_separator_whatever_the_lines_below_hold(tmp_path: Path, touch: Touch) -> None:

@@ -184,7 +184,8 @@ def test_exploration_shows_what_is_wrong(count: int) -> None:
         "conflicts": 1,
         "largest_to_smallest_class": 1.0,
     }
-    reader = check(explore_report(packed, found, pairs, "<em>source</em>"))
+    reader = check(explore_report(packed, found, pairs, "<em>source</em>", ["These may mean one class: '<b>', 'B'."]))
+    assert "These may mean one class: '<b>', 'B'." in reader.text
     for expected in (
         "<em>source</em>",
         "<u>bad</u>.jpg",

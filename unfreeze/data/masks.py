@@ -1,0 +1,75 @@
+"""Masks: pictures that say which pixels of an image are what, and that lie beside it under the same name."""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+MASK_FOLDERS = frozenset(
+    [
+        "mask",
+        "masks",
+        "seg",
+        "segs",
+        "segmentation",
+        "segmentations",
+        "gt",
+        "gts",
+        "groundtruth",
+        "ground_truth",
+        "annotation",
+        "annotations",
+    ]
+)
+"""Names of folders of masks, beside the folder or folders of a class's images."""
+MARKED = re.compile(r"[ _.-]+(mask|seg|segmentation|gt|groundtruth|ground_truth)([ _.-]*\d+)?$", re.IGNORECASE)
+"""What the name of a mask has at its end, beyond that of the image: ``0001_mask.png``, ``0001_mask_1.png``."""
+EXACT, LOSSY = frozenset((".png", ".bmp", ".gif", ".tif", ".tiff")), frozenset((".jpg", ".jpeg"))
+
+
+def find_masks(files: Iterable[str], folder: str) -> set[str]:
+    """Which files of a class are masks of others of them, as far as names tell.
+
+    That is: ``a_mask.png`` beside ``a.png``; ``masks/a.png`` where an ``a.png`` lies elsewhere in the class; and ``a.png``
+    beside ``a.jpg``, where every file in .png of that folder has such a twin, and half of its JPEGs have one.
+
+    Args:
+        files: full names of the files of the class.
+        folder: the class's own folder, whose name says nothing.
+    """
+    folders: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        folders[os.path.dirname(file)].append(file)
+    masked = {here for here in folders if MASK_FOLDERS & set(here[len(folder) :].lower().split(os.sep))}
+    images = {_stem(file) for here, inside in folders.items() if here not in masked for file in inside}
+    found: set[str] = set()
+    for here, inside in folders.items():
+        stems = images if here in masked else {_stem(file) for file in inside}
+        for file in inside:
+            stem = _stem(file)
+            base = MARKED.sub("", stem)
+            if base in stems and (here in masked or base != stem):
+                found.add(file)
+        if here not in masked:
+            found.update(_twins(inside))
+    return found
+
+
+def _twins(files: list[str]) -> Iterator[str]:
+    """Files without loss beside JPEGs of the same name, where all of one ending are, and half of the JPEGs have one."""
+    photos = {_stem(file) for file in files if _ending(file) in LOSSY}
+    others: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        if _ending(file) in EXACT:
+            others[_ending(file)].append(file)
+    for same in others.values():
+        if all(_stem(file) in photos for file in same) and len(same) >= len(photos) / 2:
+            yield from same
+
+
+def _stem(file: str) -> str:
+    return os.path.splitext(os.path.basename(file))[0]
+
+
+def _ending(file: str) -> str:
+    return os.path.splitext(file)[1].lower()
