@@ -9,23 +9,29 @@ import pandas as pd
 from pipeline.step import Run
 from unfreeze.data.packed import PackedImages
 from unfreeze.evaluation.evaluating import Predictions
-from unfreeze.evaluation.metrics import confusion
+from unfreeze.evaluation.metrics import Labels, confusion
+
+MANY, LIKELIEST = 100, 20
+"""With more classes than the first, only so many probabilities of an image are written: 1,000 classes took 18 kB for each."""
 
 
 def write_predictions(path: Path, packed: PackedImages, predictions: Mapping[str, Predictions]) -> None:
-    """Write `predictions.csv`: path, split, label, predicted, ``p_<class>``..., then the same with TTA."""
+    """Write `predictions.csv`: path, split, label, predicted, ``p_<class>``..., then the same with TTA.
+
+    With more than 100 classes, ``p_<class>`` is empty but for the 20 likeliest classes of an image and its own.
+    """
     classes = np.array(packed.classes, dtype=object)
     tables = [pd.DataFrame({"path": [], "split": [], "label": [], "predicted": []})]
     for split, found in predictions.items():
-        known = packed.table.iloc[found.rows]
+        known, labels = packed.table.iloc[found.rows], packed.labels[found.rows]
         columns = {
             "path": known["path"].to_numpy(),
             "split": split,
             "label": known["label"].to_numpy(),
             "predicted": classes[found.plain.argmax(1)],
-            **_columns(found.plain, packed.classes, "p_"),
+            **_columns(found.plain, labels, packed.classes, "p_"),
             "tta_predicted": classes[found.tta.argmax(1)],
-            **_columns(found.tta, packed.classes, "tta_p_"),
+            **_columns(found.tta, labels, packed.classes, "tta_p_"),
         }
         tables.append(pd.DataFrame(columns))
     pd.concat(tables[1:] or tables).to_csv(path, index=False, lineterminator="\n")
@@ -41,5 +47,11 @@ def keep_confusion(run: Run, packed: PackedImages, predictions: Mapping[str, Pre
     table.to_csv(run.path("confusion_matrix.csv"), lineterminator="\n")
 
 
-def _columns(probabilities: np.ndarray, classes: list[str], prefix: str) -> dict[str, np.ndarray]:
-    return {f"{prefix}{name}": probabilities[:, i].round(6) for i, name in enumerate(classes)}
+def _columns(probabilities: np.ndarray, labels: Labels, classes: list[str], prefix: str) -> dict[str, np.ndarray]:
+    written = probabilities.round(6)
+    if len(classes) > MANY:
+        hidden = np.ones(written.shape, bool)
+        np.put_along_axis(hidden, np.argpartition(-probabilities, LIKELIEST, 1)[:, :LIKELIEST], False, 1)
+        hidden[np.arange(len(labels)), labels] = False
+        written[hidden] = np.nan
+    return {f"{prefix}{name}": written[:, i] for i, name in enumerate(classes)}

@@ -1,5 +1,6 @@
 """What cannot come to an end is refused before anything is written or run, through the command line and a flow's parameters."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from unfreeze.settings.schema import load_settings
 PARAMS = Path(__file__).parent.parent.parent / "params.yaml"
 WRONG = [
     ("data.source", "/nowhere", "/nowhere does not exist"),
-    ("data.source", "few", "the class 'bright' has 2 images to be split"),
+    ("data.source", "few", "2 classes have too few images (2 images each: 'bright', 'dark') to be split"),
     ("backbone.name", "timm:efficientnet_lite", "backbone.name"),
     ("backbone.weights", "weights.safetensors", "weights.safetensors"),
     pytest.param("device", "cuda", "device is cuda, but CUDA does not work here", marks=NEEDS_NO_GPU),
@@ -49,7 +50,7 @@ def test_the_command_line_refuses_before_it_writes(
 @pytest.mark.parametrize(("key", "value", "expected"), WRONG)
 def test_a_flow_refuses_before_it_writes(workspace: Path, key: str, value: str, expected: str) -> None:
     before = Path("params.yaml").read_bytes()
-    with pytest.raises(UserError, match=expected):
+    with pytest.raises(UserError, match=re.escape(expected)):
         recipe.fn({key: value})
     assert Path("params.yaml").read_bytes() == before
 
@@ -103,8 +104,20 @@ def test_of_many_images_some_are_looked_at(workspace: Path) -> None:
 
 
 def test_check_says_which_class_has_too_few_images(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_says_which_classes_have_too_few_images(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "-S", "data.source=few"]) == 2
-    assert "the class 'bright' has 2 images to be split" in capsys.readouterr().err
+    assert "2 classes have too few images (2 images each: 'bright', 'dark') to be split" in capsys.readouterr().err
+
+
+def test_check_says_how_the_folder_was_understood(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("photos/dark", "photos/Dark")
+    shutil.copytree("photos/dark", "photos/masks")
+    options = ["-S", "data.exclude=masks", "-S", "data.min_images=9"]
+    assert main(["check", *options]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        *(f"       24  {label}" for label in ("Dark", "bright", "dark")),
+        "- These may mean one class, and are 2, which differ only in capitals: 'Dark', 'dark'.",
+    ]
 
 
 def test_only_changes_that_touch_the_network_wait_for_torch() -> None:

@@ -216,7 +216,8 @@ def _read(
     orientation = _orientation(image)
     upright = image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
     rgb, said = _as_rgb(upright, grey_range)
-    rgb.info = dict(said)  # and nothing of what the file says of itself
+    rgb.info.clear()
+    rgb.info.update(said)  # and nothing of what the file says of itself
     return (seen[::-1] if orientation in UPRIGHT and orientation >= 5 else seen), rgb
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
+from unfreeze.data.folders import named
 from unfreeze.errors import UserError
 
 
@@ -104,24 +105,43 @@ def _take(order: list[int], sizes: dict[int, int], goal: int, spare: int) -> lis
 
 
 def _check(labels: pd.Series, split: pd.Series, cluster: pd.Series, wanted: dict[str, float]) -> None:
-    """Raise a UserError for the first class that is missing where it is needed."""
+    """Raise a UserError that names the classes that are missing where they are needed."""
     made = ["train", *wanted] if wanted else []
     present = set(zip(labels, split, strict=True))
-    for label in sorted(labels.unique()):
-        if any((label, name) not in present for name in made):
-            count = cluster[labels[cluster.index] == label].nunique()
-            tied = ", and some of them cannot be parted from other classes' by group" if count >= len(made) else ""
-            raise UserError(
-                f"data.source: the class {label!r} has {count} image{'s' * (count != 1)} to be split (duplicates, near "
-                f"ones unless data.near_duplicates is report, and images of one group count as one), but "
-                f"{' and '.join(made)} each need one{tied}: add images of this class"
-                f"{', or set data.test to 0' if 'test' in wanted else ''}."
-            )
-        if (label, "train") not in present:
-            raise UserError(
-                f"data.source: there are no training images of the class {label!r}, only others: check how the class is "
-                "written, or add training images of it."
-            )
+    classes = sorted(labels.unique())
+    short = [label for label in classes if any((label, name) not in present for name in made)]
+    if short:
+        counts = cluster.groupby(labels[cluster.index]).nunique().reindex(short, fill_value=0)
+        tied = ", and some of them cannot be parted from other classes' by group" if (counts >= len(made)).any() else ""
+        ways = ["add images of " + ("this class" if len(short) == 1 else "these classes")]
+        sizes = labels.value_counts()
+        least = int(sizes[short].max()) + 1
+        if (sizes >= least).sum() > 1:
+            ways.append(f"set data.min_images to {least} to leave out classes with fewer images")
+        if "test" in wanted and counts.min() == len(made) - 1:
+            ways.append("set data.test to 0")
+        raise UserError(
+            f"data.source: {_too_small(counts)} to be split (duplicates, near ones unless data.near_duplicates is report, and "
+            f"images of one group count as one), but {' and '.join(made)} each need one{tied}: {', or '.join(ways)}."
+        )
+    untrained = [label for label in classes if (label, "train") not in present]
+    if untrained:
+        raise UserError(
+            f"data.source: there are no training images of the class{'es' * (len(untrained) > 1)} {named(untrained)}, only "
+            "others: check how the class is written, or add training images of it."
+        )
+
+
+def _too_small(counts: pd.Series) -> str:
+    """Classes and how many images they have, those with as many together."""
+    if len(counts) == 1:
+        return f"the class {counts.index[0]!r} has {_images(int(counts.iloc[0]))}"
+    groups = (f"{_images(int(str(count)))} each: {named(same.index, 100)}" for count, same in counts.groupby(counts))
+    return f"{len(counts)} classes have too few images ({'; '.join(groups)})"
+
+
+def _images(count: int) -> str:
+    return f"{count} image{'s' * (count != 1)}"
 
 
 def _clusters(table: pd.DataFrame, pairs: Iterable[tuple[int, int]]) -> pd.Series:

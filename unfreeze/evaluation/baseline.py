@@ -1,5 +1,6 @@
 """The honest baseline: scikit-learn's logistic regression on the frozen backbone's activations."""
 
+import warnings
 from typing import Any, cast
 
 import numpy as np
@@ -16,7 +17,10 @@ def fit_baseline(activations: NDArray[np.float32], labels: NDArray[np.int64]) ->
     """Fit the regression on activations (N, F) and class numbers (N,)."""
     from sklearn.linear_model import LogisticRegression
 
-    return LogisticRegression(max_iter=1000).fit(activations, labels)
+    with warnings.catch_warnings():
+        # scikit-learn takes few images per class for a regression problem.
+        warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%", UserWarning)
+        return LogisticRegression(max_iter=1000).fit(activations, labels)
 
 
 def baseline_probabilities(model: Any, activations: NDArray[np.float32], classes: int) -> NDArray[np.float32]:

@@ -202,6 +202,26 @@ def test_a_class_with_too_few_images_is_named(
     assert all(word in str(caught.value) for word in words), caught.value
 
 
+def test_all_classes_with_too_few_images_are_named_and_how_to_leave_them_out() -> None:
+    table = plain(a=50, b=50, **{f"one{i}": 1 for i in range(20)}, **{f"two{i}": 2 for i in range(5)})
+    with pytest.raises(UserError) as caught:
+        assign_splits(table, 0.1, 0.2, 0)
+    said = str(caught.value)
+    assert "25 classes have too few images (1 image each: 'one0'" in said and "2 images each: 'two0'" in said
+    assert all(f"'{name}'" in said for name in table["label"].unique() if name not in "ab")
+    assert (
+        "set data.min_images to 3 to leave out" in said and "data.test" not in said
+    )  # without it 20 would still be too small
+    left = table[table.groupby("label")["label"].transform("size") >= 3]
+    assert set(assign_splits(left, 0.1, 0.2, 0)) == {"train", "valid", "test"}
+
+
+def test_no_advice_that_leaves_one_class() -> None:
+    with pytest.raises(UserError) as caught:
+        assign_splits(plain(a=50, b=1), 0.1, 0.2, 0)
+    assert "min_images" not in str(caught.value)
+
+
 def test_as_many_images_as_splits_are_enough() -> None:
     for seed in range(10):
         split = assign_splits(plain(a=50, rare=3), 0.3, 0.3, seed)
@@ -219,6 +239,8 @@ def test_a_class_that_nothing_trains_is_named() -> None:
     rows = [(label, split, "", "") for split in ("train", "valid", "test") for label in "ab"]
     with pytest.raises(UserError, match="no training images of the class 'A'"):
         assign_splits(frame([*rows, ("A", "test", "", "")]), 0.2, 0.2, 0)
+    with pytest.raises(UserError, match="no training images of the classes 'A', 'B'"):
+        assign_splits(frame([*rows, ("A", "test", "", ""), ("B", "valid", "", "")]), 0.2, 0.2, 0)
 
 
 def test_a_class_may_be_missing_from_a_given_validation_split() -> None:

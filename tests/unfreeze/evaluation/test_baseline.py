@@ -23,6 +23,12 @@ def test_probabilities_are_the_softmax_of_the_fitted_weights() -> None:
     assert (expected.argmax(1) == labels).mean() > 0.8
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_image_or_two_of_each_class_are_no_regression_problem() -> None:
+    labels = np.arange(30) % 20
+    assert fit_baseline(activations(labels), labels).classes_.tolist() == list(range(20))
+
+
 def test_a_class_without_training_images_keeps_its_column() -> None:
     labels = np.random.default_rng(2).choice([0, 2], 100)
     inputs = activations(labels)
