@@ -103,7 +103,6 @@ def test_of_many_images_some_are_looked_at(workspace: Path) -> None:
         check_images(settings)
 
 
-def test_check_says_which_class_has_too_few_images(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_check_says_which_classes_have_too_few_images(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "-S", "data.source=few"]) == 2
     assert "2 classes have too few images (2 images each: 'bright', 'dark') to be split" in capsys.readouterr().err
