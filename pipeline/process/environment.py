@@ -33,3 +33,6 @@ def set_environment() -> None:
     # MLflow's client would ask again by itself when an answer is lost, for minutes, and what it asks to be created would
     # be there twice. We ask again, after looking whether it is there.
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    # A notebook names its own backend to every command that is started from it, and matplotlib cannot be imported where that
+    # is not installed. Plots are written to files.
+    os.environ["MPLBACKEND"] = "agg"

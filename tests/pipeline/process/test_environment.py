@@ -24,3 +24,10 @@ def test_a_step_knows_how_long_threads_wait_before_torch_is_imported(tmp_path: P
     environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | {"PYTHONPATH": str(ROOT)}
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert found.stdout == "spins 30000\n", found.stderr
+
+
+def test_a_command_in_a_notebook_does_not_need_the_notebooks_backend(tmp_path: Path) -> None:
+    code = "from pipeline.process.environment import set_environment as s; s(); import unfreeze.reports.plots"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
