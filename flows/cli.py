@@ -16,8 +16,10 @@ TTA_VIEWS = 8
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 well, 1 a step failed, 2 something for the user to mend, 130 interrupted."""
-    from pipeline.process.environment import set_environment
+    from pipeline.process.environment import set_environment, start_in_utf8
 
+    if arguments is None:
+        start_in_utf8()
     set_environment()
     chosen = _parser().parse_args(arguments)
     try:

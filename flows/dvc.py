@@ -54,6 +54,7 @@ def environment() -> dict[str, str]:
     return os.environ | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "PYTHONUNBUFFERED": "1",
+        "PYTHONIOENCODING": "utf-8",  # whatever a terminal has: it is read here
     }
 
 

@@ -1,6 +1,8 @@
 """What every process of unfreeze starts with: no telemetry, quiet libraries, one place for MLflow."""
 
+import io
 import os
+import sys
 
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
 
@@ -26,6 +28,14 @@ DEFAULTS = {
 }
 
 
+def start_in_utf8() -> None:
+    """Start this command again in Python's UTF-8 mode, where the locale has another encoding: names of files are UTF-8,
+    and would be read as other names, also by DVC and the steps."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def set_environment() -> None:
     """Set what the user has not set, and that MLflow asks once. Call before Prefect, DVC or MLflow are imported."""
     for name, value in DEFAULTS.items():
@@ -36,3 +46,7 @@ def set_environment() -> None:
     # A notebook names its own backend to every command that is started from it, and matplotlib cannot be imported where that
     # is not installed. Plots are written to files.
     os.environ["MPLBACKEND"] = "agg"
+    # What a terminal or a log of another encoding than UTF-8 cannot show, such as the name of a class, is shown escaped.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
