@@ -164,6 +164,7 @@ def _csv(file: Path, excluded: Excluded) -> tuple[pd.DataFrame, list[str]]:
     if table.empty:
         return _frame([]), []
     root = str(file.parent)
+    table["path"] = [_with_slashes(root, path) for path in table["path"]]
     table["path"] = [
         os.path.relpath(path, root) if os.path.isabs(path) else os.path.normpath(path) if path else path
         for path in table["path"]
@@ -196,6 +197,11 @@ def _as_on_disk(root: str, path: str) -> str:
     return next((form for form in forms if os.path.isfile(os.path.join(root, form))), path)
 
 
+def _with_slashes(root: str, path: str) -> str:
+    """A path as Windows writes it in this system's way, unless a file has a name with a backslash."""
+    return path if os.path.exists(os.path.join(root, path)) else path.replace("\\", "/")
+
+
 def _cells(file: Path) -> pd.DataFrame:
     """The cells of a CSV file as text without blanks around it; names of columns in lower case."""
     raw = file.read_bytes()
@@ -203,8 +209,10 @@ def _cells(file: Path) -> pd.DataFrame:
         text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"data.source: {file} is not UTF-8 text; save it as CSV in UTF-8.") from None
+    if stated := re.match(r'\s*"?sep=([,;|\t])"?[^\S\r\n]*(?=[\r\n])', text, re.IGNORECASE):  # for Excel
+        text = text[stated.end() :]
     header = re.split("[\r\n]", text.lstrip(), maxsplit=1)[0]
-    separator = max(",;\t", key=header.count)
+    separator = stated[1] if stated else max(",;\t", key=header.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
     rows: list[list[str]] = []
     try:
