@@ -5,6 +5,7 @@ import importlib.metadata
 import io
 import logging
 import os
+import shutil
 import tempfile
 import warnings
 from pathlib import Path
@@ -65,7 +66,8 @@ def _log(client: Any, weights: Path, parent: str, key: str) -> str:
         mlflow.pyfunc.save_model(
             path,
             python_model=str(Path(__file__).with_name("served_model.py")),
-            artifacts={"weights": str(weights)},
+            # A copy: MLflow refuses links, which DVC leaves where its cache has the files (cache.type).
+            artifacts={"weights": shutil.copy(weights, folder)},
             code_paths=[str(root / "unfreeze")],
             pip_requirements=[f"{package}=={_version(package)}" for package in (*REQUIREMENTS, *_extras())],
             mlflow_model=Model(model.artifact_location, parent, model_uuid=model.model_id, model_id=model.model_id),
