@@ -49,6 +49,8 @@ DELETED = (
     "MLflow's experiment {} was deleted: what is logged to it waits until it is there again "
     "(`mlflow experiments restore --experiment-id {}`)."
 )
+OTHER_SCHEMA = "out-of-date database schema"
+"""What MLflow says of a database that another version of it has made."""
 BATCH = 1000
 """Metrics that MLflow takes in a request; of parameters it takes a tenth."""
 
@@ -96,6 +98,8 @@ def reaching() -> Iterator[None]:
     except Exception as error:
         if not type(error).__module__.startswith(("mlflow", "requests", "urllib3", "sqlalchemy")) or _is_refusal(error):
             raise
+        if OTHER_SCHEMA in str(error):
+            raise Unreachable(f"MLflow at {address()}: {reason(error)}.") from None
         raise Unreachable(f"MLflow at {address()} does not answer ({reason(error)}).") from None
 
 
@@ -104,6 +108,11 @@ def reason(error: Exception) -> str:
     if isinstance(error, Unreachable):
         return str(error)
     text = (str(error).splitlines() or [""])[0]
+    if OTHER_SCHEMA in text:
+        return (
+            "its database is another version's of MLflow; make a copy of it, then run "
+            f"`mlflow db upgrade {address()}` with the newer one of the two"
+        )
     for known in ("Connection refused", "timed out", "Connection aborted", "Name or service not known"):
         if known in text:
             return known.lower()

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,36 @@ def test_a_damaged_database_is_told_in_a_sentence(head: dict[str, Any], capsys: 
     Path(os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///")).write_text("no database" * 500)
     assert publish(anyway=False) == 1
     assert "mlflow.db does not answer (" in capsys.readouterr().err and len(waiting()) == 1
+
+
+def test_a_database_of_another_version_is_told_with_what_to_do(
+    head: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended(head, "child", "parent")
+    list(sender.send(sender.client()))
+    ended(head | {"pass": "b"}, "parent")
+    address = os.environ["MLFLOW_TRACKING_URI"]
+    with sqlite3.connect(address.removeprefix("sqlite:///")) as database:
+        database.execute("UPDATE alembic_version SET version_num = 'acf3f17fdcc7'")
+    assert publish(anyway=False) == 1
+    said = capsys.readouterr().err
+    assert f"run `mlflow db upgrade {address}`" in said and "does not answer" not in said and len(waiting()) == 1
+
+
+def test_a_run_that_is_deleted_meanwhile_is_taken_up_by_a_new_one(head: dict[str, Any]) -> None:
+    """Somebody tidies up MLflow's pages while a pass is at work."""
+    client = sender.client()
+    journal = Journal(head)
+    list(sender.send(client, journal))
+    experiment = client.get_experiment_by_name("unfreeze").experiment_id
+    for run in client.search_runs([experiment]):
+        client.delete_run(run.info.run_id)
+    journal.write({"run": "child", "metrics": {"loss": 1.0}, "at": 0, "when": 1}, {"closed": True})
+    journal.close()
+    list(sender.send(client))  # what was meant for it alone is not kept, and holds up nothing
+    ended(head | {"stage": "explore", "execution": "2"}, "child", "parent")
+    list(sender.send(client))
+    assert statuses(client) == ["FINISHED"] * 2 and not waiting()
 
 
 def test_what_waits_is_said_with_what_sends_it(head: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
