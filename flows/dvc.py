@@ -82,8 +82,12 @@ def stale_stages() -> set[str]:
         raise UserError(
             "DVC works in a clone of the project, or after `git init` in a copy of it: there is no Git here."
         )
-    is_lock = UNREADABLE_LOCK.search(said) and "merge conflicts" not in said
-    raise (DamagedLock if is_lock else UserError)(f"DVC cannot tell what has changed: {said}")
+    if UNREADABLE_LOCK.search(said) and "merge conflicts" in said:
+        raise UserError(
+            "dvc.lock has a merge's conflicts. Resolve those of params.yaml and dvc.yaml, take one side's dvc.lock (`git "
+            "checkout --ours dvc.lock`), and start again: it is brought up to date, with what DVC's cache has."
+        )
+    raise (DamagedLock if UNREADABLE_LOCK.search(said) else UserError)(f"DVC cannot tell what has changed: {said}")
 
 
 def put_lock_aside() -> Path:

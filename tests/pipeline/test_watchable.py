@@ -95,6 +95,18 @@ def test_what_dvc_says_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "\n\n" not in str(caught.value)
 
 
+def test_a_merges_conflict_in_the_lock_file_is_told_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(dvc.dvc("init", "--no-scm", "--quiet"), check=True)
+    Path("dvc.yaml").write_text("stages:\n  a:\n    cmd: echo\n")
+    Path("dvc.lock").write_text("schema: '2.0'\n<<<<<<< HEAD\nstages: {}\n=======\nstages: {a: 1}\n>>>>>>> other\n")
+    with pytest.raises(UserError, match=r"dvc.lock has a merge's conflicts.*git checkout --ours dvc.lock") as caught:
+        dvc.stale_stages()
+    assert not isinstance(caught.value, dvc.DamagedLock)
+
+
 def test_a_copy_without_git_is_told_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".dvc").mkdir()
     (tmp_path / ".dvc" / "config").touch()

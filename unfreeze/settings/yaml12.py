@@ -39,6 +39,8 @@ def read_yaml(text: str, where: str) -> Any:
         line, what = text.count("\n", 0, error.position), f"the character U+{ord(text[error.position]):04X} in it"
     except (ValueError, OverflowError):  # an escape sequence for a character that does not exist
         line, what = loader.line if loader else 0, "an escape sequence that is no character"
+    if conflict := re.search(r"^<<<<<<< ", text, re.MULTILINE):
+        line, what = text.count("\n", 0, conflict.start()), "a merge's conflict, which is to be resolved"
     raise UserError(f"{where}, line {line + 1} is not valid YAML: {what}.")
 
 

@@ -185,6 +185,10 @@ def test_not_a_mapping(content: object) -> None:
         ("- 1\n", "must be a mapping"),
         ("seed: 1\nhead: [\n", "line 3 is not valid YAML"),
         ("seed:\n\t- 1", "line 2 is not valid YAML"),
+        (
+            "data:\n<<<<<<< HEAD\n  valid: 0.1\n=======\n  valid: 0.2\n>>>>>>> other\n",
+            "line 2 is not valid YAML: a merge's conflict",
+        ),
         ("seed: 1\n---\nseed: 2\n", "line 2 is not valid YAML"),
         (
             TEXT + "\nhead:\n  dropout: 0.1\n",
