@@ -244,7 +244,9 @@ def _source_tags() -> dict[str, str]:
     """The git commit and whether the working tree differs from it, where there is git."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
+        # Git tells nothing of a clone of somebody else's, as in a container. The code that runs here is from that clone.
+        command = ["git", "-c", "safe.directory=*", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         changed = "yes" if git("status", "--porcelain", "--untracked-files=no") else "no"
