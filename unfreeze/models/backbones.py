@@ -120,6 +120,11 @@ def create_backbone(name: str, weights: str, image_size: int) -> Backbone:
             raise UserError(
                 f"backbone.name: {name} cannot be built for {image_size} px images: {_line(error)}"
             ) from error
+        if library == "torchvision" and (kept := _fetched_by_torchvision(short)).exists():
+            raise UserError(
+                f"backbone.weights: {kept}, which torchvision has fetched, cannot be read as weights, perhaps because it was "
+                "cut off. Delete it, and it is fetched again."
+            ) from error
         raise UserError(
             f"backbone.weights: the pretrained weights of {name} cannot be had: {_line(error)}. Where there is no "
             "network, name a file of weights instead."
@@ -181,6 +186,14 @@ def _torchvision(name: str, short: str, pretrained: bool, image_size: int) -> Ba
     body.set_submodule(path, nn.Identity())
     crop = weights.transforms()
     return Backbone(body, name, classifier.in_features, tuple(crop.mean), tuple(crop.std), image_size)
+
+
+def _fetched_by_torchvision(short: str) -> Path:
+    """Where torchvision keeps a network's pretrained weights."""
+    import torchvision
+
+    url = torchvision.models.get_model_weights(short).DEFAULT.url
+    return Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
 
 
 def _package_file(name: str, package: str) -> Path:
