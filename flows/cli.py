@@ -12,10 +12,13 @@ from pipeline.process.secrets import mask
 from unfreeze.errors import UserError, disk_trouble
 
 TTA_VIEWS = 8
+UNREAD = 128 + signal.SIGPIPE
+"""Exit code where whoever read the output has ended, as shells give it."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 well, 1 a step failed, 2 something for the user to mend, 130 interrupted."""
+    """Run a command; returns the exit code: 0 well, 1 a step failed, 2 something for the user to mend, 130 interrupted,
+    141 where nobody reads the output any more."""
     from pipeline.process.environment import set_environment, start_in_utf8
 
     if arguments is None:
@@ -23,14 +26,30 @@ def main(arguments: list[str] | None = None) -> int:
     set_environment()
     chosen = _parser().parse_args(arguments)
     try:
-        return int(chosen.command(chosen))
+        code = int(chosen.command(chosen))
+        print(end="", flush=True)
+        return code
     except UserError as error:
         sentence = str(error)
+    except BrokenPipeError:
+        if not _is_unread():
+            raise
+        return UNREAD
     except OSError as error:
         if not (sentence := disk_trouble(error)):
             raise
     print(f"unfreeze: {mask(sentence)}", file=sys.stderr)
     return 2
+
+
+def _is_unread() -> bool:
+    """Whether nobody reads what is printed any more, as after ``| head``; the rest is thrown away then."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,14 +1,16 @@
 """What cannot come to an end is refused before anything is written or run, through the command line and a flow's parameters."""
 
+import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from flows import passes
 from flows.checks import LOOKED_AT, check_all, check_for, check_images, look_at_some
-from flows.cli import main
+from flows.cli import UNREAD, main
 from flows.recipe import recipe
 from tests.devices import NEEDS_NO_GPU
 from tests.integration.project import paint
@@ -117,6 +119,15 @@ def test_check_says_how_the_folder_was_understood(workspace: Path, capsys: pytes
         *(f"       24  {label}" for label in ("Dark", "bright", "dark")),
         "- These may mean one class, and are 2, which differ only in capitals: 'Dark', 'dark'.",
     ]
+
+
+def test_a_reader_that_has_read_enough_is_no_error(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `unfreeze check | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["check", "-S", "backbone.name=timm:test_efficientnet", "-S", "backbone.weights=none"]) == UNREAD
 
 
 def test_only_changes_that_touch_the_network_wait_for_torch() -> None:
