@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# In a copy of the folder, or where it was moved to, the environment is still that of the folder it was made in, with its code.
+ELSEWHERE := $(shell test ! -L $(VENV) && grep -s '^command = ' $(VENV)/pyvenv.cfg | grep -qvF '$(CURDIR)/$(VENV)' && echo remove-venv)
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DO_NOT_TRACK = 1
@@ -11,7 +13,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export MLFLOW_DISABLE_TELEMETRY = true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run repro test fast-test soak lint types bench ui server deploy worker clean
+.PHONY: remove-venv help setup run repro test fast-test soak lint types bench ui server deploy worker clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | column -t -s '|'
@@ -20,13 +22,16 @@ setup: $(READY)  ## install everything into .venv, at the versions that were tes
 
 # uv installs in a fraction of pip's time. Byte-compiling once here saves seconds at the start of every step.
 # By the link DVC watches the sample's file under the name that data.source gives it.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt $(ELSEWHERE)
 	@$(PYTHON) -c "import sys; (3, 11) <= sys.version_info[:2] <= (3, 12) or sys.exit('unfreeze needs Python 3.11 or 3.12, and $(PYTHON) is %s.%s: make $(MAKECMDGOALS) PYTHON=python3.12' % sys.version_info[:2])"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --constraint constraints.txt --editable '.[dev]'
 	ln -sf samples/elpv.yaml sample:elpv
 	touch $@
+
+remove-venv:
+	rm -rf $(VENV)
 
 run: $(READY)  ## run the recipe as a Prefect flow; RUN="--settings settings/quick.yaml" in a few minutes
 	unfreeze run $(RUN)
@@ -56,6 +61,7 @@ bench: $(READY)  ## compare with fastai and with what this machine can do; BENCH
 
 # On the database that MLFLOW_TRACKING_URI names; where it names a server, which may be this one, on mlflow.db.
 ui: $(READY)  ## open MLflow's pages on the local database: http://127.0.0.1:5000
+	@python -m pipeline.tracking.local_store
 	mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri $(or $(filter-out http%,$(MLFLOW_TRACKING_URI)),sqlite:///mlflow.db)
 
 server: $(READY)  ## start a Prefect server: http://127.0.0.1:4200

@@ -123,6 +123,7 @@ def _run(chosen: argparse.Namespace) -> int:
     from pipeline.process.signals import INTERRUPTED, interrupt_in_time
 
     try:
+        _check_code()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, interrupt_in_time)
         leave_none()
@@ -131,6 +132,16 @@ def _run(chosen: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("unfreeze: stopped. `unfreeze run` goes on where it was.", file=sys.stderr)
         return INTERRUPTED
+
+
+def _check_code() -> None:
+    """See that a folder with code of its own runs that. Raises UserError in a copy with the environment of the original."""
+    here, this = Path("flows/cli.py"), Path(__file__)
+    if here.exists() and not here.samefile(this):
+        raise UserError(
+            f"`unfreeze` is the code in {this.parent.parent}, and {Path.cwd()} has code of its own. Set up an environment "
+            "here: `make setup; . .venv/bin/activate`."
+        )
 
 
 def _run_alone(chosen: argparse.Namespace) -> int:
@@ -183,6 +194,7 @@ def _check(chosen: argparse.Namespace) -> int:
     from unfreeze.settings.overrides import with_overrides
     from unfreeze.settings.schema import load_settings, parse_text
 
+    _check_code()
     overrides = _overrides(chosen)
     settings = parse_text(with_overrides("params.yaml", overrides)) if overrides else load_settings()
     table = check_all(settings)

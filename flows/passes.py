@@ -22,7 +22,9 @@ from pipeline.artifacts import STAGES
 from pipeline.dvc_cache import TORN, drop_torn, settle
 from pipeline.process.secrets import mask
 from pipeline.process.signals import PARENT, die_with, identity
+from pipeline.process.workspace import link_source
 from pipeline.tracking.journal import Journal
+from pipeline.tracking.local_store import adopt_files
 from pipeline.tracking.sender import waiting_here
 from pipeline.tracking.tracker import DOOR, PASS, Delivery, begin_journal, conclude
 from unfreeze.data.samples import link_sample
@@ -38,6 +40,8 @@ def begin() -> Plan:
     settings = load_settings()
     check_images(settings)
     link_sample(settings.data.source)
+    link_source(settings.data.source)
+    adopt_files()
     for path in drop_torn():
         get_run_logger().warning(TORN, path)
     try:

@@ -23,6 +23,7 @@ from pipeline.exit_codes import LESS_MEMORY, STOPPED, USER_ERROR, WORTH_A_RETRY,
 from pipeline.process.lock import alone
 from pipeline.process.secrets import mask
 from pipeline.process.signals import GRACE, die_with, step_works_for, stop_when_asked
+from pipeline.process.workspace import link_source
 from pipeline.tracking.sender import Unreachable
 from pipeline.tracking.tracker import Tracker
 from unfreeze.errors import TransientError, UserError, disk_trouble
@@ -166,6 +167,7 @@ class Step:
             # In a flow, whose first act this is, there are none left.
             self._end("DVC may have put it where this step would read it: start again.", WORTH_A_RETRY)
         artifact(self.name, "").mkdir(parents=True, exist_ok=True)
+        link_source(settings.data.source)
         tracker = Tracker(self.name, flatten(settings), flatten(chosen))
         scratch.clear_earlier(self.name)
         run = Run(self.name, tracker, key, settings.checkpoint, interruption, settings.device)

@@ -22,10 +22,12 @@ from urllib.parse import quote
 
 from pipeline.artifacts import write_json
 from pipeline.process.secrets import mask
+from pipeline.process.workspace import workspace
 from unfreeze.errors import UserError
 from unfreeze.persistence.atomic import sync
 
 ROOT = Path(".unfreeze/tracking")
+"""Where the journals lie, in the workspace."""
 FORGET = 24 * 3600
 """Seconds after which the folder of a pass from which nothing waits is removed."""
 
@@ -103,14 +105,19 @@ class Journal:
                 sync(path)
 
 
+def root() -> Path:
+    """Where the journals lie: in the workspace, also those of an experiment that DVC runs in a copy of it."""
+    return workspace() / ROOT
+
+
 def pass_folder(key: str) -> Path:
     """Where the journals of a pass lie, and what is known of it."""
-    return ROOT / quote(key, safe="")
+    return root() / quote(key, safe="")
 
 
 def waiting() -> list[Path]:
     """The journals that are not sent to their end, the oldest first."""
-    return sorted((path.parent for path in ROOT.glob("*/[!.]*/head.json")), key=lambda folder: folder.name)
+    return sorted((path.parent for path in root().glob("*/[!.]*/head.json")), key=lambda folder: folder.name)
 
 
 def is_being_written(folder: Path) -> bool:
@@ -154,9 +161,9 @@ def sending(patience: float) -> Iterator[None]:
     Raises:
         Busy: another process is, and has not ended in so many seconds.
     """
-    ROOT.mkdir(parents=True, exist_ok=True)
+    root().mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + patience
-    with (ROOT / "sending").open("w") as file:
+    with (root() / "sending").open("w") as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -174,7 +181,7 @@ def sending(patience: float) -> Iterator[None]:
 def forget_old_passes() -> None:
     """Remove the folders of passes from which nothing has come for a day and nothing waits."""
     busy = {folder.parent for folder in waiting()}
-    for folder in ROOT.glob("*/"):
+    for folder in root().glob("*/"):
         with suppress(OSError):
             if folder not in busy and time.time() - folder.stat().st_mtime > FORGET:
                 shutil.rmtree(folder)

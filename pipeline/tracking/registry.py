@@ -11,6 +11,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from pipeline.tracking.local_store import tracking_uri
+
 REQUIREMENTS = (
     "torch", "torchvision", "timm", "safetensors", "numpy", "opencv-python-headless", "pillow", "pandas", "pyyaml", "tqdm",
 )  # fmt: skip
@@ -30,7 +32,9 @@ def register_model(weights: Path, name: str, parent: str, key: str) -> Any:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     import mlflow
 
-    mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
+    named = os.environ["MLFLOW_TRACKING_URI"]
+    mlflow.set_tracking_uri(tracking_uri())
+    os.environ["MLFLOW_TRACKING_URI"] = named  # which MLflow has just set: journals are compared by it
     client = mlflow.MlflowClient()
     if versions := client.search_model_versions(f"tags.`{KEY_TAG}` = '{key}'"):
         return versions[0]

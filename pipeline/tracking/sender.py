@@ -29,6 +29,7 @@ from pipeline.tracking.journal import (
     sending,
     waiting,
 )
+from pipeline.tracking.local_store import adopt_files, files_of, tracking_uri
 
 logger = logging.getLogger("unfreeze")
 
@@ -83,7 +84,8 @@ def client() -> Any:
     warnings.filterwarnings("ignore", message="SOCKS support in urllib3")
     from mlflow import MlflowClient
 
-    return MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    adopt_files()
+    return MlflowClient(tracking_uri())
 
 
 @contextlib.contextmanager
@@ -213,7 +215,8 @@ def _note(folder: Path, sent: Mapping[str, Any]) -> None:
 def _open(client: Any, head: Mapping[str, Any], experiment: Any) -> Generator[float, None, dict[str, str]]:
     """Find or create the runs of a journal, and its experiment where there is none; returns their ids."""
     yield PATIENCE
-    experiment_id = experiment.experiment_id if experiment else client.create_experiment(head["experiment"])
+    name = head["experiment"]
+    experiment_id = experiment.experiment_id if experiment else client.create_experiment(name, files_of(name))
     source = head.get("source", {})
     tags = {PASS_TAG: head["pass"], "unfreeze.door": head["door"], **source}
     if sweep := head.get("sweep"):

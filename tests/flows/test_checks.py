@@ -141,3 +141,14 @@ def test_what_changes_nothing_is_not_checked_again(workspace: Path) -> None:
 
     apply_overrides("params.yaml", ["data.source=photos"], never)
     assert load_settings().data.source == "photos"
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_a_copy_of_the_project_does_not_run_the_originals_code(
+    workspace: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As an environment does that was set up there."""
+    Path("flows").mkdir()
+    Path("flows/cli.py").touch()
+    assert main([command, "-S", "data.source=photos"]) == 2
+    assert f"`unfreeze` is the code in {PARAMS.parent}" in capsys.readouterr().err

@@ -268,6 +268,20 @@ def test_what_people_try_with_dvc(dvc_project: Project) -> None:
     assert project.ran(project.run("dvc", "repro", "--force", "--single-item", "explore")) == ["explore"]
 
 
+def test_an_experiment_in_a_copy_is_recorded_where_the_workspace_is(dvc_project: Project) -> None:
+    """DVC removes the copy, and its own record of the version is the workspace's once the experiment is applied."""
+    output = dvc_project.run("dvc", "exp", "run", "--temp", "--name", "in-a-copy", "-S", "register.model_name=other")
+    assert dvc_project.ran(output)[-1] == "register"
+    mlflow = client(dvc_project)
+    version = mlflow.get_model_version("other", "1")
+    assert mlflow.get_run(version.run_id).data.params["register.model_name"] == "other"
+    assert str(dvc_project.folder / "mlruns") in mlflow.get_model_version_download_uri("other", "1")
+    dvc_project.run("dvc", "exp", "apply", "in-a-copy")
+    registered = json.loads((dvc_project.folder / "artifacts/register/registration.json").read_text())
+    assert (registered["model"], registered["version"], registered["run"]) == ("other", 1, version.run_id)
+    assert "up to date" in dvc_project.run("dvc", "status")
+
+
 def test_a_changed_image_is_noticed_wherever_the_folder_lies(dvc_project: Project) -> None:
     photos = dvc_project.folder.parent / "photos"
     (photos / "dark/00.png").rename(photos / "bright/relabelled.png")

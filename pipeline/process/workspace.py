@@ -1,0 +1,44 @@
+"""The folder that what lasts is kept in: MLflow's records outlive the copies of it that DVC runs experiments in."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+COPIES = (".dvc", "tmp", "exps")
+"""Where ``dvc exp run --temp`` and DVC's queue make a copy of the workspace, run an experiment in it, and remove it."""
+
+DEPTHS = ((), ("standalone",))
+"""Folders in there that the copies are in: of the queue, and of ``--temp``."""
+
+
+def workspace() -> Path:
+    """The project's folder, relative to this process's: that one, or the one that DVC copied it from."""
+    here = Path.cwd().parts
+    for end in range(len(here), len(COPIES), -1):
+        if here[end - len(COPIES) : end] == COPIES:
+            return Path(*[".."] * (len(here) - end + len(COPIES)))
+    return Path()
+
+
+def link_source(source: str) -> None:
+    """Have DVC's copies of this workspace find images that lie outside of it at a relative path, by a link beside them.
+
+    Args:
+        source: as `data.source` names it; what is no such path is fine.
+    """
+    parts = Path(os.path.normpath(source)).parts
+    up = parts.count("..")
+    if not up or up == len(parts) or workspace() != Path():
+        return
+    for depth in DEPTHS:
+        copies = Path(*COPIES, *depth)
+        if up >= len(copies.parts):  # a link would not be among what is DVC's, and temporary
+            continue
+        beside = Path(os.path.normpath(copies.joinpath(*parts[1 : up + 1])))
+        target = os.path.relpath(Path(*parts[: up + 1]), beside.parent)
+        with suppress(OSError):  # then an experiment in a copy does without
+            beside.parent.mkdir(parents=True, exist_ok=True)
+            if beside.is_symlink() and os.readlink(beside) != target:
+                beside.unlink()
+            if not beside.is_symlink():
+                beside.symlink_to(target)

@@ -1,0 +1,99 @@
+"""Where MLflow is, and the folder of files beside a database: it belongs to the workspace, wherever that was moved or copied.
+
+MLflow notes absolute folders. A copy of a workspace would write its files into the original, and a workspace that was moved
+would find none of its own.
+"""
+
+import os
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit
+from urllib.request import url2pathname
+
+from pipeline.process.environment import set_environment
+from pipeline.process.workspace import workspace
+
+SQLITE = "sqlite:///"
+
+FILES = "mlruns"
+"""The folder of files, as MLflow calls it."""
+
+NOTED = (
+    ("experiments", "experiment_id", "artifact_location"),
+    ("runs", "run_uuid", "artifact_uri"),
+    ("logged_models", "model_id", "artifact_location"),
+    ("model_versions", "name || '/' || version", "storage_location"),
+)
+"""Tables of MLflow's database that note folders: the table, its key, and the column."""
+
+FOLDER = re.compile(rf"(?P<workspace>.*)/{FILES}/(?P<place>[^/]+(?P<of_run>/(?:models/)?[^/]+/artifacts)?)")
+
+
+def tracking_uri() -> str:
+    """MLflow's address for its client: a database that the environment names by a relative path is the workspace's."""
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    return f"{SQLITE}{workspace() / uri.removeprefix(SQLITE)}" if uri.startswith(SQLITE) else uri
+
+
+def database() -> Path | None:
+    """The file of MLflow's database, or None where that is a server's."""
+    uri = tracking_uri()
+    return Path(unquote(uri.removeprefix(SQLITE).partition("?")[0])) if uri.startswith(SQLITE) else None
+
+
+def files_of(experiment: str) -> str | None:
+    """Where the files of a new experiment are to lie, as a URI; None where MLflow's server decides it.
+
+    MLflow would note a path, and decode it: of a folder named ``a%20b`` it makes ``a b``.
+    """
+    if os.environ["MLFLOW_TRACKING_URI"].startswith(("http", "databricks")):
+        return None
+    return (_root() / quote(experiment, safe="")).as_uri()
+
+
+def adopt_files() -> None:
+    """Have the database of a workspace that was moved or copied note the folder of files that is in this workspace.
+
+    Runs whose files are in the original, and were not copied, stay where they are. A database that lies outside of the
+    workspace may be that of several, and is left alone.
+    """
+    file = database()
+    if file is None or not file.is_file() or workspace().resolve() not in file.resolve().parents:
+        return
+    with suppress(sqlite3.Error), closing(sqlite3.connect(file, timeout=30)) as connection:  # MLflow says what is wrong
+        moved = [change for place in NOTED for change in _moved(connection, *place)]
+        with connection:
+            for statement, values in moved:
+                connection.execute(statement, values)
+
+
+def _moved(connection: sqlite3.Connection, table: str, key: str, column: str) -> Iterator[tuple[str, tuple[str, str]]]:
+    """The changes to a table, as statements with their values."""
+    for row, noted in connection.execute(f"SELECT {key}, {column} FROM {table}").fetchall():
+        if noted and (here := _here(noted)) != noted:
+            yield f"UPDATE {table} SET {column} = ? WHERE {key} = ?", (here, row)
+
+
+def _here(noted: str) -> str:
+    """Where a folder lies that MLflow noted as a path or URI."""
+    parts = urlsplit(noted)
+    found = FOLDER.fullmatch(parts.path if parts.scheme else noted)
+    if parts.scheme not in ("", "file") or not found:
+        return noted
+    before = Path(url2pathname(found[0]))  # MLflow decodes paths as well
+    here = _root() / url2pathname(found["place"])
+    if here == before or (found["of_run"] and before.exists() and not here.exists()):
+        return noted
+    return here.as_uri()
+
+
+def _root() -> Path:
+    return workspace().resolve() / FILES
+
+
+if __name__ == "__main__":  # for `make ui`
+    set_environment()
+    adopt_files()
