@@ -56,7 +56,7 @@ class Classifier(PythonModel):
             except ValueError as error:
                 reasons[row] = str(error)
         table = self._predictor.predict(list(files.values())).set_axis(list(files)).reindex(range(len(images)))
-        table["reason"] = [reasons.get(row, reason) for row, reason in table["reason"].items()]
+        table["reason"] = [reasons.get(row, reason) for row, reason in enumerate(table["reason"])]
         if table["reason"].ne("").all():
             named = [f"image {row}: {reason}" for row, reason in table["reason"].head(NAMED).items()]
             raise _refused(f"None of the images can be read ({'; '.join(named)}).")
