@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -153,15 +154,17 @@ def test_a_damaged_database_is_told_in_a_sentence(head: dict[str, Any], capsys: 
 
 
 def test_a_database_of_another_version_is_told_with_what_to_do(
-    head: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    head: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended(head, "child", "parent")
     list(sender.send(sender.client()))
     ended(head | {"pass": "b"}, "parent")
-    address = os.environ["MLFLOW_TRACKING_URI"]
+    file = os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///")
+    address = f"sqlite:///{shutil.copy(file, f'{file}.other')}"  # which this process has not looked at before
     with sqlite3.connect(address.removeprefix("sqlite:///")) as database:
         database.execute("UPDATE alembic_version SET version_num = 'acf3f17fdcc7'")
-    assert publish(anyway=False) == 1
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    assert publish(anyway=True) == 1
     said = capsys.readouterr().err
     assert f"run `mlflow db upgrade {address}`" in said and "does not answer" not in said and len(waiting()) == 1
 
