@@ -146,25 +146,26 @@ def _check_code() -> None:
 
 def _run_alone(chosen: argparse.Namespace) -> int:
     from flows.checks import check_for, check_images
-    from pipeline.process.lock import alone
-    from pipeline.process.signals import GRACE
-    from unfreeze.settings.overrides import apply_overrides
-    from unfreeze.settings.schema import load_settings
+    from unfreeze.settings.overrides import with_overrides
+    from unfreeze.settings.schema import load_settings, parse_text, read_text
 
-    if overrides := _overrides(chosen):
-        with alone("step", GRACE):  # which may be a step of `dvc repro`
-            apply_overrides("params.yaml", overrides, check_for(overrides))
+    overrides = _overrides(chosen)
+    text = with_overrides("params.yaml", overrides) if overrides else ""
+    if overrides and text != read_text("params.yaml"):
+        check_for(overrides)(parse_text(text))
     else:
         check_images(load_settings())
+    _check_surroundings()
 
-    from flows.prefect_server import go_on_without, is_away
+    from flows.prefect_server import did_not_start, go_on_without, is_away, prepare_database, why_not_started
     from flows.publish import what_waits
     from flows.recipe import recipe
     from flows.stage import StageFailed
     from flows.summary import print_steps, print_summary
 
+    prepare_database()
     try:
-        outcomes = recipe(until=chosen.until)
+        outcomes = recipe(overrides, chosen.until)
         if chosen.until == "register":
             print_summary(outcomes)
         else:
@@ -173,13 +174,24 @@ def _run_alone(chosen: argparse.Namespace) -> int:
         print(f"unfreeze: {error}", file=sys.stderr)
         return 1
     except Exception as error:
+        if did_not_start(error):
+            raise why_not_started() from None
         if not is_away(error):
             raise
-        go_on_without(chosen.until)
+        go_on_without(overrides, chosen.until)
     finally:
         if left := what_waits():
             print(left, file=sys.stderr)
     return 0
+
+
+def _check_surroundings() -> None:
+    """See that MLflow and Prefect can be where the environment names them. Raises UserError."""
+    from flows.prefect_server import check_api
+    from pipeline.tracking.local_store import check_tracking_uri
+
+    check_tracking_uri()
+    check_api()
 
 
 def _overrides(chosen: argparse.Namespace) -> list[str]:
@@ -198,6 +210,7 @@ def _check(chosen: argparse.Namespace) -> int:
     overrides = _overrides(chosen)
     settings = parse_text(with_overrides("params.yaml", overrides)) if overrides else load_settings()
     table = check_all(settings)
+    _check_surroundings()
     print(
         f"params.yaml{' with these changes' if overrides else ''} is right; {len(table)} images in {settings.data.source}:"
     )

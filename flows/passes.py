@@ -8,6 +8,7 @@ import os
 import sys
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 
 import psutil
 from prefect import get_run_logger
@@ -61,7 +62,7 @@ def begin() -> Plan:
     if deployed and (worker := psutil.Process().parent()):
         die_with([identity(worker)])
     os.environ[PARENT] = identity(psutil.Process())
-    if sys.stderr.isatty():
+    with suppress(OSError):  # a terminal may have no name, in a container say
         os.environ["UNFREEZE_TTY"] = os.ttyname(sys.stderr.fileno())
     has_remote, trouble = dvc.find_remote() if stale else (False, None)
     if trouble:

@@ -1,19 +1,118 @@
-"""Prefect's server is away: the pass goes on with a temporary one.
+"""Prefect's server: the one that is named, or a temporary one, with a database of its own in the workspace.
 
-Prefect asks again for about a minute (`PREFECT_CLIENT_MAX_RETRIES`), and then gives up the flow. What is done is done: DVC
+When the one that is named is away, the pass goes on with a temporary one. Prefect asks again for about a minute (`PREFECT_CLIENT_MAX_RETRIES`), and then gives up the flow. What is done is done: DVC
 knows the steps, so the pass starts again in this process's place, without that server, and goes on at the step it was at.
 """
 
 import os
+import sqlite3
 import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
 from typing import NoReturn
 
+from pipeline.process.lock import FOLDER
 from pipeline.process.secrets import mask
 from pipeline.process.signals import PARENT
 from pipeline.tracking.tracker import PASS
+from unfreeze.errors import UserError
 
 SAME_PASS = "UNFREEZE_SAME_PASS"
 """The key of the pass that goes on."""
+
+
+DATABASES = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
+"""Environment variables that name the database of a server that is started here."""
+
+ANSWERS = 5.0
+"""Seconds within which a server that is well has answered."""
+
+NOT_STARTED = "Timed out while attempting to connect to ephemeral Prefect API server"
+
+
+def check_api() -> None:
+    """See that what answers at the address of Prefect's server, if one is named, is its API; it may be away.
+
+    Raises:
+        UserError: it is something else; says what to write.
+    """
+    from prefect.settings import PREFECT_API_URL
+
+    if not (url := str(PREFECT_API_URL.value() or "").rstrip("/")):
+        return
+    if not url.startswith(("http://", "https://")):
+        raise UserError(f"PREFECT_API_URL is {mask(url)}, but must begin with http:// or https://.")
+    if _is_api(url) is not False:
+        return
+    if _is_api(f"{url}/api"):
+        raise UserError(
+            f"PREFECT_API_URL is {mask(url)}, where Prefect's pages are. Its API is at {mask(url)}/api: write that."
+        )
+    raise UserError(
+        f"PREFECT_API_URL is {mask(url)}, where something answers that is not Prefect's API. Write the address that "
+        "`prefect server start` shows, such as http://127.0.0.1:4200/api, or nothing for a temporary server."
+    )
+
+
+def _is_api(url: str) -> bool | None:
+    """Whether Prefect's API is at an address; None where nothing is, or it does not say."""
+    import httpx
+
+    try:
+        response = httpx.get(f"{url}/health", timeout=ANSWERS, follow_redirects=True)
+    except httpx.InvalidURL as error:
+        raise UserError(f"PREFECT_API_URL is {mask(url)}, which is no address: {error}.") from None
+    except httpx.HTTPError:
+        return None
+    if response.status_code in (401, 403) or response.status_code >= 500:
+        return None
+    return response.text.strip() == "true"
+
+
+def prepare_database() -> None:
+    """Give a temporary server a database of its own: that of the account may be another version's, broken or closed.
+
+    One for each version of Prefect; where it is damaged, it begins anew. What the user names stays.
+    """
+    from prefect import __version__
+    from prefect.settings import PREFECT_API_URL
+
+    if PREFECT_API_URL.value() or any(map(os.environ.get, DATABASES)):
+        return
+    FOLDER.mkdir(exist_ok=True)
+    file = FOLDER / f"prefect-{__version__}.db"
+    sound = _is_sound(file)
+    for other in FOLDER.glob("prefect-*.db*"):  # with what SQLite keeps beside it
+        if not sound or not other.name.startswith(file.name):
+            other.unlink(missing_ok=True)
+    os.environ[DATABASES[0]] = f"sqlite+aiosqlite:///{file}"
+
+
+def _is_sound(file: Path) -> bool:
+    try:
+        with closing(sqlite3.connect(file)) as connection:
+            return bool(connection.execute("PRAGMA quick_check").fetchone() == ("ok",))
+    except sqlite3.OperationalError:  # it is in use
+        return True
+    except sqlite3.DatabaseError:
+        return False
+
+
+def did_not_start(error: BaseException) -> bool:
+    """Whether an error of a flow says that the temporary server did not start in time."""
+    return isinstance(error, RuntimeError) and str(error).startswith(NOT_STARTED)
+
+
+def why_not_started() -> UserError:
+    """What to say then."""
+    seconds = os.environ["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"]
+    named = next((f" at the database that {name} names" for name in DATABASES[1:] if os.environ.get(name)), "")
+    return UserError(
+        f"Prefect's temporary server did not start{named} in {seconds} seconds. Where the machine is busy, set "
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS to more; with PREFECT_SERVER_LOGGING_LEVEL=ERROR it says what is "
+        "wrong. `dvc repro` does without Prefect."
+    )
 
 
 def is_away(error: BaseException) -> bool:
@@ -35,8 +134,13 @@ def is_away(error: BaseException) -> bool:
     return False
 
 
-def go_on_without(until: str) -> NoReturn:
-    """Start `unfreeze run` again in the place of this process, with a temporary Prefect server."""
+def go_on_without(overrides: Sequence[str], until: str) -> NoReturn:
+    """Start `unfreeze run` again in the place of this process, with a temporary Prefect server.
+
+    Args:
+        overrides: what was to be changed in `params.yaml`, for a pass that had not begun.
+        until: the last step to run.
+    """
     from prefect.settings import PREFECT_API_URL
 
     print(
@@ -48,6 +152,7 @@ def go_on_without(until: str) -> NoReturn:
     environment = os.environ | {"PREFECT_API_URL": ""}
     environment.pop(PARENT, None)  # this process is nobody's
     if key := os.environ.get(PASS):
-        environment[SAME_PASS] = key
+        environment[SAME_PASS], overrides = key, ()
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", "flows.cli", "run", "--until", until], environment)
+    arguments = ["--until", until, *(word for override in overrides for word in ("-S", override))]
+    os.execve(sys.executable, [sys.executable, "-m", "flows.cli", "run", *arguments], environment)

@@ -1,7 +1,7 @@
 """The recipe as a Prefect flow: easy steps to a world-class image classifier."""
 
 import os
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 from prefect import flow
@@ -16,7 +16,7 @@ from pipeline.process.lock import alone
 from pipeline.process.signals import GRACE, end_in_time
 from pipeline.tracking.tracker import SWEEP
 from unfreeze.errors import UserError
-from unfreeze.settings.overrides import apply_overrides, as_overrides
+from unfreeze.settings.overrides import apply_overrides, as_overrides, put_back_on_error
 
 ingest = stage_task("ingest", "read every image once: validate, split, pack")
 explore = stage_task("explore", "look at the images: balance, samples, duplicates, leaks")
@@ -48,12 +48,13 @@ STEPS = (
 
 @flow(name="recipe", description=__doc__)
 def recipe(
-    settings: dict[str, Any] | None = None, until: str = "register", sweep: str | None = None
+    settings: dict[str, Any] | list[str] | None = None, until: str = "register", sweep: str | None = None
 ) -> dict[str, Outcome]:
     """Run the recipe; a step whose inputs, settings and code have not changed is not run again.
 
     Args:
-        settings: values to change in `params.yaml` first, for example ``{"train_full.cycles": 2}``.
+        settings: values to change in `params.yaml` first, for example ``{"train_full.cycles": 2}``; or as `unfreeze run -S`
+            takes them, which has checked them. Where the run cannot begin, they are put back.
         until: the last step to run.
         sweep: name of the search that this pass is a trial of, for a tag in MLflow.
 
@@ -70,23 +71,32 @@ def recipe(
         raise UserError(f"until is {until!r}, and must be one of the steps: {', '.join(names)}.")
     if sweep:
         os.environ[SWEEP] = sweep
-    with alone("run"):
-        if settings:
-            with alone("step", GRACE):  # which may be a step of `dvc repro`
-                overrides = as_overrides(settings)
-                apply_overrides("params.yaml", overrides, check_for(overrides))
-        plan = begin()
+    with alone("run"), ExitStack() as until_the_end:
+        with put_back_on_error("params.yaml"):
+            if settings:
+                _write(settings)
+            plan = begin()
+            if plan.ask:
+                until_the_end.enter_context(warm_process())
         outcomes: dict[str, Outcome] = {}
         status = "FAILED"
-        with warm_process() if plan.ask else nullcontext():
-            try:
-                for step in STEPS[: names.index(until) + 1]:
-                    outcomes[step.name] = run_stage(step, plan)
-                status = "FINISHED"
-            except (KeyboardInterrupt, TerminationSignal):  # the second: Prefect's own handler of SIGTERM
-                status = "KILLED"
-                end_in_time()
-                raise
-            finally:
-                finish(outcomes, plan, status)
+        try:
+            for step in STEPS[: names.index(until) + 1]:
+                outcomes[step.name] = run_stage(step, plan)
+            status = "FINISHED"
+        except (KeyboardInterrupt, TerminationSignal):  # the second: Prefect's own handler of SIGTERM
+            status = "KILLED"
+            end_in_time()
+            raise
+        finally:
+            finish(outcomes, plan, status)
     return outcomes
+
+
+def _write(settings: dict[str, Any] | list[str]) -> None:
+    with alone("step", GRACE):  # which may be a step of `dvc repro`
+        if isinstance(settings, list):
+            apply_overrides("params.yaml", settings)
+        else:
+            overrides = as_overrides(settings)
+            apply_overrides("params.yaml", overrides, check_for(overrides))

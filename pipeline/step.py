@@ -24,6 +24,7 @@ from pipeline.process.lock import alone
 from pipeline.process.secrets import mask
 from pipeline.process.signals import GRACE, die_with, step_works_for, stop_when_asked
 from pipeline.process.workspace import link_source
+from pipeline.tracking.local_store import check_tracking_uri
 from pipeline.tracking.sender import Unreachable
 from pipeline.tracking.tracker import Tracker
 from unfreeze.errors import TransientError, UserError, disk_trouble
@@ -158,6 +159,7 @@ class Step:
         sys.exit(code)
 
     def _run(self, interruption: Interruption) -> None:
+        check_tracking_uri()
         settings, chosen, key = self._depends()
         torn = drop_torn()
         for path in torn:

@@ -2,7 +2,9 @@
 
 import io
 import os
+import pwd
 import sys
+from pathlib import Path
 
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
 
@@ -37,9 +39,13 @@ def start_in_utf8() -> None:
 
 
 def set_environment() -> None:
-    """Set what the user has not set, and that MLflow asks once. Call before Prefect, DVC or MLflow are imported."""
+    """Set what the user has not set, and that MLflow asks once. Call before Prefect, DVC or MLflow are imported.
+
+    A variable that is empty counts as not set.
+    """
+    open_standard_streams()
     for name, value in DEFAULTS.items():
-        os.environ.setdefault(name, value)
+        os.environ[name] = os.environ.get(name) or value
     # MLflow's client would ask again by itself when an answer is lost, for minutes, and what it asks to be created would
     # be there twice. We ask again, after looking whether it is there.
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
@@ -50,3 +56,34 @@ def set_environment() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    name_user()
+
+
+def open_standard_streams() -> None:
+    """Have what is printed go nowhere where output is closed (`2>&-`): the next file to be opened would get it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # which gets the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
+
+
+def name_user() -> None:
+    """Give a user id without a name (`docker run --user 1234`) one, and a home: libraries ask for both, and fail."""
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        os.environ.setdefault("LOGNAME", str(os.getuid()))
+        os.environ.setdefault("HOME", os.getcwd())
+
+
+def set_prefect_home() -> None:
+    """Have Prefect keep its files in the workspace where its own folder cannot be written; its profiles are still read."""
+    home = Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
+    there = next(path for path in (home, *home.absolute().parents) if path.exists())
+    if os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        return
+    os.environ["PREFECT_HOME"] = str(Path(".unfreeze/prefect").absolute())
+    os.environ.setdefault("PREFECT_PROFILES_PATH", str(home / "profiles.toml"))

@@ -30,6 +30,8 @@ from pipeline.process.signals import GRACE
 ADDRESS = "UNFREEZE_WARM"
 IMPORTS = ("torch", "torch._dynamo", "timm", "pandas", "sklearn.linear_model", "matplotlib.figure", "mlflow", "cv2")
 PR_SET_PDEATHSIG = 1
+LONGEST = 108
+"""Bytes of a socket's address with the zero at its end."""
 
 
 @contextlib.contextmanager
@@ -42,7 +44,8 @@ def warm_process() -> Iterator[None]:
         address = str(Path(folder) / "warm")
         with socket.socket(socket.AF_UNIX) as listener:
             # Listening before the process is there: a step that comes early waits for it, and does not start cold.
-            listener.bind(address)
+            with _short(address) as path:
+                listener.bind(path)
             listener.listen()
             number = listener.fileno()
             # It ends when its standard input does: with the block, and with this process, however that ends.
@@ -57,6 +60,19 @@ def warm_process() -> Iterator[None]:
             process.wait()
 
 
+@contextlib.contextmanager
+def _short(address: str) -> Iterator[str]:
+    """The address of a socket, by a shorter name of its folder where that is long, as `TMPDIR` may be."""
+    if len(os.fsencode(address)) < LONGEST:
+        yield address
+        return
+    folder = os.open(os.path.dirname(address), os.O_RDONLY)
+    try:
+        yield f"/proc/self/fd/{folder}/{os.path.basename(address)}"
+    finally:
+        os.close(folder)
+
+
 def hand_over(step: str) -> int | None:
     """Have the warm process run a step; returns its exit code, or None where there is no warm process."""
     with socket.socket(socket.AF_UNIX) as connection:
@@ -68,7 +84,8 @@ def hand_over(step: str) -> int | None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, pass_on)
         try:
-            connection.connect(os.environ[ADDRESS])
+            with _short(os.environ[ADDRESS]) as path:
+                connection.connect(path)
             request = json.dumps({"step": step, "folder": os.getcwd(), "environment": dict(os.environ)})
             socket.send_fds(connection, [len(request.encode()).to_bytes(4, "big")], [1, 2])
             connection.sendall(request.encode())

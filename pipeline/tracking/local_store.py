@@ -14,9 +14,14 @@ from urllib.parse import quote, unquote, urlsplit
 from urllib.request import url2pathname
 
 from pipeline.process.environment import set_environment
+from pipeline.process.secrets import mask
 from pipeline.process.workspace import workspace
+from unfreeze.errors import UserError
 
 SQLITE = "sqlite:///"
+
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+"""The databases that MLflow works with, as their addresses begin."""
 
 FILES = "mlruns"
 """The folder of files, as MLflow calls it."""
@@ -36,6 +41,43 @@ def tracking_uri() -> str:
     """MLflow's address for its client: a database that the environment names by a relative path is the workspace's."""
     uri = os.environ["MLFLOW_TRACKING_URI"]
     return f"{SQLITE}{workspace() / uri.removeprefix(SQLITE)}" if uri.startswith(SQLITE) else uri
+
+
+def check_tracking_uri() -> None:
+    """See that MLflow can be at the address that the environment names, without asking whether it is there.
+
+    Raises:
+        UserError: it can be no server's or database's address, or lacks the database's driver.
+    """
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    scheme, _, rest = uri.partition("://")
+    if uri == "databricks" or (scheme.startswith("databricks") and rest):
+        return
+    try:
+        if scheme in ("http", "https"):
+            if not urlsplit(uri).hostname or urlsplit(uri).port == 0:
+                raise ValueError("it names no machine")
+            return
+        if scheme.partition("+")[0] in DATABASES and rest:
+            from sqlalchemy.engine import make_url
+
+            make_url(uri).get_dialect().import_dbapi()
+            if uri.startswith("sqlite") and not uri.startswith(SQLITE):
+                raise ValueError("a file comes after three slashes")
+            return
+    except Exception as error:
+        why = f" ({error})"
+    else:
+        why = "; MLflow keeps no runs in a folder any more" if _is_folder(uri) else ""
+    near = f"http://{uri}" if re.fullmatch(r"[\w.-]+:\d+(/.*)?", uri) else "http://localhost:5000"
+    raise UserError(
+        f"MLFLOW_TRACKING_URI is {mask(uri)}, which is no address of MLflow's{why}. Write {mask(near)} for a server, "
+        f"sqlite:///mlflow.db for a file, or nothing for the latter."
+    )
+
+
+def _is_folder(uri: str) -> bool:
+    return uri.startswith("file:") or "/" in uri.partition("://")[0] or os.path.isdir(uri)
 
 
 def database() -> Path | None:

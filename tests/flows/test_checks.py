@@ -1,14 +1,17 @@
 """What cannot come to an end is refused before anything is written or run, through the command line and a flow's parameters."""
 
+import errno
 import os
 import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from prefect.logging import disable_run_logger
 
-from flows import passes
+from flows import dvc, passes
 from flows.checks import LOOKED_AT, check_all, check_for, check_images, look_at_some
 from flows.cli import UNREAD, main
 from flows.recipe import recipe
@@ -152,3 +155,40 @@ def test_a_copy_of_the_project_does_not_run_the_originals_code(
     Path("flows/cli.py").touch()
     assert main([command, "-S", "data.source=photos"]) == 2
     assert f"`unfreeze` is the code in {PARAMS.parent}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_where_mlflow_cannot_be_is_said_before_anything_is_written(
+    workspace: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "localhost:5000")
+    before = Path("params.yaml").read_bytes()
+    assert main([command, "-S", "data.valid=0.3"]) == 2
+    assert "Write http://localhost:5000 for a server" in capsys.readouterr().err
+    assert Path("params.yaml").read_bytes() == before and not Path("artifacts").exists()
+
+
+@pytest.mark.parametrize("settings", [{"data.valid": 0.3}, ["data.valid=0.3"]])
+def test_settings_of_a_run_that_cannot_begin_are_put_back(workspace: Path, settings: Any) -> None:
+    """Here DVC cannot tell what is stale: there is no Git."""
+    before = Path("params.yaml").read_bytes()
+    with disable_run_logger(), pytest.raises(UserError, match="DVC cannot tell|no Git"):
+        recipe.fn(settings)
+    assert Path("params.yaml").read_bytes() == before
+
+
+def test_a_terminal_may_have_no_name(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container a terminal of its host's has none."""
+    ours, theirs = os.openpty()
+
+    def none(number: int) -> str:
+        raise OSError(errno.ENODEV, "no name")
+
+    monkeypatch.setattr(os, "ttyname", none)
+    monkeypatch.setattr(dvc, "stale_stages", set)
+    monkeypatch.delenv("UNFREEZE_TTY", raising=False)
+    with os.fdopen(theirs, "w") as terminal, disable_run_logger():
+        monkeypatch.setattr(sys, "stderr", terminal)
+        passes.begin()
+    os.close(ours)
+    assert "UNFREEZE_TTY" not in os.environ

@@ -1,5 +1,6 @@
 """Change values in `params.yaml`, keeping its comments, as `dvc exp run -S` does."""
 
+import contextlib
 import difflib
 import io
 import json
@@ -8,7 +9,7 @@ import os
 import re
 import reprlib
 import shutil
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,20 @@ def apply_overrides(
     if text != read_text(path):
         check(settings)
         _replace(Path(path).resolve(), text)
+
+
+@contextlib.contextmanager
+def put_back_on_error(path: str | Path) -> Iterator[None]:
+    """Have a file of settings be as it was where the block ends with an error. Raises UserError where it cannot be read."""
+    read_text(path)
+    file = Path(path).resolve()
+    before = file.read_bytes()
+    try:
+        yield
+    except BaseException:
+        if file.read_bytes() != before:
+            _replace(file, before.decode())
+        raise
 
 
 def with_overrides(path: str | Path, overrides: list[str]) -> str:

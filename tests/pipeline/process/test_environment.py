@@ -1,9 +1,14 @@
 """The defaults of the environment are there before the libraries that read them only once."""
 
+import getpass
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from pipeline.process.environment import name_user, set_prefect_home
 
 ROOT = Path(__file__).parent.parent.parent.parent
 
@@ -45,3 +50,62 @@ def test_names_of_files_are_utf_8_whatever_the_locale(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "flows.cli", "predict", "明"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
     assert done.stderr.decode() == "unfreeze: 明 does not exist.\n" and done.returncode == 2
+
+
+def python(code: str, *shell: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """What a program does after its environment is set, started by a shell that closes files (``2>&-``)."""
+    code = f"from pipeline.process.environment import *; set_environment(); {code}"
+    command = ["sh", "-c", f'exec "$0" -c "$1" {" ".join(shell)}', sys.executable, code]
+    variables = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(command, env=variables, capture_output=True, text=True)
+
+
+def test_where_output_is_closed_nothing_else_gets_it(tmp_path: Path) -> None:
+    """Neither Python, to which a closed one is None, nor a library in C, which writes to the next file that is opened."""
+    code = (
+        f"file = open({str(tmp_path / 'file')!r}, 'w'); print(sys.stderr.isatty(), file=sys.stderr, flush=True); "
+        "os.write(2, b'of C'); print('out')"
+    )
+    done = python(code, "2>&-")
+    assert (done.returncode, done.stdout) == (0, "out\n")
+    assert (tmp_path / "file").read_text() == ""
+    done = python("print('said', file=sys.stderr); print(sys.stdin.read())", "<&-", ">&-")
+    assert (done.returncode, done.stderr) == (0, "said\n")
+
+
+def test_a_variable_that_is_empty_counts_as_not_set() -> None:
+    assert python("print(os.environ['MLFLOW_TRACKING_URI'])", MLFLOW_TRACKING_URI="").stdout == "sqlite:///mlflow.db\n"
+    assert python("print(os.environ['MLFLOW_TRACKING_URI'])", MLFLOW_TRACKING_URI="x").stdout == "x\n"
+
+
+def test_a_user_id_without_a_name_gets_one_and_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54_321)  # a process with this id could not read this interpreter
+    name_user()
+    assert getpass.getuser() == "54321" and Path.home() == tmp_path
+    name_user()
+    monkeypatch.setenv("HOME", "/home/of/image")
+    name_user()
+    assert Path.home() == Path("/home/of/image")
+
+
+def test_where_prefects_folder_cannot_be_written_it_has_one_in_the_workspace(
+    as_nobody: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(as_nobody)
+    closed = as_nobody / "closed"
+    closed.mkdir()
+    for home in (closed / ".prefect", as_nobody / "home/.prefect"):
+        monkeypatch.setenv("PREFECT_HOME", str(home))
+        monkeypatch.delenv("PREFECT_PROFILES_PATH", raising=False)
+        set_prefect_home()
+        assert os.environ["PREFECT_HOME"] == str(home)  # Prefect makes it
+    closed.chmod(0o555)
+    for home in (closed, closed / "below/.prefect"):
+        monkeypatch.setenv("PREFECT_HOME", str(home))
+        monkeypatch.delenv("PREFECT_PROFILES_PATH", raising=False)
+        set_prefect_home()
+        assert os.environ["PREFECT_HOME"] == str(as_nobody / ".unfreeze/prefect")
+        assert os.environ["PREFECT_PROFILES_PATH"] == str(home / "profiles.toml")

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.process.forkserver import ADDRESS, IMPORTS, warm_process
+from pipeline.process.forkserver import ADDRESS, IMPORTS, LONGEST, warm_process
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="only where a process can be forked safely"
@@ -96,6 +97,20 @@ def test_the_warm_process_and_its_step_die_with_the_flow(folder: Path) -> None:
     flow.wait()
     gone(number, *(child.pid for child in children))
     assert process.wait(10) == 1
+
+
+def test_the_folder_for_temporary_files_may_have_a_long_name(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A socket's address may not."""
+    long = tmp_path / ("t" * 96)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    monkeypatch.setenv(ADDRESS, os.environ[ADDRESS])  # to be had again afterwards
+    with warm_process():
+        assert len(os.environ[ADDRESS]) > LONGEST
+        output, _ = start(folder, "pass").communicate(timeout=180)
+        assert output.endswith("True\n")  # it has torch: it is warm
 
 
 def test_without_a_warm_process_a_step_runs_in_its_own(folder: Path) -> None:

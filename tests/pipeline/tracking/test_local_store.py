@@ -10,6 +10,7 @@ import pytest
 from pipeline.tracking import local_store, sender
 from pipeline.tracking.journal import Journal, waiting
 from pipeline.tracking.tracker import begin_journal
+from unfreeze.errors import UserError
 
 PARAMS = {"data.source": "photos", "backbone.name": "timm:resnet18", "data.image_size": 32}
 
@@ -121,3 +122,36 @@ def test_what_an_experiment_does_in_a_copy_of_dvcs_is_recorded_in_the_workspace(
     for key in ("pass 0", "pass 1"):
         assert found[key].is_relative_to(tmp_path / "mlruns/new") and (found[key] / "a file").read_text() == key
     assert (tmp_path / ".unfreeze/tracking").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("localhost:5000", "Write http://localhost:5000 for a server"),
+        ("./mlruns", "MLflow keeps no runs in a folder any more"),
+        ("file:///tmp/mlruns", "MLflow keeps no runs in a folder any more"),
+        ("mlflow.db", "sqlite:///mlflow.db for a file"),
+        ("sqlite://mlflow.db", "three slashes"),
+        ("htp://team:secret1@localhost:5000", "htp://***@localhost:5000, which is no address"),
+        ("http://", "it names no machine"),
+        ("http://localhost:50o0", "Port could not be cast"),
+        ("postgresql://team@db/mlflow", "No module named 'psycopg"),
+    ],
+)
+def test_what_is_no_address_of_mlflows_is_refused(monkeypatch: pytest.MonkeyPatch, address: str, said: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI is ") as caught:
+        local_store.check_tracking_uri()
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://localhost:5000", "https://team:secret1@mlflow.org/here", "sqlite:///mlflow.db", "sqlite:////tmp/a b.db",
+        "databricks", "databricks://profile",
+    ],
+)  # fmt: skip
+def test_addresses_of_mlflows_are_taken(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    local_store.check_tracking_uri()
