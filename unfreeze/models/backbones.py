@@ -52,31 +52,105 @@ class Backbone(nn.Module):
 
 
 def check_backbone(name: str, weights: str, image_size: int) -> None:
-    """See that there is such a network, that weights which are a file's or a package's are there and can be used, and that
-    it takes images of this size: built without what a hub would have to give it is shown one.
+    """See that there is such a network with such weights, and that it takes images of this size: it is shown one.
+
+    Pretrained weights are not fetched; the library knows whether there are some, and of what shape.
 
     Args:
         name, weights, image_size: as for `create_backbone`.
 
     Raises:
-        UserError: there is no such network (names the nearest there are), no such weights or none that can be used, or it
-            takes other images.
+        UserError: there is no such network (names the nearest there are), no such weights (likewise) or none that can be
+            used, or it takes other images (names sizes that would do).
     """
-    _library_and_name(name)
+    library, short = _library_and_name(name)
     _weights_file(name, weights)
-    backbone = create_backbone(name, "none" if weights == "pretrained" else weights, image_size)
+    if weights == "pretrained":
+        _check_pretrained(library, short)
+    if why := _trouble_with(name, weights, image_size):
+        sizes = [size for size in _sizes_near(library, short, image_size) if not _trouble_with(name, weights, size)]
+        do = f"set data.image_size to {' or '.join(map(str, sizes))}, or choose" if sizes else "choose"
+        raise UserError(f"backbone.name: {name} {why}; {do} another network.")
+
+
+def _check_pretrained(library: str, short: str) -> None:
+    """See that the library has weights for a network. Raises UserError, which names networks that it has some for."""
+    if library != "timm":
+        return
+    import timm
+
+    if timm.is_model_pretrained(short):
+        return
+    known, plain = timm.list_pretrained(), short.split(".")[0]
+    near = [tagged for tagged in known if tagged.split(".")[0] == plain] or [
+        tagged for tagged in known if plain in tagged
+    ]
+    near = near or difflib.get_close_matches(short, known, 3, 0.5)
+    named = f" It has some for {', '.join(f'timm:{tagged}' for tagged in near[:5])}." if near else ""
+    raise UserError(
+        f"backbone.weights is pretrained, but timm has no weights for {short}.{named} Choose such a network, a file, or none."
+    )
+
+
+def _trouble_with(name: str, weights: str, image_size: int) -> str:
+    """Why a network does not work with images of a size, as the rest of a sentence; empty where it does.
+
+    Raises:
+        UserError: the weights in a file do not fit, whatever the size.
+    """
+    pretrained = weights == "pretrained"
+    library, short = _library_and_name(name)
     try:
+        backbone = (_timm if library == "timm" else _torchvision)(name, short, False, image_size)
         shape = tuple(_try(backbone).shape)
+    except UserError:
+        raise
     except Exception as error:
-        raise UserError(
-            f"backbone.name: {name} does not take {image_size} px images ({_line(error)}); choose another data.image_size "
-            "or network."
-        ) from error
+        return f"does not take {image_size} px images ({_line(error)})"
     if shape != (1, backbone.num_features):
-        raise UserError(
-            f"backbone.name: {name} gives activations of the shape {shape}, not (1, {backbone.num_features}), for "
-            f"{image_size} px images; choose another network."
-        )
+        return f"gives activations of the shape {shape}, not (1, {backbone.num_features}), for {image_size} px images"
+    if pretrained and (made_for := _made_for(library, short)) != image_size:
+        try:
+            _load_as_if(library, name, short, made_for, backbone, image_size)
+        except Exception as error:
+            return f"has pretrained weights for {made_for} px images, which do not fit {image_size} px ({_line(error)})"
+    if file := _weights_file(name, weights):
+        _load(backbone, weights, file)
+    return ""
+
+
+def _load_as_if(library: str, name: str, short: str, made_for: int, backbone: Backbone, image_size: int) -> None:
+    """Load random weights into a network just as its library would load those for images of another size.
+
+    timm adapts the weights of many networks, for example their position embeddings; torchvision adapts none.
+    """
+    build = _timm if library == "timm" else _torchvision
+    weights = build(name, short, False, made_for).body.state_dict()
+    ours = backbone.body.state_dict()
+    if all(tensor.shape == ours[key].shape for key, tensor in weights.items() if key in ours):
+        return
+    if library == "timm":
+        _timm(name, short, True, image_size, pretrained_cfg_overlay={"state_dict": weights})
+    else:
+        backbone.body.load_state_dict(weights)
+
+
+def _made_for(library: str, short: str) -> int:
+    """The side in pixels of the images that the library's weights for a network were made for, or would be."""
+    if library == "timm":
+        import timm
+
+        config = timm.get_pretrained_cfg(short)
+        return int(config.input_size[-1]) if config else 224
+    import torchvision
+
+    return int(torchvision.models.get_model_weights(short).DEFAULT.transforms().crop_size[0])
+
+
+def _sizes_near(library: str, short: str, image_size: int) -> list[int]:
+    """Sizes that networks take which do not take every size: the one they were made for, and multiples of 32 px."""
+    below = image_size // 32 * 32
+    return sorted({_made_for(library, short), below, below + 32} - {0, image_size})
 
 
 def _try(backbone: Backbone) -> torch.Tensor:
@@ -145,9 +219,14 @@ def create_backbone(name: str, weights: str, image_size: int) -> Backbone:
             "network, name a file of weights instead."
         ) from error
     if file is not None:
-        (_load_package if weights.startswith("package:") else _load_file)(backbone, file)
-        _check_weights(backbone, file)
+        _load(backbone, weights, file)
     return backbone
+
+
+def _load(backbone: Backbone, weights: str, file: Path) -> None:
+    """Load the weights of a file, and see that they can be used. Raises UserError."""
+    (_load_package if weights.startswith("package:") else _load_file)(backbone, file)
+    _check_weights(backbone, file)
 
 
 def _check_weights(backbone: Backbone, file: Path) -> None:
@@ -189,11 +268,11 @@ def _line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _timm(name: str, short: str, pretrained: bool, image_size: int) -> Backbone:
+def _timm(name: str, short: str, pretrained: bool, image_size: int, **more: Any) -> Backbone:
     import timm
 
     def build(**sized: Any) -> Any:
-        return timm.create_model(short, pretrained=pretrained, num_classes=0, **sized)
+        return timm.create_model(short, pretrained=pretrained, num_classes=0, **more, **sized)
 
     try:
         body = build(img_size=image_size)  # networks with position embeddings are built for one size

@@ -185,13 +185,52 @@ def test_a_network_that_does_not_take_images_of_a_size_is_refused_before_any_wor
         check_backbone(name, "none", 64)
 
 
-def test_every_size_that_fits_is_taken() -> None:
+@pytest.mark.parametrize("weights", ["none", "pretrained"])
+def test_every_size_that_fits_is_taken(weights: str) -> None:
+    """With pretrained weights too, which timm adapts; none are fetched."""
     for name, size in (
         ("timm:vit_tiny_patch16_224", 64),
         ("torchvision:resnet18", 33),
         ("torchvision:inception_v3", 96),
     ):
-        check_backbone(name, "none", size)
+        check_backbone(name, weights, size)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "size", "said"),
+    [
+        (
+            "torchvision:vit_b_16",
+            "pretrained",
+            160,
+            "pretrained weights for 224 px images.*set data.image_size to 224, or",
+        ),
+        ("torchvision:vit_b_16", "none", 150, "does not take 150 px.*set data.image_size to 128 or 160 or 224, or"),
+        (
+            "timm:mixer_b16_224",
+            "pretrained",
+            160,
+            "pretrained weights for 224 px images.*set data.image_size to 224, or",
+        ),
+        (
+            "timm:efficientnetv2_m",
+            "pretrained",
+            160,
+            r"no weights for efficientnetv2_m. .*timm:tf_efficientnetv2_m\.in1k",
+        ),
+        ("timm:resnet18.nosuch", "pretrained", 160, r"no weights for resnet18.nosuch. .*timm:resnet18\.a1_in1k"),
+    ],
+)
+def test_what_would_do_is_said_of_sizes_and_weights(name: str, weights: str, size: int, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        check_backbone(name, weights, size)
+
+
+def test_a_file_that_does_not_fit_is_refused_before_any_work(tmp_path: Path) -> None:
+    torch.save(create_backbone("timm:test_resnet", "none", 64).body.state_dict(), tmp_path / "w.pth")
+    check_backbone("timm:test_resnet", str(tmp_path / "w.pth"), 64)
+    with pytest.raises(UserError, match="does not fit timm:test_convnext"):
+        check_backbone("timm:test_convnext", str(tmp_path / "w.pth"), 64)
 
 
 @pytest.mark.parametrize("short", ["googlenet", "inception_v3"])
