@@ -18,12 +18,17 @@ from unfreeze.errors import UserError
 
 FIND = """
 import os, sys
+from pathlib import Path
 from dvc.repo import Repo
-repo = Repo()
-for path in repo.dvcignore.find(repo.fs, os.path.abspath(sys.argv[1])):
+repo, folder = Repo(), Path(os.path.abspath(sys.argv[1]))
+for above in reversed(folder.parents):
+    if above.is_relative_to(repo.root_dir):
+        next(repo.dvcignore.walk(repo.fs, str(above)))
+for path in repo.dvcignore.find(repo.fs, str(folder)):
     sys.stdout.buffer.write(os.fsencode(path) + b"\\0")
 """
-"""Lists the files that DVC sees in a folder, as its `.dvcignore` and projects within this one decide it."""
+"""Lists the files that DVC sees in a folder, as its `.dvcignore` and projects within this one decide it. DVC learns of the latter as
+it comes down from its root: `dvc status` does, `dvc repro` does not, and so the folder is stale for ever."""
 
 
 def check_readable(source: str) -> None:

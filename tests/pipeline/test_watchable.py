@@ -196,5 +196,8 @@ def test_images_in_the_project_that_dvc_does_not_see_are_named(project: Path, ph
 
 def test_a_project_of_dvc_within_this_one_is_not_seen(project: Path, photos: Path) -> None:
     (photos / ".dvc").mkdir()
-    with pytest.raises(UserError, match="does not see 2 of the images"):
-        check_watched("photos", files("photos"))
+    for source in ("photos", "data/photos"):
+        with pytest.raises(UserError, match="does not see 2 of the images"):
+            check_watched(source, files(source))
+        (project / "data").mkdir(exist_ok=True)
+        photos = photos.rename(project / "data/photos")
