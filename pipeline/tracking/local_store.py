@@ -93,7 +93,10 @@ def files_of(experiment: str) -> str | None:
     """
     if os.environ["MLFLOW_TRACKING_URI"].startswith(("http", "databricks")):
         return None
-    return (_root() / quote(experiment, safe="")).as_uri()
+    file = database()
+    inside = file is None or workspace().resolve() in file.resolve().parents
+    root = _root() if inside or file is None else file.resolve().parent / FILES  # a workspace may go away before it
+    return (root / quote(experiment, safe="")).as_uri()
 
 
 def adopt_files() -> None:

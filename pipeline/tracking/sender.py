@@ -221,6 +221,8 @@ def _open(client: Any, head: Mapping[str, Any], experiment: Any) -> Generator[fl
     tags = {PASS_TAG: head["pass"], "unfreeze.door": head["door"], **source}
     if sweep := head.get("sweep"):
         tags[SWEEP_TAG] = sweep
+    if description := head.get("description"):
+        tags["mlflow.note.content"] = description
     parent = yield from _run(client, experiment_id, (PASS_TAG, head["pass"]), head, "parent", tags)
     folder = pass_folder(head["pass"])
     write_json(folder / "parent.json", {"experiment": experiment_id, "run": parent})

@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import subprocess
 import threading
 import time
 import uuid
@@ -25,13 +24,15 @@ from typing import Any
 from pipeline.artifacts import STAGES, artifact, write_json
 from pipeline.process.secrets import mask
 from pipeline.process.signals import dvc_above, identity
+from pipeline.provenance import code_tags, description, machine_tags, title
 from pipeline.tracking.journal import ROOT, Busy, Journal, Record, pass_folder, read_json
 from pipeline.tracking.sender import address, client, metrics, reaching, reason, send, waiting_here
 
 logger = logging.getLogger("unfreeze")
 
-PASS, DOOR, SWEEP = "UNFREEZE_PASS", "UNFREEZE_DOOR", "UNFREEZE_SWEEP"
-"""Environment variables: the key of the pass, the door it came through, and the search that it is a trial of, if any."""
+PASS, DOOR, SWEEP, ADDRESS = "UNFREEZE_PASS", "UNFREEZE_DOOR", "UNFREEZE_SWEEP", "UNFREEZE_FLOW_RUN"
+"""Environment variables: the key of the pass, the door it came through, the search that it is a trial of, if any, and the page
+of Prefect's flow run."""
 SHOWN = ("*.png", "*.html", "confusion_matrix.csv", "predictions.csv")
 """Files of a step that a person wants beside its numbers."""
 LONGEST_PAUSE = 30.0
@@ -63,7 +64,8 @@ def begin_journal(stage: str, params: Mapping[str, Any], step_params: Mapping[st
             "execution": str(uuid.uuid4()),
             "address": address(),
             "experiment": os.environ["MLFLOW_EXPERIMENT_NAME"],
-            "name": _run_name(params),
+            "name": f"{title(params)} · {datetime.now():%d %b %H:%M}",
+            "description": description(params, os.environ.get(ADDRESS, "")),
             "when": int(time.time() * 1000),
             "params": {"parent": _shown_params(params), "child": _shown_params(step_params)},
         }
@@ -99,7 +101,7 @@ class Delivery:
             closing = self._closing.wait(pause)
             try:
                 if self._journal and "source" not in self._journal.head:
-                    self._journal.describe(source=_source_tags())
+                    self._journal.describe(source=code_tags() | machine_tags())
                 local = not os.environ["MLFLOW_TRACKING_URI"].startswith("http")
                 for seconds in send(client(), self._journal):
                     self._until = math.inf if local else time.monotonic() + seconds
@@ -232,24 +234,3 @@ def shown(stage: str) -> list[Path]:
 
 def _shown_params(params: Mapping[str, Any]) -> dict[str, str]:
     return {key: mask(str(value)) for key, value in params.items()}
-
-
-def _run_name(params: Mapping[str, Any]) -> str:
-    source = Path(mask(str(params["data.source"])).removeprefix("sample:")).stem
-    backbone = str(params["backbone.name"]).split(":")[-1]
-    return f"{source} · {backbone} · {params['data.image_size']} px · {datetime.now():%d %b %H:%M}"
-
-
-def _source_tags() -> dict[str, str]:
-    """The git commit and whether the working tree differs from it, where there is git."""
-
-    def git(*words: str) -> str:
-        # Git tells nothing of a clone of somebody else's, as in a container. The code that runs here is from that clone.
-        command = ["git", "-c", "safe.directory=*", *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = "yes" if git("status", "--porcelain", "--untracked-files=no") else "no"
-        return {"mlflow.source.git.commit": git("rev-parse", "HEAD"), "unfreeze.changed": changed}
-    except (OSError, subprocess.CalledProcessError):
-        return {}

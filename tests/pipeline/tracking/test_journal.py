@@ -89,7 +89,7 @@ def test_one_that_is_back_after_it_was_sent_changes_nothing(
     head: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a loss of power, before which its removal had not got to the disk."""
-    ended(head, "child", "parent")
+    ended(head | {"description": "On a host."}, "child", "parent")
     client = sender.client()
     for removes in (False, True):
         with monkeypatch.context() as patch:
@@ -97,6 +97,9 @@ def test_one_that_is_back_after_it_was_sent_changes_nothing(
                 patch.setattr(sender, "remove", lambda folder: None)
             list(sender.send(client))
         assert statuses(client) == ["FINISHED"] * 2 and bool(waiting()) != removes
+    experiment = client.get_experiment_by_name("unfreeze")
+    notes = [run.data.tags.get("mlflow.note.content") for run in client.search_runs([experiment.experiment_id])]
+    assert notes.count("On a host.") == 1  # the parent's
 
 
 def test_killed_while_the_end_of_a_pass_is_sent_nothing_seems_to_run(head: dict[str, Any]) -> None:

@@ -155,3 +155,13 @@ def test_what_is_no_address_of_mlflows_is_refused(monkeypatch: pytest.MonkeyPatc
 def test_addresses_of_mlflows_are_taken(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     local_store.check_tracking_uri()
+
+
+def test_files_of_a_database_elsewhere_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a worker's: the workspace of a run goes away before it."""
+    (tmp_path / "workspace").mkdir()
+    monkeypatch.chdir(tmp_path / "workspace")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/home/mlflow.db")
+    assert files_of("unfreeze") == (tmp_path / "home/mlruns/unfreeze").as_uri()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    assert files_of("unfreeze") == (tmp_path / "workspace/mlruns/unfreeze").as_uri()

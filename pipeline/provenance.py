@@ -1,0 +1,82 @@
+"""Where a run comes from: the commit, code and settings that differ from what is committed, the machine, the person."""
+
+import getpass
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.process.git import GitError, git
+from pipeline.process.secrets import mask
+from unfreeze.errors import UserError
+from unfreeze.settings.schema import flatten
+from unfreeze.settings.yaml12 import read_yaml
+
+CODE = ("unfreeze", "pipeline", "tasks", "flows", "dvc.yaml")
+"""What decides what a run computes, beside its settings and images."""
+NAMED = ("data.source", "backbone.name", "data.image_size")
+"""Settings that a run is called by, whether or not they differ."""
+LONGEST = 200
+"""Characters of the differing settings in a name: the rest of them is in the description."""
+
+
+def differing_settings(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, by their dotted keys, that are not as the commit has them; none where there is no commit."""
+    try:
+        committed = read_yaml(git("show", "HEAD:./params.yaml"), "params.yaml")
+    except (GitError, UserError):
+        return {}
+    before = flatten(committed) if isinstance(committed, Mapping) else {}
+    return {key: value for key, value in params.items() if key not in before or before[key] != value}
+
+
+def title(params: Mapping[str, Any]) -> str:
+    """What to call a run: its images, its backbone, the size, and the settings that differ from the committed ones."""
+    source = Path(mask(str(params["data.source"])).removeprefix("sample:")).stem
+    backbone = str(params["backbone.name"]).split(":")[-1]
+    differing = {key: value for key, value in differing_settings(params).items() if key not in NAMED}
+    words = [source, backbone, f"{params['data.image_size']} px", shown(differing)]
+    return " · ".join(word if len(word) <= LONGEST else word[: LONGEST - 1] + "…" for word in words if word)
+
+
+def shown(settings: Mapping[str, Any]) -> str:
+    """Settings in a line, as everybody may see them."""
+    return mask(", ".join(f"{key}={value}" for key, value in settings.items()))
+
+
+def code_tags() -> dict[str, str]:
+    """MLflow's tags for the commit, and whether code differs from it; none where there is no commit."""
+    try:
+        changed = "yes" if git("status", "--porcelain", "--", *CODE) else "no"
+        return {"mlflow.source.git.commit": git("rev-parse", "HEAD"), "unfreeze.changed": changed}
+    except GitError:
+        return {}
+
+
+def machine_tags() -> dict[str, str]:
+    """MLflow's tags for the machine, and whose process this is."""
+    return {"unfreeze.host": socket.gethostname(), "mlflow.user": user()}
+
+
+def user() -> str:
+    """Whose process this is."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a number that nobody has a name for
+        return ""
+
+
+def description(params: Mapping[str, Any], address: str) -> str:
+    """What MLflow's page of a run shows above its numbers, in Markdown: where it ran, and what differs from the commit.
+
+    Args:
+        params: all settings of the run, by their dotted keys.
+        address: of the page of Prefect's flow run; empty where it has none.
+    """
+    differing = shown(differing_settings(params))
+    lines = [
+        f"On {socket.gethostname()}, as {user()}.",
+        f"Prefect: {address}" if address else "",
+        f"Settings that differ from the committed ones: `{differing}`" if differing else "",
+    ]
+    return "\n\n".join(line for line in lines if line)
