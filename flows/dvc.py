@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from pipeline.process.lock import ABOUT_CACHE
 from unfreeze.errors import UserError
 
 NOISE = (
@@ -44,7 +45,7 @@ PATIENCE = 30.0
 NOTING = 1.0
 """Seconds within which another workspace's DVC, on the same cache, has noted what it is noting: it takes milliseconds."""
 
-TO_PUSH = Path(".unfreeze/to-push")
+TO_PUSH = ABOUT_CACHE / "to-push"
 
 CACHED = ("didn't change, skipping", "is cached - skipping run")
 

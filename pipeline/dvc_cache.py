@@ -18,10 +18,10 @@ from pathlib import Path
 import psutil
 
 from pipeline.artifacts import write_json
-from pipeline.process.lock import FOLDER
+from pipeline.process.lock import ABOUT_CACHE
 from pipeline.process.signals import identity
 
-NOTE = FOLDER / "on-disk.json"
+NOTE = ABOUT_CACHE / "on-disk.json"
 """Up to which moment all that was written is on the disk, and the boot that this was noted in."""
 
 RWLOCK = Path(".dvc/tmp/rwlock")
@@ -43,7 +43,7 @@ def settle() -> None:
     waiting.start()
     waiting.join(PATIENCE)
     if not waiting.is_alive():
-        FOLDER.mkdir(exist_ok=True)
+        ABOUT_CACHE.mkdir(parents=True, exist_ok=True)
         write_json(NOTE, {"boot": _boot(), "until": now})
 
 

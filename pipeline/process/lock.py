@@ -1,4 +1,4 @@
-"""One run at a time in one workspace."""
+"""Locks: one run at a time in one workspace, and files that whoever locks them holds until its process ends."""
 
 import fcntl
 import os
@@ -6,10 +6,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from unfreeze.errors import UserError
 
 FOLDER = Path(".unfreeze")
+ABOUT_CACHE = FOLDER / "about-cache"
+"""What is noted about DVC's cache: workspaces that share it share this folder, too."""
 
 _held: set[str] = set()
 
@@ -57,3 +60,40 @@ def _lock(file: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def hold(path: Path, shared: bool = False) -> IO[str]:
+    """Lock a file, when those who hold it let go, until what is returned is closed, or the process ends, however it ends.
+
+    Args:
+        path: made where it is not there.
+        shared: others may hold it as well, if they share it.
+
+    Returns:
+        The open file.
+    """
+    while not (file := _hold(path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)):
+        pass  # whoever held it has removed it
+    return file
+
+
+def hold_if_free(path: Path) -> IO[str] | None:
+    """The same; None where others hold it."""
+    try:
+        return _hold(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return None
+
+
+def _hold(path: Path, how: int) -> IO[str] | None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a", encoding="utf-8")
+    try:
+        fcntl.flock(file, how)
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+    except BaseException:
+        file.close()
+        raise
+    file.close()
+    return None

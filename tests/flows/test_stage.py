@@ -39,7 +39,7 @@ def test_why_a_step_failed_is_said_and_whether_it_is_worth_a_retry() -> None:
 
 
 def test_what_was_to_be_pushed_to_a_remote_that_is_no_more_waits_no_longer() -> None:
-    dvc.TO_PUSH.parent.mkdir()
+    dvc.TO_PUSH.parent.mkdir(parents=True)
     dvc.TO_PUSH.touch()
     assert dvc.push(pauses=()) is None and not dvc.to_push()
 

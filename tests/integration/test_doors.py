@@ -172,7 +172,7 @@ def test_what_the_cache_lacks_is_computed_when_the_remote_is_away(flow_project: 
     assert output.count("DVC's remote cannot be used") == 1 and "Traceback" not in output
     assert (project.folder / "artifacts/explore/report.html").exists()
     project.run("dvc", "remote", "remove", "away")
-    (project.folder / ".unfreeze/to-push").unlink()
+    (project.folder / ".unfreeze/about-cache/to-push").unlink()
 
 
 def test_a_pass_that_fails_does_not_say_that_nothing_is_left(flow_project: Project) -> None:
