@@ -71,8 +71,8 @@ deploy: $(READY)  ## create the work pool gpu and deploy the recipe to it
 	prefect work-pool inspect gpu > /dev/null 2>&1 || prefect work-pool create gpu --type process
 	prefect --no-prompt deploy --all
 
-worker: $(READY)  ## start a worker for the pool gpu
-	prefect worker start --pool gpu
+worker: $(READY)  ## start a worker for the pool gpu, named after this host; as many runs at once as there are GPUs
+	prefect worker start --pool gpu --name "$$(uname -n)" --limit "$$(python -m pipeline.process.cards)"
 
 clean:  ## remove the environment and the artifacts; dvc.lock, DVC's cache and what MLflow has stay
 	rm -rf $(VENV) artifacts

@@ -6,6 +6,8 @@ import pwd
 import sys
 from pathlib import Path
 
+from unfreeze.errors import UserError
+
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
 
 DEFAULTS = {
@@ -87,3 +89,15 @@ def set_prefect_home() -> None:
         return
     os.environ["PREFECT_HOME"] = str(Path(".unfreeze/prefect").absolute())
     os.environ.setdefault("PREFECT_PROFILES_PATH", str(home / "profiles.toml"))
+
+
+def home() -> Path:
+    """Where a worker keeps what outlives its runs: the folder that `UNFREEZE_HOME` names, or ``~/.unfreeze``.
+
+    Raises:
+        UserError: the path is relative, and would be another in every folder that a run goes through.
+    """
+    folder = Path(os.environ.get("UNFREEZE_HOME") or "~/.unfreeze").expanduser()
+    if not folder.is_absolute():
+        raise UserError(f"UNFREEZE_HOME is {folder}: it must be an absolute path.")
+    return folder.resolve()

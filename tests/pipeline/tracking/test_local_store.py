@@ -162,6 +162,6 @@ def test_files_of_a_database_elsewhere_lie_beside_it(tmp_path: Path, monkeypatch
     (tmp_path / "workspace").mkdir()
     monkeypatch.chdir(tmp_path / "workspace")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/home/mlflow.db")
-    assert files_of("unfreeze") == (tmp_path / "home/mlruns/unfreeze").as_uri()
+    assert local_store.files_of("unfreeze") == (tmp_path / "home/mlruns/unfreeze").as_uri()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
-    assert files_of("unfreeze") == (tmp_path / "workspace/mlruns/unfreeze").as_uri()
+    assert local_store.files_of("unfreeze") == (tmp_path / "workspace/mlruns/unfreeze").as_uri()

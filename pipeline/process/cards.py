@@ -1,0 +1,64 @@
+"""GPUs: one for each run of a worker."""
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.process.environment import home
+from pipeline.process.lock import hold_if_free
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+PAUSE = 5.0
+"""Seconds between two looks for a card that is free."""
+
+
+def cards() -> list[str]:
+    """The cards that this process may use, as `CUDA_VISIBLE_DEVICES` names them; none where there is no GPU."""
+    if (visible := os.environ.get(VISIBLE)) is not None:
+        return [name for name in visible.split(",") if name not in ("", "-1")]
+    try:
+        found = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
+    except OSError:
+        return []
+    return [str(number) for number, line in enumerate(found.stdout.splitlines()) if line.startswith("GPU ")]
+
+
+@contextmanager
+def one_card() -> Iterator[None]:
+    """Have one card, which no other run of this user's workers has, while the block runs; wait for one where all are taken.
+
+    To be called before torch is imported. Where there are no cards, nothing happens.
+    """
+    names = cards()
+    held = None
+    while names and not held:
+        for name in names:
+            if held := hold_if_free(_lock(name)):
+                break
+        else:
+            time.sleep(PAUSE)
+    if held is None:
+        yield
+        return
+    before = os.environ.get(VISIBLE)
+    os.environ[VISIBLE] = name
+    try:
+        with held:
+            yield
+    finally:
+        if before is None:
+            del os.environ[VISIBLE]
+        else:
+            os.environ[VISIBLE] = before
+
+
+def _lock(card: str) -> Path:
+    return home() / "cards" / f"{socket.gethostname()}-{card.replace('/', '-')}.lock"  # several hosts may have one home
+
+
+if __name__ == "__main__":
+    print(max(1, len(cards())))  # how many runs a worker takes at once
