@@ -69,7 +69,7 @@ server: $(READY)  ## start a Prefect server: http://127.0.0.1:4200
 
 deploy: $(READY)  ## create the work pool gpu and deploy the recipe to it
 	prefect work-pool inspect gpu > /dev/null 2>&1 || prefect work-pool create gpu --type process
-	prefect --no-prompt deploy --all
+	python -m flows.deploying
 
 worker: $(READY)  ## start a worker for the pool gpu, named after this host; as many runs at once as there are GPUs
 	prefect worker start --pool gpu --name "$$(uname -n)" --limit "$$(python -m pipeline.process.cards)"

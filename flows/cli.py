@@ -165,7 +165,7 @@ def _run_alone(chosen: argparse.Namespace) -> int:
 
     prepare_database()
     try:
-        outcomes = recipe(overrides, chosen.until)
+        outcomes = recipe(overrides, until=chosen.until)
         if chosen.until == "register":
             print_summary(outcomes)
         else:

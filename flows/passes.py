@@ -12,10 +12,10 @@ from contextlib import suppress
 
 import psutil
 from prefect import get_run_logger
-from prefect.context import FlowRunContext
 
 from flows import dvc
 from flows.checks import check_images
+from flows.flow_run import address, current, name_run
 from flows.prefect_links import run_address
 from flows.prefect_server import SAME_PASS
 from flows.stage import Outcome, Plan, warn_of_remote
@@ -24,10 +24,11 @@ from pipeline.dvc_cache import TORN, drop_torn, settle
 from pipeline.process.secrets import mask
 from pipeline.process.signals import PARENT, die_with, identity
 from pipeline.process.workspace import link_source
+from pipeline.provenance import title
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.local_store import adopt_files
 from pipeline.tracking.sender import waiting_here
-from pipeline.tracking.tracker import DOOR, PASS, Delivery, begin_journal, conclude
+from pipeline.tracking.tracker import ADDRESS, DOOR, PASS, Delivery, begin_journal, conclude
 from unfreeze.data.samples import link_sample
 from unfreeze.settings.schema import flatten, load_settings
 
@@ -54,11 +55,12 @@ def begin() -> Plan:
         )
         stale = dvc.stale_stages()
     first = min((STAGES.index(stage) for stage in stale), default=len(STAGES))
-    context = FlowRunContext.get()
-    run = context.flow_run if context else None
+    run = current()
     os.environ[PASS] = os.environ.pop(SAME_PASS, "") or f"flow-{run.id if run else uuid.uuid4()}"
     deployed = bool(run and run.deployment_id)
     os.environ[DOOR] = "deployment" if deployed else "flow"
+    os.environ[ADDRESS] = address(run) if run else ""
+    name_run(title(flatten(settings)))
     if deployed and (worker := psutil.Process().parent()):
         die_with([identity(worker)])
     os.environ[PARENT] = identity(psutil.Process())

@@ -11,12 +11,13 @@ from flows.checks import check_for
 from flows.passes import begin, finish
 from flows.prefect_logs import log_sentences
 from flows.stage import Outcome, run_stage, stage_task
+from flows.workspace import at_work
 from pipeline.process.forkserver import warm_process
 from pipeline.process.lock import alone
 from pipeline.process.signals import GRACE, end_in_time
 from pipeline.tracking.tracker import SWEEP
 from unfreeze.errors import UserError
-from unfreeze.settings.overrides import apply_overrides, as_overrides, put_back_on_error
+from unfreeze.settings.overrides import apply_overrides, as_overrides, put_back_on_error, read_overrides
 
 ingest = stage_task("ingest", "read every image once: validate, split, pack")
 explore = stage_task("explore", "look at the images: balance, samples, duplicates, leaks")
@@ -48,13 +49,18 @@ STEPS = (
 
 @flow(name="recipe", description=__doc__)
 def recipe(
-    settings: dict[str, Any] | list[str] | None = None, until: str = "register", sweep: str | None = None
+    settings: dict[str, Any] | list[str] | None = None,
+    settings_file: str | None = None,
+    until: str = "register",
+    sweep: str | None = None,
 ) -> dict[str, Outcome]:
     """Run the recipe; a step whose inputs, settings and code have not changed is not run again.
 
     Args:
         settings: values to change in `params.yaml` first, for example ``{"train_full.cycles": 2}``; or as `unfreeze run -S`
-            takes them, which has checked them. Where the run cannot begin, they are put back.
+            takes them, which has checked them. Where the run cannot begin, they are put back. A run of the deployment has a
+            `params.yaml` of its own, so that no other run sees them.
+        settings_file: a file of such values, beneath them: ``settings/photographs.yaml``.
         until: the last step to run.
         sweep: name of the search that this pass is a trial of, for a tag in MLflow.
 
@@ -71,10 +77,10 @@ def recipe(
         raise UserError(f"until is {until!r}, and must be one of the steps: {', '.join(names)}.")
     if sweep:
         os.environ[SWEEP] = sweep
-    with alone("run"), ExitStack() as until_the_end:
+    with at_work(), alone("run"), ExitStack() as until_the_end:
         with put_back_on_error("params.yaml"):
-            if settings:
-                _write(settings)
+            if settings or settings_file:
+                _write(settings, settings_file)
             plan = begin()
             if plan.ask:
                 until_the_end.enter_context(warm_process())
@@ -93,10 +99,10 @@ def recipe(
     return outcomes
 
 
-def _write(settings: dict[str, Any] | list[str]) -> None:
+def _write(settings: dict[str, Any] | list[str] | None, settings_file: str | None) -> None:
+    """Write the settings of this run into `params.yaml`; those of `unfreeze run`, a list, have been checked."""
     with alone("step", GRACE):  # which may be a step of `dvc repro`
         if isinstance(settings, list):
             apply_overrides("params.yaml", settings)
-        else:
-            overrides = as_overrides(settings)
+        elif overrides := (read_overrides(settings_file) if settings_file else []) + as_overrides(settings or {}):
             apply_overrides("params.yaml", overrides, check_for(overrides))

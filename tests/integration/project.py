@@ -65,6 +65,12 @@ class Project:
         assert code is None or done.returncode == code, done.stdout
         return done.stdout
 
+    def git(self, *words: str) -> str:
+        """Run Git in the checkout; returns what it prints."""
+        return subprocess.run(
+            ["git", *words], cwd=self.folder, env=self.environment, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
     def ran(self, output: str) -> list[str]:
         """The stages whose commands DVC says it ran."""
         return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]

@@ -21,6 +21,9 @@ from mlflow import MlflowClient
 
 from pipeline.artifacts import STAGES
 from tests.integration.project import ROOT, Project
+from unfreeze.settings.overrides import apply_overrides
+
+WORKER = ("prefect", "worker", "start", "--pool", "gpu", "--limit", "1")
 
 
 def free_port() -> int:
@@ -67,6 +70,7 @@ class Team:
     """A project with its own Prefect server, worker and MLflow server."""
 
     project: Project
+    home: Path
     prefect: str
     mlflow: str
     logs: Path
@@ -83,6 +87,36 @@ class Team:
             env=self.project.environment,
             check=True,
         )
+
+    def commit(self) -> str:
+        """Commit what has changed in the checkout; returns the commit."""
+        git = ("git", "-c", "user.name=t", "-c", "user.email=t@t")
+        for words in (["add", "-A"], ["commit", "-qm", "change"]):
+            subprocess.run([*git, *words], cwd=self.project.folder, check=True)
+        return self.project.git("rev-parse", "HEAD")
+
+    def finish_a_run(self, **parameters: Any) -> dict[str, Any]:
+        """Run the deployment as a person triggers it, and wait for its end; returns the flow run, which went well."""
+        words = [word for name, value in parameters.items() for word in ("--param", f"{name}={json.dumps(value)}")]
+        printed = self.project.run("prefect", "deployment", "run", "recipe/nightly", "--watch", *words, code=None)
+        assert "finished successfully" in printed, printed + self.log("worker").read_text()
+        run = re.findall(r"UUID: (\S+)", printed)[0]
+        return dict(self.request(f"flow_runs/{run}"))
+
+    def said(self, run: str) -> str:
+        """The log of a flow run."""
+        wanted = {"logs": {"flow_run_id": {"any_": [run]}}, "limit": 200}
+        return "\n".join(record["message"] for record in self.request("logs/filter", wanted))
+
+    def runs(self) -> list[Any]:
+        """MLflow's runs, the newest first."""
+        mlflow = MlflowClient(self.mlflow)
+        experiment = mlflow.get_experiment_by_name("unfreeze")
+        return list(mlflow.search_runs([experiment.experiment_id], order_by=["start_time DESC"])) if experiment else []
+
+    def parent_runs(self) -> list[Any]:
+        """Of these the parents."""
+        return [run for run in self.runs() if "mlflow.parentRunId" not in run.data.tags]
 
     def request(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """Ask the Prefect server: POST with a body, GET without."""
@@ -117,11 +151,18 @@ class Team:
 def team(make_project: Callable[[], Project], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
     """Servers and a worker, with the deployment as `make deploy` creates it."""
     project = make_project()
+    home = project.folder.parent / "home"
+    project.environment["UNFREEZE_HOME"] = str(home)
+    photos = project.folder.parent / "photos"
+    apply_overrides(project.folder / "params.yaml", [f"data.source={photos}"])
+    (project.folder / "settings").mkdir()
+    (project.folder / "settings/team.yaml").write_text("unfreeze: {lr_ratio: 4}\n")
     prefect_port, mlflow_port = free_port(), free_port()
     api, tracking = f"http://127.0.0.1:{prefect_port}/api", f"http://127.0.0.1:{mlflow_port}"
     project.environment |= {"PREFECT_API_URL": api, "MLFLOW_TRACKING_URI": tracking}
     project.environment["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
-    team = Team(project, api, tracking, tmp_path_factory.mktemp("logs"))
+    team = Team(project, home, api, tracking, tmp_path_factory.mktemp("logs"))
+    team.commit()
     prefect_server = ("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect_port))
     mlflow_server = ("mlflow", "server", "--host", "127.0.0.1", "--port", str(mlflow_port), "--workers", "1")
     with (
@@ -131,7 +172,7 @@ def team(make_project: Callable[[], Project], tmp_path_factory: pytest.TempPathF
         wait_for(f"{api}/health", team.log("server"))
         wait_for(f"{tracking}/health", team.log("mlflow"))
         team.deploy()
-        with started(project, team.log("worker"), "prefect", "worker", "start", "--pool", "gpu") as team.worker:
+        with started(project, team.log("worker"), *WORKER) as team.worker:
             yield team
 
 
@@ -154,25 +195,57 @@ def test_a_deployment_has_scheduled_runs_within_two_minutes(team: Team) -> None:
     assert team.server_errors() == []
 
 
-def test_a_deployment_on_the_gpu_pool_runs_the_recipe(team: Team) -> None:
-    # As a person triggers it, with a setting of one's own, waiting for its end.
-    parameters = 'settings={"train_full.cycles": 2}'
-    command = ("prefect", "deployment", "run", "recipe/nightly", "--watch", "--param", parameters)
-    output = team.project.run(*command, code=None)
-    assert "finished successfully" in output, output + team.log("worker").read_text()
-    assert "up to date" in team.project.run("dvc", "status")
+def test_a_run_has_its_own_settings_and_leaves_the_checkout_as_it_is(team: Team) -> None:
+    run = team.finish_a_run(settings={"train_full.cycles": 2}, settings_file="settings/team.yaml")
+    assert run["name"] == "photos · test_efficientnet · 32 px · unfreeze.lr_ratio=4.0, train_full.cycles=2"
+    assert team.project.git("status", "--porcelain") == ""
+    assert not [
+        name
+        for name in ("artifacts", ".unfreeze", "mlflow.db", ".dvc/config.local")
+        if (team.project.folder / name).exists()
+    ]
+    assert list((team.home / "workspaces").iterdir()) == []
 
-    mlflow = MlflowClient(team.mlflow)
-    experiment = mlflow.get_experiment_by_name("unfreeze")
-    assert experiment is not None
-    runs = mlflow.search_runs([experiment.experiment_id])
-    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-    assert len(runs) == 1 + len(STAGES) and len(parents) == 1
-    assert parents[0].data.tags["unfreeze.door"] == "deployment"
-    assert parents[0].data.params["train_full.cycles"] == "2"
+    (parent,) = team.parent_runs()
+    assert len(team.runs()) == 1 + len(STAGES) and {run.info.status for run in team.runs()} == {"FINISHED"}
+    assert parent.data.tags["unfreeze.door"] == "deployment"
+    assert parent.data.params["train_full.cycles"] == "2" and parent.data.params["unfreeze.lr_ratio"] == "4.0"
+    assert parent.data.tags["mlflow.source.git.commit"] == team.project.git("rev-parse", "HEAD")
+    assert parent.data.tags["unfreeze.changed"] == "no"
+    description = parent.data.tags["mlflow.note.content"]
+    assert f"/runs/flow-run/{run['id']}" in description and socket.gethostname() in description
+    assert "train_full.cycles=2" in description
     links = team.project.run("prefect", "artifact", "ls")
     for key in ("mlflow-run", "lr-find-plot", "evaluate-plot"):
         assert key in links
+
+
+def test_the_next_run_uses_what_was_committed_since_and_inherits_no_settings(team: Team) -> None:
+    file = team.project.folder / "tasks/explore.py"
+    file.write_text(file.read_text().replace("    return metrics", '    return {**metrics, "committed_since": 1.0}'))
+    commit = team.commit()
+    run = team.finish_a_run()
+    assert run["name"] == "photos · test_efficientnet · 32 px"
+    newest = team.parent_runs()[0]
+    assert newest.data.tags["mlflow.source.git.commit"] == commit
+    assert newest.data.metrics["explore/committed_since"] == 1.0
+    assert newest.data.params["train_full.cycles"] == "1" and newest.data.params["unfreeze.lr_ratio"] == "3.0"
+
+
+def test_what_a_person_has_paused_stays_paused(team: Team) -> None:
+    def is_paused() -> tuple[bool, bool]:
+        deployment = team.request("deployments/name/recipe/nightly")
+        return deployment["paused"], not deployment["schedules"][0]["active"]
+
+    deployment = team.request("deployments/name/recipe/nightly")
+    schedule = ("recipe/nightly", deployment["schedules"][0]["id"])
+    assert is_paused() == (False, False)
+    team.project.run("prefect", "deployment", "schedule", "pause", *schedule)
+    team.request(f"deployments/{deployment['id']}/pause_deployment", {})
+    team.deploy()
+    assert is_paused() == (True, True)
+    team.project.run("prefect", "deployment", "schedule", "resume", *schedule)
+    team.request(f"deployments/{deployment['id']}/resume_deployment", {})
 
 
 def test_a_schedule_of_every_minute_starts_runs_by_itself(team: Team, every_minute: None) -> None:
@@ -182,36 +255,42 @@ def test_a_schedule_of_every_minute_starts_runs_by_itself(team: Team, every_minu
     assert team.server_errors() == []
 
 
-def test_a_cancelled_run_and_a_killed_worker_end_their_processes(team: Team) -> None:
+def test_an_equal_run_waits_a_cancelled_one_ends_and_a_killed_worker_leaves_nothing(team: Team) -> None:
     project, worker = team.project, team.worker
     assert worker is not None
-    mlflow = MlflowClient(team.mlflow)
 
-    # A person cancels a run in Prefect's pages: its step ends, the worker goes on, and nothing is reported as failed.
-    seven = ("--param", 'settings={"seed": 7}')
-    printed = project.run("prefect", "deployment", "run", "recipe/nightly", *seven)
-    run = re.findall(r"UUID: (\S+)", printed)[0]
+    def start() -> str:
+        """Start a run of a seed that no other test has; returns its id."""
+        printed = project.run("prefect", "deployment", "run", "recipe/nightly", "--param", 'settings={"seed": 7}')
+        return re.findall(r"UUID: (\S+)", printed)[0]
 
     def statuses() -> str:
-        experiment = mlflow.get_experiment_by_name("unfreeze")
-        return " ".join(r.info.status for r in mlflow.search_runs([experiment.experiment_id])) if experiment else ""
+        return " ".join(run.info.status for run in team.runs())
 
+    first = start()
     assert "RUNNING" in wait_until(statuses, "RUNNING")
     family = at_work(worker.pid)
-    project.run("prefect", "flow-run", "cancel", run)
-    _, left = psutil.wait_procs(family, timeout=90)
-    assert not left, [process.cmdline() for process in left]
-    assert worker.poll() is None, team.log("worker").read_text()
-    assert "CANCELLED" in wait_until(lambda: project.run("prefect", "flow-run", "inspect", run), "CANCELLED")
-    assert set(statuses().split()) <= {"FINISHED", "KILLED"}, statuses()
-    assert "KILLED" in statuses()
+    with started(project, team.log("second"), *WORKER, "--name", "second") as second_worker:
+        # A second run of the same settings, on another worker: it says so, and waits.
+        second = start()
+        waits = "computes the same (" + team.prefect.removesuffix("/api") + f"/runs/flow-run/{first})"
+        assert waits in wait_until(lambda: team.said(second), waits)
 
-    # Then the worker itself is killed during a run: the processes that it started end with it.
-    project.run("prefect", "deployment", "run", "recipe/nightly", *seven)
-    family = at_work(worker.pid)
-    worker.kill()
-    gone, left = psutil.wait_procs(family, timeout=60)
-    assert gone and not left, [process.cmdline() for process in left]
+        # A person cancels the first in Prefect's pages: its step ends, the worker goes on, and nothing is reported as failed.
+        project.run("prefect", "flow-run", "cancel", first)
+        _, left = psutil.wait_procs(family, timeout=90)
+        assert not left, [process.cmdline() for process in left]
+        assert worker.poll() is None, team.log("worker").read_text()
+        cancelled = wait_until(lambda: project.run("prefect", "flow-run", "inspect", first), "CANCELLED")
+        assert "CANCELLED" in cancelled
+        assert set(statuses().split()) <= {"FINISHED", "KILLED", "RUNNING"}, statuses()
+        assert "KILLED" in statuses()
+
+        # The second goes on where the first was. Its worker is killed: the processes that it started end with it.
+        family = at_work(second_worker.pid)
+        second_worker.kill()
+        gone, left = psutil.wait_procs(family, timeout=60)
+        assert gone and not left, [process.cmdline() for process in left]
 
 
 def at_work(pid: int) -> list[psutil.Process]:

@@ -1,0 +1,50 @@
+"""`make deploy`: the deployment of `prefect.yaml`, from the branch of this checkout; what a person has paused stays so."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import DeploymentUpdate
+from prefect.client.schemas.filters import FlowFilter
+
+from pipeline.process.git import GitError, git
+from pipeline.process.secrets import without_credentials
+from unfreeze.errors import UserError
+
+
+def deploy() -> int:
+    """Have Prefect deploy; returns its exit code. It would begin paused deployments again (not schedules that have a slug)."""
+    of_recipe = FlowFilter.model_validate({"name": {"any_": ["recipe"]}})
+    with get_client(sync_client=True) as client:
+        paused = [deployment.id for deployment in client.read_deployments(flow_filter=of_recipe) if deployment.paused]
+        code = subprocess.run([sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]).returncode
+        for deployment in paused:
+            client.update_deployment(deployment, DeploymentUpdate(paused=True))
+    return code
+
+
+def source() -> dict[str, str]:
+    """The deployment's build step: where its code comes from.
+
+    Returns:
+        ``repository``: the remote `origin` of this checkout, or where it has none the checkout; ``branch``: its branch.
+
+    Raises:
+        UserError: there is no branch.
+    """
+    try:
+        branch = git("branch", "--show-current")
+        top = git("rev-parse", "--show-toplevel")
+        repository = git("remote", "get-url", "origin") if "origin" in git("remote").splitlines() else top
+    except GitError as error:
+        raise UserError(f"The deployment runs what is committed to a branch, and Git says: {error}.") from None
+    if not branch:
+        raise UserError("The deployment runs what is committed to a branch: check one out (`git switch main`).")
+    if Path(top, repository).exists():
+        repository = str(Path(top, repository).resolve())
+    return {"repository": without_credentials(repository), "branch": branch}
+
+
+if __name__ == "__main__":
+    sys.exit(deploy())

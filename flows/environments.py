@@ -1,0 +1,107 @@
+"""The environment that a commit asks for: the worker's own where it meets the commit's constraints, else one more.
+
+So a changed `constraints.txt` is rolled out as any other file is. An environment is made once.
+"""
+
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from pipeline.process.environment import home
+from pipeline.process.lock import hold
+from unfreeze.errors import UserError
+
+READY = ".ready"
+
+
+def use_environment(folder: Path) -> None:
+    """Go on in an environment that has the versions which a commit's files name.
+
+    Where that is another than this process has, it is made if it is not there, and the process starts again in it.
+
+    Args:
+        folder: a clone of the project.
+
+    Raises:
+        UserError: the environment cannot be made.
+    """
+    environment = home() / "environments" / _key(folder)
+    if Path(sys.prefix).resolve() == environment or meets(folder):
+        return
+    with hold(environment.with_suffix(".lock")):
+        if not (environment / READY).exists():
+            _make(environment, folder)
+    earlier = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *([earlier] if earlier else [])])
+    python = str(environment / "bin/python")
+    os.execv(python, [python, *sys.orig_argv[1:]])
+
+
+def meets(folder: Path) -> bool:
+    """Whether this environment has all that a clone of the project depends on, and nothing at another version than it pins."""
+    installed = _installed()
+    for pin in _pins(folder):
+        if (version := installed.get(canonicalize_name(pin.name))) and not pin.specifier.contains(version, True):
+            return False
+    return all(canonicalize_name(needed.name) in installed for needed in _dependencies(folder) if _applies(needed))
+
+
+def _make(environment: Path, folder: Path) -> None:
+    shutil.rmtree(environment, ignore_errors=True)
+    environment.parent.mkdir(parents=True, exist_ok=True)
+    uv = [sys.executable, "-m", "uv", "--quiet"]
+    files = ["--constraint", str(folder / "constraints.txt"), "--requirements", str(folder / "pyproject.toml")]
+    for command in (
+        [*uv, "venv", "--python", sys.executable, str(environment)],
+        [*uv, "pip", "install", "--python", str(environment), "--compile-bytecode", *files, *_added(folder)],
+    ):
+        done = subprocess.run(command, cwd=environment.parent, capture_output=True, text=True)
+        if done.returncode:
+            said = (done.stderr.strip() or done.stdout.strip()).splitlines()
+            raise UserError(
+                f"The commit's constraints.txt asks for an environment that cannot be made: {said[-1] if said else command}"
+            )
+    (environment / READY).touch()
+
+
+def _added(folder: Path) -> list[str]:
+    """What somebody has installed beside the project's own packages, `dvc-s3` say: needed by none, and pinned nowhere."""
+    known = {canonicalize_name(requirement.name) for requirement in (*_pins(folder), *_dependencies(folder))}
+    for package in importlib.metadata.distributions():
+        known |= {canonicalize_name(Requirement(text).name) for text in package.requires or []}
+    return sorted(_installed().keys() - known - {"unfreeze", "pip", "setuptools", "wheel", "uv"})
+
+
+def _installed() -> dict[str, str]:
+    return {canonicalize_name(package.name): package.version for package in importlib.metadata.distributions()}
+
+
+def _pins(folder: Path) -> Iterator[Requirement]:
+    file = folder / "constraints.txt"
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        if (text := line.partition("#")[0].strip()) and _applies(pin := Requirement(text)):
+            yield pin
+
+
+def _dependencies(folder: Path) -> Iterator[Requirement]:
+    file = folder / "pyproject.toml"
+    project = tomllib.loads(file.read_text(encoding="utf-8"))["project"] if file.exists() else {}
+    yield from map(Requirement, project.get("dependencies", []))
+
+
+def _applies(requirement: Requirement) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate()
+
+
+def _key(folder: Path) -> str:
+    names = sorted(map(str, (*_pins(folder), *_dependencies(folder))))
+    return hashlib.sha256("\n".join([sys.version, *names]).encode()).hexdigest()[:12]

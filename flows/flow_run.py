@@ -1,0 +1,100 @@
+"""This run, as Prefect's server knows it: what it computes, its name, its address; and other runs that compute the same."""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from prefect import get_run_logger
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.context import FlowRunContext
+from prefect.logging.loggers import flow_run_logger
+from prefect.settings import PREFECT_API_URL, get_current_settings
+
+from pipeline.process.secrets import mask, without_credentials
+from unfreeze.errors import UserError
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
+COMPUTES = "computes:"
+"""How the tag begins that says what a run computes: its commit and its settings."""
+HOST = "unfreeze.host"
+"""A run's label that says on which host it is."""
+PAUSE = 5.0
+"""Seconds between two looks at a run that is waited for."""
+
+
+@contextmanager
+def preparing() -> Iterator[FlowRun]:
+    """The flow run that this process is started for, before its flow is; its log gets a `UserError` of the block."""
+    with get_client(sync_client=True) as client:
+        run = client.read_flow_run(UUID(os.environ["PREFECT__FLOW_RUN_ID"]))
+    try:
+        yield run
+    except UserError as error:
+        flow_run_logger(run).error(mask(str(error)))
+        raise
+
+
+def say_what_it_computes(run: FlowRun, what: str) -> None:
+    """Put a tag on a run, in a word that runs of the same commit and settings share."""
+    others = [tag for tag in run.tags if not tag.startswith(COMPUTES)]
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(run.id, tags=[*others, f"{COMPUTES}{what}"])
+        client.update_flow_run_labels(run.id, {HOST: socket.gethostname()})
+
+
+def wait_for_equal(is_shared: Callable[[], bool]) -> None:
+    """Wait until no run is at work that computes the same as this one and began before it: its results are there then.
+
+    Args:
+        is_shared: whether another process has the workspace, as a run of the same host would that is not lost.
+    """
+    run = current()
+    said = ""
+    with get_client(sync_client=True) as client:
+        while run and (other := _equal(client, run)):
+            if other.labels.get(HOST) == socket.gethostname() and not is_shared():
+                return  # Prefect has not noticed yet that it is gone
+            if said != (said := other.name):
+                get_run_logger().info(
+                    "The run %s computes the same (%s): this one waits until it has ended, and takes its results.",
+                    other.name,
+                    address(other) or other.id,
+                )
+            time.sleep(PAUSE)
+
+
+def _equal(client: "SyncPrefectClient", run: FlowRun) -> FlowRun | None:
+    """A run at work that computes the same and began before this one, by the server's clock."""
+    tags = [tag for tag in client.read_flow_run(run.id).tags if tag.startswith(COMPUTES)]
+    wanted = {"tags": {"all_": tags}, "state": {"type": {"any_": [StateType.RUNNING]}}}
+    found = client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(wanted)) if tags else []
+    began = {other.id: (other.state.timestamp, other.id) for other in found if other.state}
+    earlier = [other for other in found if other.id in began and run.id in began and began[other.id] < began[run.id]]
+    return min(earlier, key=lambda other: began[other.id], default=None)
+
+
+def current() -> FlowRun | None:
+    """The flow run of this process; None outside of one."""
+    context = FlowRunContext.get()
+    return context.flow_run if context else None
+
+
+def name_run(name: str) -> None:
+    """Give the flow run of this process a name."""
+    if run := current():
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(run.id, name=name)
+
+
+def address(run: FlowRun) -> str:
+    """A flow run's page; nothing where its server is a temporary one."""
+    pages = get_current_settings().ui_url if PREFECT_API_URL.value() else None
+    return f"{without_credentials(pages)}/runs/flow-run/{run.id}" if pages else ""

@@ -1,0 +1,237 @@
+"""A workspace of its own for each run of the deployment: a clone of the newest commit of the deployed branch.
+
+`prepare` is the deployment's pull step (`prefect.yaml`). Prefect's worker calls it in a new process, which then becomes the
+flow's, in the folder that it names: all other code comes from the commit. What outlives a workspace lies in `UNFREEZE_HOME`:
+
+    repositories/<hash>.git                  what has been fetched
+    workspaces/<commit>-<hash of settings>/  so that an interrupted run's is found again by what it computes
+    environments/<hash>/                     for commits whose constraints.txt the worker's own environment does not meet
+    cache/, hashes/                          DVC's cache, and its notes of which file has which hash
+    locks/<hash of settings>.lock            the dvc.lock of the last run
+    tracking/, about-cache/                  what waits for MLflow and for DVC's remote
+    mlflow.db, mlruns/                       MLflow's, where no MLFLOW_TRACKING_URI is set
+    cards/                                   which run has which GPU
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from flows.environments import use_environment
+from flows.flow_run import preparing, say_what_it_computes, wait_for_equal
+from pipeline.process.cards import one_card
+from pipeline.process.environment import DEFAULT_TRACKING_URI, home
+from pipeline.process.git import GitError, git
+from pipeline.process.lock import ABOUT_CACHE, FOLDER, hold, hold_if_free
+from pipeline.process.secrets import mask
+from pipeline.tracking.journal import ROOT
+from unfreeze.errors import UserError
+
+LOCK = "UNFREEZE_WORKSPACE_LOCK"
+"""Environment variable: the descriptor of the lock by which a run keeps its workspace from being removed."""
+PAUSES = (0, 2, 8)
+"""Seconds to wait before each attempt to reach the repository."""
+FORGET = 14 * 24 * 3600
+"""Seconds after which the workspace of a run that was interrupted, or failed, is removed."""
+OUTLIVES = {ROOT: "tracking", ABOUT_CACHE: "about-cache"}
+"""Folders of a workspace that are links into `UNFREEZE_HOME`."""
+SHARE = """
+import pathlib, shutil, sys
+from dvc.config import Config
+from dvc.repo import Repo
+cache, hashes, site = sys.argv[1:]
+with Config.from_cwd().edit("local") as local:
+    local.setdefault("cache", {})["dir"] = cache
+    local.setdefault("core", {})["site_cache_dir"] = site
+with Repo() as repo:
+    own = pathlib.Path(repo.site_cache_dir, "hashes")
+if not own.is_symlink():
+    shutil.rmtree(own, ignore_errors=True)
+    own.symlink_to(hashes)
+"""
+"""Has DVC share its cache, and its notes of which file has which hash: else each run would read all images anew to hash them."""
+
+
+def prepare(repository: str, branch: str) -> dict[str, str]:
+    """Make the workspace of this flow run, or find the one that an interrupted run with the same commit and settings left.
+
+    Args:
+        repository: address or folder of a Git repository.
+        branch: the run starts from its newest commit.
+
+    Returns:
+        ``directory``: where the flow is to run.
+
+    Raises:
+        UserError: the branch cannot be fetched; the flow run's log has it, too.
+    """
+    with preparing() as run:
+        commit = fetch(repository, branch)
+        name = f"{commit[:12]}-{settings_key(run.parameters)}"
+        folder = make(repository, commit, name)
+        use_environment(folder)
+        say_what_it_computes(run, name)
+    return {"directory": str(folder)}
+
+
+@contextmanager
+def at_work() -> Iterator[None]:
+    """What a run of the deployment has around it; nothing in a checkout.
+
+    It waits for a run that computes the same, has a card of its own, and removes its workspace when all went well.
+    """
+    folder = Path.cwd()
+    if not is_workspace(folder):
+        yield
+        return
+    furnish(folder)
+    wait_for_equal(is_shared)
+    with one_card():
+        yield
+    leave(folder)
+    forget_old()
+
+
+def fetch(repository: str, branch: str) -> str:
+    """The newest commit of a branch, fetched into the bare clone that this worker has of the repository."""
+    bare, head = _bare(repository), f"refs/heads/{branch}"
+    with hold(bare.with_suffix(".lock")):
+        if not (bare / "HEAD").exists():
+            bare.mkdir(parents=True, exist_ok=True)
+            git("init", "--quiet", "--bare", folder=bare)
+        for pause in PAUSES:
+            time.sleep(pause)
+            try:
+                git("fetch", "--quiet", "--no-tags", repository, f"+{head}:{head}", folder=bare)
+                return git("rev-parse", head, folder=bare)
+            except GitError as error:
+                trouble = str(error)
+    raise UserError(
+        f"The deployment runs the branch {branch} of {mask(repository)}, which cannot be fetched: {trouble}. Was it "
+        "pushed, and may the worker's user read it?"
+    )
+
+
+def make(repository: str, commit: str, name: str) -> Path:
+    """The workspace of this name, which this process keeps from being removed; cloned if it is not there."""
+    folder = home() / "workspaces" / name
+    if LOCK not in os.environ:  # it may have been started again in another environment
+        file = hold(_lock(folder), shared=True)
+        os.environ[LOCK] = str(os.dup(file.fileno()))
+        os.set_inheritable(int(os.environ[LOCK]), True)  # by the flow, which takes this process over
+    if not folder.exists():
+        partial = folder.with_name(f".new-{name}-{os.getpid()}")
+        shutil.rmtree(partial, ignore_errors=True)
+        git("clone", "--quiet", "--no-checkout", str(_bare(repository)), str(partial), folder=folder.parent)
+        git("checkout", "--quiet", "--detach", commit, folder=partial)
+        try:
+            partial.rename(folder)
+        except OSError:  # another run was quicker
+            shutil.rmtree(partial)
+    return folder
+
+
+def settings_key(parameters: Mapping[str, Any]) -> str:
+    """A hash of the settings that a flow run is given."""
+    given = {key: value for key, value in parameters.items() if value}
+    return hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def is_workspace(folder: Path) -> bool:
+    """Whether a folder is the workspace of a deployed run, and nobody's checkout."""
+    return folder.resolve().parent == home() / "workspaces"
+
+
+def furnish(folder: Path) -> None:
+    """Have a workspace share this worker's cache, and what waits for servers; nothing where it does already."""
+    if os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_TRACKING_URI) == DEFAULT_TRACKING_URI:
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{home() / 'mlflow.db'}"
+    with hold(folder / FOLDER / "furnish.lock"):
+        if not all((folder / link).is_symlink() for link in OUTLIVES):
+            _furnish(folder)
+
+
+def _furnish(folder: Path) -> None:
+    (home() / "hashes").mkdir(exist_ok=True)
+    site = folder / ".dvc/tmp/site"  # removed with the workspace
+    command = [sys.executable, "-c", SHARE, str(home() / "cache"), str(home() / "hashes"), str(site)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"DVC cannot be set up in {folder}: {done.stderr.strip().splitlines()[-1]}")
+    with suppress(FileNotFoundError):
+        shutil.copyfile(_lock_file(folder), folder / "dvc.lock")
+    if (folder / "dvc.lock").exists():  # what is not in the cache is computed
+        subprocess.run([sys.executable, "-m", "dvc", "checkout", "--quiet"], cwd=folder, stderr=subprocess.DEVNULL)
+    for link, name in OUTLIVES.items():
+        (home() / name).mkdir(exist_ok=True)
+        if not (folder / link).is_symlink():
+            (folder / link).symlink_to(home() / name)
+
+
+def is_shared() -> bool:
+    """Whether another process of this host has this run's workspace."""
+    descriptor = int(os.environ[LOCK])
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+
+
+def leave(folder: Path) -> None:
+    """Remove this run's workspace, unless another run is in it: all that it has computed is in the cache."""
+    try:
+        fcntl.flock(int(os.environ[LOCK]), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    with suppress(OSError):
+        _lock_file(folder).parent.mkdir(exist_ok=True)
+        (folder / "dvc.lock").replace(_lock_file(folder))
+    os.chdir(home())
+    _remove(folder)
+
+
+def forget_old() -> None:
+    """Remove workspaces in which nobody has been for a long time, and what was known of runs like theirs."""
+    for file in (home() / "locks").glob("*"):
+        if time.time() - file.stat().st_mtime > FORGET:
+            file.unlink(missing_ok=True)
+    for folder in (home() / "workspaces").glob("*/"):
+        used = max(path.stat().st_mtime for path in (folder, folder / FOLDER) if path.exists())
+        if time.time() - used > FORGET and (held := hold_if_free(_lock(folder))):
+            with held:
+                _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a workspace whose lock is held; at once, as half of one would be taken for a whole."""
+    gone = folder.with_name(f".gone-{folder.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    with suppress(OSError):  # it is only in the way
+        folder.rename(gone)
+        _lock(folder).unlink()
+        shutil.rmtree(gone)
+
+
+def _lock_file(folder: Path) -> Path:
+    """The `dvc.lock` of the last run with a workspace's settings that went well: by it DVC knows at once what is up to date."""
+    return home() / "locks" / f"{folder.name.partition('-')[2]}.lock"
+
+
+def _lock(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def _bare(repository: str) -> Path:
+    return home() / "repositories" / f"{hashlib.sha256(repository.encode()).hexdigest()[:12]}.git"
