@@ -33,12 +33,8 @@ from pipeline.tracking.local_store import adopt_files, files_of, tracking_uri
 
 logger = logging.getLogger("unfreeze")
 
-PASS_TAG, EXECUTION_TAG, STAGE_TAG, SWEEP_TAG = (
-    "unfreeze.pass",
-    "unfreeze.execution",
-    "unfreeze.stage",
-    "unfreeze.sweep",
-)
+PASS_TAG, EXECUTION_TAG, STAGE_TAG = "unfreeze.pass", "unfreeze.execution", "unfreeze.stage"
+SWEEP_TAG, OWNER_TAG = "unfreeze.sweep", "unfreeze.owner"
 PATIENCE = 5.0
 """Seconds within which a server that is well has answered."""
 SPEED = 1e6
@@ -178,9 +174,15 @@ def _send(client: Any, folder: Path, is_written: bool) -> Iterator[float]:
         sent = {"offset": 0, "runs": (yield from _open(client, head, experiment))}
         _note(folder, sent)
     ended = sent.get("ended", False)  # and yet there: the power failed before its removal was on the disk
+    taken: bool | None = None
     for record, end in _batches(read(folder, sent["offset"])):
         run = sent["runs"].get(record.get("run"))
-        if "metrics" in record:
+        if record.get("run") == "parent" and taken is None:
+            yield PATIENCE
+            taken = is_taken(client, head, run)
+        if record.get("run") == "parent" and taken:
+            pass  # it is for the new owner to say how the pass went
+        elif "metrics" in record:
             yield PATIENCE
             _ask("metrics", client.log_batch, run, metrics=_metrics(record["metrics"]))
         elif "tag" in record:
@@ -199,7 +201,7 @@ def _send(client: Any, folder: Path, is_written: bool) -> Iterator[float]:
         sent |= {"offset": end, "ended": ended}
         _note(folder, sent)
     if not ended and not is_written:
-        yield from _kill(client, folder, sent["runs"])
+        yield from _kill(client, folder, head, sent["runs"])
         ended = True
     if ended:
         remove(folder)
@@ -217,7 +219,7 @@ def _open(client: Any, head: Mapping[str, Any], experiment: Any) -> Generator[fl
     yield PATIENCE
     name = head["experiment"]
     experiment_id = experiment.experiment_id if experiment else client.create_experiment(name, files_of(name))
-    source = head.get("source", {})
+    source = head.get("source", {}) | ({OWNER_TAG: head["owner"]} if "owner" in head else {})
     tags = {PASS_TAG: head["pass"], "unfreeze.door": head["door"], **source}
     if sweep := head.get("sweep"):
         tags[SWEEP_TAG] = sweep
@@ -247,15 +249,18 @@ def _run(
 
     yield PATIENCE
     found = client.search_runs([experiment], f"tags.`{tag[0]}` = '{tag[1]}'", max_results=10)
-    before = read_json(pass_folder(head["pass"]) / "parent.json").get("run")
-    found.sort(key=lambda run: (run.info.run_id != before, not run.data.params, run.info.run_id))
+    noted = read_json(pass_folder(head["pass"]) / "parent.json").get("run")
+    found.sort(key=lambda run: (run.info.run_id != noted, not run.data.params, run.info.run_id))
     for extra in found[1:]:  # a server that hung has taken a request late
         if not extra.data.params and not extra.data.metrics:
             client.delete_run(extra.info.run_id)
     yield PATIENCE
     if found:
         run, known = found[0], found[0].data.params
-        if head["stage"] and run.info.status != "RUNNING":
+        before, now = attempt(run.data.tags.get(OWNER_TAG)), attempt(head.get("owner"))
+        if before < now:
+            yield from _take(client, experiment, run.info.run_id, head["owner"])
+        if head["stage"] and run.info.status != "RUNNING" and before <= now:
             client.update_run(run.info.run_id, status="RUNNING")
     else:
         name = head["name"] if kind == "parent" else head["stage"]
@@ -267,13 +272,35 @@ def _run(
     return str(run.info.run_id)
 
 
-def _kill(client: Any, folder: Path, runs: Mapping[str, str]) -> Iterator[float]:
-    """End the run of a step that was killed, and its pass if nothing came after it."""
+def attempt(owner: str | None) -> int:
+    """The number in an owner, ``<attempt>@<host>``: where a worker is lost, the attempt of the next one is higher."""
+    return int((owner or "").partition("@")[0] or 0)
+
+
+def is_taken(client: Any, head: Mapping[str, Any], run: str) -> bool:
+    """Whether a pass's parent run belongs to a later attempt than the one whose journal has this head."""
+    return attempt(client.get_run(run).data.tags.get(OWNER_TAG)) > attempt(head.get("owner"))
+
+
+def _take(client: Any, experiment: str, run: str, owner: str) -> Iterator[float]:
+    """Make a pass's parent run this owner's, after ending the runs of steps that a lost worker has left RUNNING."""
+    yield PATIENCE
+    left = f"tags.`mlflow.parentRunId` = '{run}' and attributes.status = 'RUNNING'"
+    for child in client.search_runs([experiment], left):
+        if attempt(child.data.tags.get(OWNER_TAG)) < attempt(owner):
+            yield PATIENCE
+            client.set_terminated(child.info.run_id, "KILLED")
+    yield PATIENCE
+    client.set_tag(run, OWNER_TAG, owner)
+
+
+def _kill(client: Any, folder: Path, head: Mapping[str, Any], runs: Mapping[str, str]) -> Iterator[float]:
+    """End the run of a step that was killed, and its pass if nothing came after it, here or on another worker."""
     when = int((folder / "records.jsonl").stat().st_mtime * 1000)
     later = [other for other in waiting() if other.parent == folder.parent and other.name > folder.name]
     for kind, run in runs.items():
-        if kind == "child" or not later:
-            yield PATIENCE
+        yield 2 * PATIENCE
+        if kind == "child" or not (later or is_taken(client, head, run)):
             _ask("a state", client.set_terminated, run, "KILLED", when)
 
 

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import socket
 import threading
 import time
 import uuid
@@ -26,13 +27,15 @@ from pipeline.process.secrets import mask
 from pipeline.process.signals import dvc_above, identity
 from pipeline.provenance import code_tags, description, machine_tags, title
 from pipeline.tracking.journal import ROOT, Busy, Journal, Record, pass_folder, read_json
-from pipeline.tracking.sender import address, client, metrics, reaching, reason, send, waiting_here
+from pipeline.tracking.sender import address, client, is_taken, metrics, reaching, reason, send, waiting_here
+from unfreeze.errors import UserError
 
 logger = logging.getLogger("unfreeze")
 
-PASS, DOOR, SWEEP, ADDRESS = "UNFREEZE_PASS", "UNFREEZE_DOOR", "UNFREEZE_SWEEP", "UNFREEZE_FLOW_RUN"
-"""Environment variables: the key of the pass, the door it came through, the search that it is a trial of, if any, and the page
-of Prefect's flow run."""
+PASS, DOOR, SWEEP = "UNFREEZE_PASS", "UNFREEZE_DOOR", "UNFREEZE_SWEEP"
+"""Environment variables: the key of the pass, the door it came through, and the search that it is a trial of, if any."""
+ADDRESS, OWNER = "UNFREEZE_FLOW_RUN", "UNFREEZE_OWNER"
+"""Environment variables: the page of Prefect's flow run, and who executes the pass, as `owner` writes it."""
 SHOWN = ("*.png", "*.html", "confusion_matrix.csv", "predictions.csv")
 """Files of a step that a person wants beside its numbers."""
 LONGEST_PAUSE = 30.0
@@ -52,6 +55,11 @@ def current_pass() -> tuple[str, str]:
     return f"step-{os.getpid()}-{time.time():.0f}", "step"
 
 
+def owner(attempt: int) -> str:
+    """Who executes a pass, ``<attempt>@<host>``: there is another attempt, on another host, where a worker is lost."""
+    return f"{attempt}@{socket.gethostname()}"
+
+
 def begin_journal(stage: str, params: Mapping[str, Any], step_params: Mapping[str, Any]) -> Journal:
     """A journal of this pass: of a step that is executed, or, without a stage, of the pass alone."""
     key, door = current_pass()
@@ -62,6 +70,7 @@ def begin_journal(stage: str, params: Mapping[str, Any], step_params: Mapping[st
             "sweep": os.environ.get(SWEEP),
             "stage": stage,
             "execution": str(uuid.uuid4()),
+            "owner": os.environ.get(OWNER) or owner(1),
             "address": address(),
             "experiment": os.environ["MLFLOW_EXPERIMENT_NAME"],
             "name": f"{title(params)} · {datetime.now():%d %b %H:%M}",
@@ -147,6 +156,7 @@ class Tracker:
 
         Raises:
             Unreachable: MLflow does not answer.
+            UserError: another worker has taken the pass up, and the run is its own.
         """
         folder = pass_folder(self._journal.head["pass"])
         with reaching():
@@ -156,6 +166,8 @@ class Tracker:
                         pass
                 except Busy:
                     continue
+            if is_taken(client(), self._journal.head, known["run"]):
+                raise UserError("Another worker has taken this run up: it is left alone here.")
         return str(known["run"])
 
     def close(self, status: str, final: Mapping[str, float], seconds: float) -> None:

@@ -196,3 +196,58 @@ def test_what_waits_is_said_with_what_sends_it(head: dict[str, Any], monkeypatch
     elsewhere = what_waits()
     assert elsewhere.startswith("1 record of a step waits for MLflow at sqlite:///") and "--anyway" in elsewhere
     assert "next run" not in elsewhere and not sender.waiting_here() and len(waiting()) == 1
+
+
+def left(head: dict[str, Any], *records: dict[str, Any]) -> Path:
+    """The journal of a step that was killed."""
+    journal = Journal(head)
+    journal.write(*records)
+    journal.close()  # without the record that says so
+    return journal.folder
+
+
+def runs(client: Any) -> dict[str, tuple[str, str]]:
+    """Of each run, by its name, the status and the owner."""
+    found = client.search_runs([client.get_experiment_by_name("unfreeze").experiment_id])
+    return {run.info.run_name: (run.info.status, run.data.tags["unfreeze.owner"]) for run in found}
+
+
+def test_a_worker_that_comes_back_leaves_a_run_alone_that_another_one_has_taken(
+    head: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost, next_one = head | {"owner": "1@lost"}, head | {"owner": "2@next", "execution": "2", "stage": "train_full"}
+    client = sender.client()
+    being_written = Journal(lost)
+    list(sender.send(client, being_written))
+    assert runs(client) == {"a": ("RUNNING", "1@lost"), "ingest": ("RUNNING", "1@lost")}
+
+    (tmp_path / "next").mkdir()
+    monkeypatch.chdir(tmp_path / "next")
+    ended(next_one, "child", "parent")
+    list(sender.send(client))
+    taken = {"a": ("FINISHED", "2@next"), "ingest": ("KILLED", "1@lost"), "train_full": ("FINISHED", "2@next")}
+    assert runs(client) == taken
+
+    monkeypatch.chdir(tmp_path)
+    being_written.write(
+        {"run": "parent", "metrics": {"ingest/images": 1.0}, "at": 0, "when": 2},
+        {"run": "parent", "tag": ["unfreeze.data", "lost"]},
+        {"run": "parent", "status": "FAILED", "when": 3},
+    )
+    being_written.close()  # and killed
+    left(lost | {"execution": "3", "stage": "explore"})  # this one the server has never heard of
+    list(sender.send(client))
+    assert not waiting() and runs(client) == taken | {"explore": ("KILLED", "1@lost")}
+    [parent] = [run for run in client.search_runs(["1"]) if run.info.run_name == "a"]
+    assert not parent.data.metrics and "unfreeze.data" not in parent.data.tags
+
+
+def test_the_next_worker_takes_a_run_that_its_last_one_has_ended(head: dict[str, Any]) -> None:
+    """As a worker does that is stopped in order."""
+    client = sender.client()
+    left(head | {"owner": "1@lost"})
+    list(sender.send(client))
+    assert runs(client)["a"] == ("KILLED", "1@lost")
+    journal = Journal(head | {"owner": "2@next", "execution": "2"})
+    list(sender.send(client, journal))
+    assert runs(client)["a"] == ("RUNNING", "2@next")
