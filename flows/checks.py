@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import pandas as pd
 
+from pipeline.mirror import check_share
 from pipeline.watchable import check_readable, check_watched
 from unfreeze.data.decoding import BrokenImage, check_header
 from unfreeze.data.sources import read_source
@@ -20,8 +21,8 @@ NETWORK = ("backbone.", "data.image_size")
 
 
 def check_images(settings: Settings) -> pd.DataFrame:
-    """See that the images can be listed, watched by DVC, and split, that some of them are images, and that CUDA works where
-    it is asked for.
+    """See that the images can be listed, watched by DVC, and split, that some of them are images, that CUDA works where it
+    is asked for, and that the place for shared checkpoints can be opened.
 
     No image is decoded.
 
@@ -35,6 +36,7 @@ def check_images(settings: Settings) -> pd.DataFrame:
         from unfreeze.device import choose_device  # here, as torch takes seconds to import
 
         choose_device(settings.device)
+    check_share(settings.checkpoint.share)
     data = settings.data
     check_readable(data.source)
     table = read_source(data.source, data.exclude, data.min_images)

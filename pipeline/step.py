@@ -20,6 +20,7 @@ from pipeline import scratch
 from pipeline.artifacts import artifact, write_json
 from pipeline.dvc_cache import TORN, drop_torn, settle
 from pipeline.exit_codes import LESS_MEMORY, STOPPED, USER_ERROR, WORTH_A_RETRY, is_out_of_memory
+from pipeline.mirror import Mirror, shared_place
 from pipeline.process.lock import alone
 from pipeline.process.secrets import mask
 from pipeline.process.signals import GRACE, die_with, step_works_for, stop_when_asked
@@ -82,6 +83,12 @@ class Run:
         return folder
 
     @cached_property
+    def mirror(self) -> Mirror | None:
+        """Copies the checkpoints of trainings to where other machines find them, if there is such a place."""
+        place = shared_place(self.often.share)
+        return Mirror(self.scratch, place) if place else None
+
+    @cached_property
     def device(self) -> "torch.device":
         """The device that the step computes on. Raises UserError where the settings ask for one that does not work."""
         from unfreeze.device import choose_device, describe
@@ -101,10 +108,13 @@ class Run:
         """Where a training of this step notes how far it has come."""
         from unfreeze.training.checkpoints import Checkpoint
 
-        path = self.scratch / f"{name}.safetensors"
-        return Checkpoint(
-            path, f"{self.key} {self._computed}", self.often.seconds, self.often.batches, self.interruption
-        )
+        path, key = self.scratch / f"{name}.safetensors", f"{self.key} {self._computed}"
+        checkpoint = Checkpoint(path, key, self.often.seconds, self.often.batches, self.interruption)
+        if self.mirror:
+            checkpoint.written = self.mirror.changed
+            if self.mirror.fetch(checkpoint):
+                self.log("takes the checkpoint of another machine from %s", mask(self.mirror.address))
+        return checkpoint
 
     def predictions(self, name: str, *depends: str) -> "ResumableFile":
         """As `resumable`, of what a network computes: it depends on the kind of device and on torch's version as well."""
@@ -115,6 +125,11 @@ class Run:
         from unfreeze.persistence.resumable import ResumableFile
 
         return ResumableFile(self.scratch / name, " ".join((self.key, *depends)), self.often.seconds)
+
+    def close(self) -> None:
+        """Wait until the last checkpoint is where other machines find it."""
+        if mirror := vars(self).get("mirror"):  # only trainings begin one
+            mirror.close()
 
     def read_metrics(self, stage: str) -> dict[str, float]:
         """The metrics of an earlier step."""
@@ -184,6 +199,7 @@ class Step:
             status = "KILLED"
             raise
         finally:
+            run.close()
             tracker.close(status, metrics, time.perf_counter() - start)
 
     def _depends(self) -> tuple[Settings, dict[str, Any], str]:

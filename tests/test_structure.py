@@ -20,6 +20,7 @@ TELLING = (
     "pipeline/artifacts.py",
     "pipeline/dvc_cache.py",
     "pipeline/exit_codes.py",
+    "pipeline/mirror.py",
     "pipeline/process/",
     "pipeline/scratch.py",
     "pipeline/step.py",

@@ -40,7 +40,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
 def run(settings: Settings) -> dict[str, float]:
     artifact("precompute", "").mkdir(parents=True, exist_ok=True)
     tracker: Any = None
-    execution = Run("precompute", tracker, "word", CheckpointSettings(60, None), Interruption())
+    execution = Run("precompute", tracker, "word", CheckpointSettings(60, None, "none"), Interruption())
     return dict(module.precompute.function(execution, 0, settings.batch_size, settings.backbone))
 
 

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent.parent
 def execution(stage: str) -> Run:
     artifact(stage, "").mkdir(parents=True, exist_ok=True)
     tracker: Any = SimpleNamespace(curve=lambda values, at: None)
-    return Run(stage, tracker, "word", CheckpointSettings(60, None), Interruption())
+    return Run(stage, tracker, "word", CheckpointSettings(60, None, "none"), Interruption())
 
 
 def retrained(chosen: dict[str, Any], *changes: str) -> dict[str, float]:

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +61,7 @@ class Checkpoint:
         seconds: time between two checkpoints, more where they would take over 2 % of it.
         batches: number of batches between two, or None for the time alone.
         interruption: a wish to stop, which is granted after the next checkpoint.
+        written: called after each checkpoint that was written.
     """
 
     path: Path
@@ -68,6 +69,7 @@ class Checkpoint:
     seconds: float
     batches: int | None = None
     interruption: Interruption = field(default_factory=Interruption)
+    written: Callable[[], None] = lambda: None
     _last: float = field(default_factory=time.monotonic)
     _cost: float = 0.0
     _since: int = 0
@@ -93,6 +95,7 @@ class Checkpoint:
         start = time.monotonic()
         try:
             self._write(_tensors(weights, optimizer, progress), _numbers(progress))
+            self.written()
         except OSError as error:
             with suppress(OSError):  # half a checkpoint takes space that is missing already
                 _partial(self.path).unlink(missing_ok=True)
@@ -117,6 +120,29 @@ class Checkpoint:
             except _Refused as refused:
                 logger.warning("%s is not used: %s.", path, refused)
         return None
+
+    def take(self, other: Path) -> bool:
+        """Go on from a checkpoint that another machine has written, if it is sound, of this training, and further.
+
+        Args:
+            other: the file, on the same disk; it is moved.
+
+        Returns:
+            Whether it is the newest one now.
+        """
+        if max(self._reached(self.path), self._reached(_before(self.path))) >= self._reached(other):
+            return False
+        os.replace(other, self.path)
+        sync(self.path.parent)
+        return True
+
+    def _reached(self, path: Path) -> tuple[int, int, bool]:
+        """How far a file's training had come; less than nothing where it is not to be gone on from."""
+        try:
+            at = _read(path, self.key)[1]["position"]
+        except _Refused:
+            return -1, -1, False
+        return at["iteration"], at["epoch"], at["done"]
 
     @contextmanager
     def deferring(self, defers: bool = True) -> Iterator[None]:

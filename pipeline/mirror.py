@@ -1,0 +1,221 @@
+"""Checkpoints of a training in a shared place, where another machine goes on from them when this one is lost.
+
+    <checkpoint.share>/<stage>/<fingerprint>/training.safetensors   the newest checkpoint of each training of the step
+                                             cycles/1.safetensors   what else the step keeps
+
+They are copied while the training goes on. What a checkpoint needs is there before it, and each file is moved to its name
+when it is whole. They are removed once DVC's remote has what the step made.
+"""
+
+import configparser
+import contextlib
+import logging
+import os
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.artifacts import write_json
+from pipeline.process.secrets import mask
+from pipeline.tracking.journal import read_json
+from unfreeze.errors import UserError
+
+if TYPE_CHECKING:
+    from unfreeze.training.checkpoints import Checkpoint
+
+logger = logging.getLogger("unfreeze")
+
+NOWHERE = "none"
+PATIENCE = 10.0
+"""Seconds that a step waits at its end for what is still being copied."""
+FORGET = 7 * 24 * 3600
+"""Seconds after which the checkpoints of a step that nobody has gone on with are removed."""
+NOTE = Path(".unfreeze/shared.json")
+"""Which folders of the shared place this workspace has written to."""
+
+
+def shared_place(share: str | None) -> str | None:
+    """Where checkpoints are shared, as `checkpoint.share` says; None for nowhere.
+
+    By default beside DVC's default remote, where that is a folder. Only the project's own configuration of DVC is read.
+    """
+    if share is not None:
+        return None if share == NOWHERE else share
+    config = configparser.ConfigParser(interpolation=None, strict=False)
+    with contextlib.suppress(configparser.Error):
+        config.read([".dvc/config", ".dvc/config.local"], encoding="utf-8")
+    url = config.get(f"'remote \"{config.get('core', 'remote', fallback='')}\"'", "url", fallback="")
+    remote = Path(".dvc", url).resolve()  # as DVC reads it
+    return f"{remote}.checkpoints" if url and "://" not in url and remote.parent.is_dir() else None
+
+
+def check_share(share: str | None) -> None:
+    """Raises UserError where `checkpoint.share` names no place that can be opened, without looking whether it is there."""
+    if place := shared_place(share):
+        try:
+            _open(place)
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"checkpoint.share: {mask(place)} cannot be opened ({mask(str(error))}). Name a folder or an address of "
+                "fsspec's, install what it needs (s3fs for s3://, say), or set it to none."
+            ) from None
+
+
+def _open(place: str) -> tuple[Any, str]:
+    """The file system of a place, and its path there."""
+    import fsspec  # here, as most steps share nothing
+
+    fs, path = fsspec.core.url_to_fs(place)
+    return fs, str(path)
+
+
+class Mirror:
+    """Copies a step's checkpoints to the shared place in the background, and fetches what another machine has left there."""
+
+    def __init__(self, scratch: Path, place: str) -> None:
+        """Begin to copy.
+
+        Args:
+            scratch: the step's folder of checkpoints; its last two names are those of the folder in the shared place.
+            place: the shared place, as `shared_place` gives it.
+        """
+        self._scratch, self.address = scratch, f"{place.rstrip('/')}/{'/'.join(scratch.parts[-2:])}"
+        self._copied: dict[Path, tuple[int, int]] = {}
+        self._waiting, self._ended = threading.Event(), threading.Event()
+        self._said = False
+        self._thread: threading.Thread | None = None
+
+    def fetch(self, checkpoint: "Checkpoint") -> bool:
+        """Take a training's checkpoint from the shared place, where it is further than the one that is here.
+
+        Returns:
+            Whether it was taken.
+        """
+        with self._saying():
+            fs, folder = _open(self.address)
+            if not fs.isfile(f"{folder}/{checkpoint.path.name}"):
+                return False
+            new = self._get(fs, f"{folder}/{checkpoint.path.name}", checkpoint.path)
+            if not checkpoint.take(new):
+                new.unlink()
+                return False
+            for file in fs.find(folder):
+                inside = Path(os.path.relpath(file, folder))
+                if len(inside.parts) > 1 and inside.suffix == ".safetensors":
+                    self._get(fs, file, self._scratch / inside).replace(self._scratch / inside)
+            return True
+        return False
+
+    def changed(self) -> None:
+        """Have the checkpoints copied, soon."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, daemon=True)
+            self._thread.start()
+        self._waiting.set()
+
+    def close(self) -> None:
+        """Wait until what has changed is copied, but not for a place that does not answer."""
+        if self._thread:
+            self._ended.set()
+            self._waiting.set()
+            self._thread.join(PATIENCE)
+
+    def _get(self, fs: Any, file: str, target: Path) -> Path:
+        """Copy a shared file beside where it belongs; returns the copy."""
+        copy = target.with_name(f"{target.name}.partial-shared")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        fs.get_file(file, str(copy))
+        return copy
+
+    def _work(self) -> None:
+        ended = False
+        while not ended:
+            self._waiting.wait()
+            self._waiting.clear()
+            ended = self._ended.is_set()
+            with self._saying():
+                self._copy()
+
+    def _copy(self) -> None:
+        fs, folder = _open(self.address)
+        note = read_json(NOTE)
+        if self.address not in note:
+            write_json(NOTE, note | {self.address: self._scratch.parts[-2]})
+        with self._as_they_are() as checkpoints:
+            others = [file for file in self._scratch.glob("*/*.safetensors") if file not in checkpoints.values()]
+            for file, content in [*zip(others, others, strict=True), *checkpoints.items()]:
+                state = content.stat().st_mtime_ns, content.stat().st_size
+                if self._copied.get(file) != state:
+                    target = f"{folder}/{file.relative_to(self._scratch).as_posix()}"
+                    fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+                    partial = f"{target}.partial-{uuid.uuid4().hex}"
+                    fs.put_file(str(content), partial)
+                    fs.mv(partial, target)
+                    self._copied[file] = state
+
+    @contextlib.contextmanager
+    def _as_they_are(self) -> Iterator[dict[Path, Path]]:
+        """The checkpoints under second names, which the training does not write to: a newer one may need what is not copied."""
+        names: dict[Path, Path] = {}
+        kept = self._scratch / ".sharing"
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.mkdir()
+        try:
+            for file in self._scratch.glob("*.safetensors"):
+                names[file] = kept / file.name
+                try:
+                    os.link(file, names[file])
+                except OSError:  # a disk that knows no second names
+                    shutil.copy2(file, names[file])
+            yield names
+        finally:
+            shutil.rmtree(kept, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _saying(self) -> Iterator[None]:
+        """Say once what went wrong with the shared place in the block: it costs no training."""
+        try:
+            yield
+        except Exception as error:
+            if not self._said:
+                self._said = True
+                logger.warning(
+                    "Checkpoints are not shared at %s: %s", mask(self.address), mask(str(error) or repr(error))
+                )
+
+
+def forget(stages: set[str]) -> None:
+    """Remove what this workspace has shared of steps whose results are safe, and what nobody has touched for a week.
+
+    A place that does not answer keeps it.
+    """
+    noted = read_json(NOTE)
+    for address in [address for address, stage in noted.items() if stage in stages]:
+        with contextlib.suppress(Exception):
+            fs, folder = _open(address)
+            if fs.exists(folder):
+                fs.rm(folder, recursive=True)
+            del noted[address]
+            write_json(NOTE, noted)
+    for place in {address.rsplit("/", 2)[0] for address in read_json(NOTE)}:
+        with contextlib.suppress(Exception):
+            _forget_old(place)
+
+
+def _forget_old(place: str) -> None:
+    fs, folder = _open(place)
+    for step in fs.ls(folder, detail=False):
+        for run in fs.ls(step, detail=False):
+            touched = [fs.modified(file) for file in fs.find(run)]
+            if touched and time.time() - max(map(_seconds, touched)) > FORGET:
+                fs.rm(run, recursive=True)
+
+
+def _seconds(when: datetime) -> float:
+    """Since 1970; a time without a zone is UTC, as file systems say it."""
+    return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()

@@ -1,0 +1,186 @@
+"""Checkpoints that are shared between machines, which are folders here."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline import mirror, scratch
+from pipeline.artifacts import write_json
+from pipeline.mirror import Mirror, check_share, forget, shared_place
+from unfreeze.errors import UserError
+from unfreeze.training.checkpoints import Checkpoint, Progress
+from unfreeze.training.state import trainable_state
+
+STEP = scratch.ROOT / "train_full" / "word"
+
+
+def saved(iteration: int, place: str, close: bool = True) -> tuple[Mirror, Checkpoint]:
+    """A training of this machine that has come so far, with the weights of a cycle, copied to the shared place."""
+    shared, checkpoint = Mirror(STEP, place), Checkpoint(STEP / "training.safetensors", "word", 60)
+    checkpoint.written = shared.changed
+    (STEP / "cycles").mkdir(parents=True, exist_ok=True)
+    (STEP / "cycles" / "1.safetensors").write_bytes(b"weights")
+    model = nn.Linear(1, 1)
+    nn.init.constant_(model.weight, iteration)
+    checkpoint.save(trainable_state(model), torch.optim.SGD(model.parameters()), Progress(iteration=iteration))
+    if close:
+        shared.close()
+    return shared, checkpoint
+
+
+def reached() -> float:
+    """The weight in this machine's checkpoint, which says how far it has come."""
+    model = nn.Linear(1, 1)
+    checkpoint = Checkpoint(STEP / "training.safetensors", "word", 60)
+    at = checkpoint.load(trainable_state(model), torch.optim.SGD(model.parameters()))
+    return -1 if at is None else model.weight.item()
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The shared place, and two machines beside it, of which one is left and one is here."""
+    for name in ("lost", "here"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return str(tmp_path / "shared")
+
+
+def lost(place: str, iteration: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path / "lost")
+    saved(iteration, place)
+    monkeypatch.chdir(tmp_path / "here")
+
+
+@pytest.mark.parametrize(("here", "there", "after"), [(-1, 5, 5), (3, 5, 5), (5, 3, 5), (5, 5, 5), (7, -1, 7)])
+def test_the_checkpoint_that_is_further_is_gone_on_from(
+    place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, here: int, there: int, after: int
+) -> None:
+    if there >= 0:
+        lost(place, there, monkeypatch, tmp_path)
+    if here >= 0:
+        saved(here, str(tmp_path / "elsewhere"))
+    taken = Mirror(STEP, place).fetch(Checkpoint(STEP / "training.safetensors", "word", 60))
+    assert (taken, reached()) == (there > here, after)
+    if taken:
+        assert (STEP / "cycles" / "1.safetensors").read_bytes() == b"weights"
+    assert not [path for path in STEP.rglob("*") if "partial" in path.name or "sharing" in path.name]
+
+
+def test_a_shared_checkpoint_that_is_torn_or_of_another_training_is_not_taken(
+    place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lost(place, 5, monkeypatch, tmp_path)
+    saved(3, str(tmp_path / "elsewhere"))
+    [file] = Path(place).rglob("training.safetensors")
+    whole = file.read_bytes()
+    for content in (whole[:-3], whole[: len(whole) // 2], b"", whole[:-1] + b"x"):
+        file.write_bytes(content)
+        assert not Mirror(STEP, place).fetch(Checkpoint(STEP / "training.safetensors", "word", 60))
+    file.write_bytes(whole)
+    assert not Mirror(STEP, place).fetch(Checkpoint(STEP / "training.safetensors", "word on another device", 60))
+    assert reached() == 3
+    assert Mirror(STEP, place).fetch(Checkpoint(STEP / "training.safetensors", "word", 60))
+
+
+def test_a_reader_never_sees_half_a_checkpoint(place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shared, checkpoint = saved(0, place)
+    shared = Mirror(STEP, place)
+    checkpoint.written = shared.changed
+    model = nn.Linear(300, 300)
+    optimizer = torch.optim.SGD(model.parameters())
+    seen: list[tuple[int, int, bool]] = []
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.is_set():
+            seen.append(checkpoint._reached(Path(place) / "train_full/word/training.safetensors"))
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    for iteration in range(1, 40):
+        checkpoint.save(trainable_state(model), optimizer, Progress(iteration=iteration))
+    shared.close()
+    ended.set()
+    reader.join()
+    assert seen == sorted(seen) and min(seen)[0] >= 0 and len(set(seen)) > 1
+    assert checkpoint._reached(Path(place) / "train_full/word/training.safetensors")[0] == 39
+
+
+def test_a_place_that_is_away_costs_no_training(place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Path(place).write_text("no folder")
+    shared, checkpoint = saved(1, place)
+    assert not shared.fetch(checkpoint)
+    assert [record.message for record in caplog.records if "not shared at" in record.message] == [
+        record.message for record in caplog.records
+    ]
+    assert len(caplog.records) == 1 and reached() == 1
+
+
+def test_a_place_that_hangs_holds_up_nothing(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "PATIENCE", 0.2)
+    monkeypatch.setattr(mirror, "_open", lambda address: time.sleep(30))
+    start = time.monotonic()
+    saved(1, place)
+    assert time.monotonic() - start < 10 and reached() == 1
+
+
+def test_what_is_safe_in_the_remote_is_shared_no_more_nor_what_is_a_week_old(place: str, tmp_path: Path) -> None:
+    saved(1, place)
+    old, new = Path(place) / "retrain/old/full.safetensors", Path(place) / "retrain/new/full.safetensors"
+    for file in (old, new):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    week = time.time() - 8 * 24 * 3600
+    os.utime(old, (week, week))
+    forget({"retrain"})
+    assert (Path(place) / "train_full/word/training.safetensors").exists()
+    forget({"ingest", "train_full"})
+    assert not (Path(place) / "train_full/word").exists()
+    saved(1, place)  # by which others' are looked at
+    forget({"retrain"})
+    assert not old.exists() and new.exists()
+
+
+def test_checkpoints_are_shared_beside_dvcs_remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert shared_place(None) is None
+
+    def dvc(*words: str) -> None:
+        subprocess.run([sys.executable, "-m", "dvc", *words], check=True, capture_output=True)
+
+    dvc("init", "--no-scm", "-q")
+    (tmp_path / "mnt").mkdir()
+    dvc("remote", "add", "-q", "--default", "team", "mnt/dvc")
+    assert shared_place(None) == f"{tmp_path}/mnt/dvc.checkpoints"
+    assert shared_place("none") is None and shared_place("s3://bucket/x") == "s3://bucket/x"
+    shutil.rmtree(tmp_path / "mnt")
+    assert shared_place(None) is None
+    dvc("remote", "add", "-q", "--default", "--local", "own", "s3://bucket/dvc")
+    assert shared_place(None) is None
+
+
+def test_a_place_that_cannot_be_opened_is_refused_with_the_key(tmp_path: Path) -> None:
+    check_share(str(tmp_path / "not/there/yet"))
+    check_share("none")
+    for place in ("nothing://x", "hdfs3://user:secret@x/y"):
+        with pytest.raises(UserError, match="checkpoint.share: .* set it to none") as caught:
+            check_share(place)
+        assert "secret" not in str(caught.value)
+
+
+def test_an_object_store_takes_checkpoints_too(place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of those that fsspec knows, the one in memory is always installed."""
+    lost("memory://team", 5, monkeypatch, tmp_path)
+    assert Mirror(STEP, "memory://team").fetch(Checkpoint(STEP / "training.safetensors", "word", 60))
+    assert reached() == 5
+    write_json(mirror.NOTE, {"memory://team/train_full/word": "train_full"})
+    forget({"train_full"})
+    assert not Mirror(STEP, "memory://team").fetch(Checkpoint(STEP / "training.safetensors", "other", 60))
