@@ -37,6 +37,14 @@ except NoRemoteError:
     sys.exit({NO_REMOTE})
 remote.fs.exists(remote.path)
 """
+PUSH_BESIDE = """
+from dvc.lock import LockNoop
+from dvc.repo import Repo
+repo = Repo()
+repo.lock = LockNoop()
+repo.push(run_cache=True)
+"""
+"""As `dvc push --run-cache`, while DVC runs a step, which would find the workspace locked: a push changes nothing there."""
 UNREADABLE_LOCK = re.compile(r"dvc\.lock' (is invalid|validation failed)|unable to read: '[^']*dvc\.lock'")
 """What DVC says of a `dvc.lock` that it cannot read."""
 PATIENCE = 30.0
@@ -164,12 +172,14 @@ def _removed(folder: Path) -> bool:
     return True
 
 
-def push(pauses: Sequence[float] = (2, 8)) -> str | None:
+def push(pauses: Sequence[float] = (2, 8), beside: bool = False) -> str | None:
     """Push artifacts and the run cache to the default remote; returns what went wrong at last, if anything.
 
     Args:
         pauses: seconds to wait before each further attempt.
+        beside: while DVC runs a step in this workspace.
     """
+    command = [sys.executable, "-c", PUSH_BESIDE] if beside else dvc("push", "--run-cache")
     TO_PUSH.parent.mkdir(parents=True, exist_ok=True)
     TO_PUSH.touch()
     for pause in (0, *pauses):
@@ -179,7 +189,7 @@ def push(pauses: Sequence[float] = (2, 8)) -> str | None:
             TO_PUSH.unlink()
             return None
         if trouble is None:
-            done = subprocess.run(dvc("push", "--run-cache"), capture_output=True, text=True, env=environment())
+            done = subprocess.run(command, capture_output=True, text=True, env=environment())
             if done.returncode == 0:
                 TO_PUSH.unlink()
                 return None

@@ -18,6 +18,7 @@ from flows.checks import check_images
 from flows.flow_run import address, current, name_run
 from flows.prefect_links import run_address
 from flows.prefect_server import SAME_PASS
+from flows.pushing import Pushing
 from flows.stage import Outcome, Plan, warn_of_remote
 from pipeline.artifacts import STAGES
 from pipeline.dvc_cache import TORN, drop_torn, settle
@@ -72,13 +73,14 @@ def begin() -> Plan:
     return Plan(frozenset(STAGES[first:]), has_remote and trouble is None, has_remote)
 
 
-def finish(outcomes: Mapping[str, Outcome], plan: Plan, status: str) -> None:
+def finish(outcomes: Mapping[str, Outcome], plan: Plan, status: str, pushing: Pushing) -> None:
     """Conclude the pass, and send what earlier passes have left.
 
     Args:
         outcomes: of the steps that are up to date.
         plan: of the pass.
         status: FINISHED, FAILED or KILLED.
+        pushing: what pushes after each step.
     """
     log = get_run_logger()
     ran = any(outcome.ran for outcome in outcomes.values())
@@ -94,7 +96,7 @@ def finish(outcomes: Mapping[str, Outcome], plan: Plan, status: str) -> None:
         Delivery(journal, log.warning).close()
     if ran and (address := run_address()):
         log.info("MLflow run: %s", address)
-    if ((ran and plan.push) or dvc.to_push()) and (trouble := dvc.push()):
+    if not pushing.wait() and ((ran and plan.push) or dvc.to_push()) and (trouble := dvc.push()):
         log.warning(
             "DVC's remote did not take everything; the next pass sends the rest, or `unfreeze publish`: %s",
             mask(trouble),

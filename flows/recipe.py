@@ -10,6 +10,7 @@ from prefect.exceptions import TerminationSignal
 from flows.checks import check_for
 from flows.passes import begin, finish
 from flows.prefect_logs import log_sentences
+from flows.pushing import Pushing
 from flows.stage import Outcome, run_stage, stage_task
 from flows.workspace import at_work
 from pipeline.process.forkserver import warm_process
@@ -85,17 +86,19 @@ def recipe(
             if plan.ask:
                 until_the_end.enter_context(warm_process())
         outcomes: dict[str, Outcome] = {}
-        status = "FAILED"
+        status, pushing = "FAILED", Pushing()
         try:
             for step in STEPS[: names.index(until) + 1]:
                 outcomes[step.name] = run_stage(step, plan)
+                if plan.push and any(outcome.ran for outcome in outcomes.values()):
+                    pushing.after(step.name)
             status = "FINISHED"
         except (KeyboardInterrupt, TerminationSignal):  # the second: Prefect's own handler of SIGTERM
             status = "KILLED"
             end_in_time()
             raise
         finally:
-            finish(outcomes, plan, status)
+            finish(outcomes, plan, status, pushing)
     return outcomes
 
 

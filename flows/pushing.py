@@ -1,0 +1,36 @@
+"""DVC's remote gets what a step has made while the next one is at work.
+
+Where the worker is lost, another one has all but the step that was interrupted.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from flows import dvc
+from pipeline.mirror import forget
+
+
+class Pushing:
+    """Pushes in the background, one push at a time."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "push")
+        self._last: Future[str | None] | None = None
+        self._done: set[str] = set()
+
+    def after(self, stage: str) -> None:
+        """Push what a step has made, soon. A push that has not begun yet takes it along."""
+        self._done.add(stage)
+        if self._last is None or self._last.running() or self._last.done():
+            self._last = self._thread.submit(self._push)
+
+    def wait(self) -> bool:
+        """Wait for the last push; returns whether everything is in the remote."""
+        self._thread.shutdown()
+        return self._last is not None and self._last.exception() is None and self._last.result() is None
+
+    def _push(self) -> str | None:
+        done = set(self._done)
+        trouble = dvc.push(pauses=(), beside=True)
+        if trouble is None:
+            forget(done)  # no other machine needs their checkpoints any more
+        return trouble
