@@ -43,7 +43,7 @@ def reproduce(named: str, into: Path | None) -> int:
     dvc.share_cache(into)
     print(f"MLflow run {recorded.run}, commit {recorded.commit[:12]}: in {into}", flush=True)
     if recorded.changed:
-        print("The run had changes that were not committed: code, or settings, of which params.yaml is there.")
+        print("The code of the run had changes that were not committed.")
     computed = [] if _fetched(into) else _compute(into)
     print(f"Computed: {', '.join(computed)}." if computed else "Nothing was computed: all of it was fetched.")
     return 0 if _compare(recorded, into) else 1

@@ -20,7 +20,7 @@ class Recorded:
     Attributes:
         run: the parent run's id.
         commit: the git commit.
-        changed: whether code or settings that were run differ from the commit.
+        changed: whether the code that was run differs from the commit.
         files: text of `params.yaml` and `dvc.lock`.
         metrics: ``<step>/<metric>`` -> value.
         version: the registered model version as ``models:/<name>/<number>``, where there is one.
