@@ -11,6 +11,7 @@ import configparser
 import contextlib
 import logging
 import os
+import re
 import shutil
 import threading
 import time
@@ -20,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artifacts import write_json
+from pipeline.artifacts import STAGES, write_json
 from pipeline.process.secrets import mask
 from pipeline.tracking.journal import read_json
 from unfreeze.errors import UserError
@@ -35,6 +36,7 @@ PATIENCE = 10.0
 """Seconds that a step waits at its end for what is still being copied."""
 FORGET = 7 * 24 * 3600
 """Seconds after which the checkpoints of a step that nobody has gone on with are removed."""
+FINGERPRINT = re.compile("[0-9a-f]{16}")
 NOTE = Path(".unfreeze/shared.json")
 """Which folders of the shared place this workspace has written to."""
 
@@ -208,12 +210,14 @@ def forget(stages: set[str]) -> None:
 
 
 def _forget_old(place: str) -> None:
+    """In a place that others may use for other things: only what has the name of a step and a fingerprint is looked at."""
     fs, folder = _open(place)
-    for step in fs.ls(folder, detail=False):
-        for run in fs.ls(step, detail=False):
-            touched = [fs.modified(file) for file in fs.find(run)]
-            if touched and time.time() - max(map(_seconds, touched)) > FORGET:
-                fs.rm(run, recursive=True)
+    for step in STAGES:
+        for run in fs.ls(f"{folder}/{step}", detail=False) if fs.isdir(f"{folder}/{step}") else ():
+            if FINGERPRINT.fullmatch(run.rstrip("/").rpartition("/")[2]):
+                touched = [_seconds(fs.modified(file)) for file in fs.find(run)]
+                if touched and time.time() - max(touched) > FORGET:
+                    fs.rm(run, recursive=True)
 
 
 def _seconds(when: datetime) -> float:

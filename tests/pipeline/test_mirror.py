@@ -134,19 +134,26 @@ def test_a_place_that_hangs_holds_up_nothing(place: str, monkeypatch: pytest.Mon
 
 def test_what_is_safe_in_the_remote_is_shared_no_more_nor_what_is_a_week_old(place: str, tmp_path: Path) -> None:
     saved(1, place)
-    old, new = Path(place) / "retrain/old/full.safetensors", Path(place) / "retrain/new/full.safetensors"
-    for file in (old, new):
+    week = time.time() - 8 * 24 * 3600
+    names = (
+        "retrain/0123456789abcdef/full.safetensors",
+        "retrain/fedcba9876543210/full.safetensors",
+        "photos/0123456789abcdef/a",
+        "retrain/b/a",
+    )
+    old, new, *foreign = [Path(place, name) for name in names]
+    for file in (old, new, *foreign):
         file.parent.mkdir(parents=True)
         file.touch()
-    week = time.time() - 8 * 24 * 3600
-    os.utime(old, (week, week))
+        if file != new:
+            os.utime(file, (week, week))
     forget({"retrain"})
     assert (Path(place) / "train_full/word/training.safetensors").exists()
     forget({"ingest", "train_full"})
     assert not (Path(place) / "train_full/word").exists()
     saved(1, place)  # by which others' are looked at
     forget({"retrain"})
-    assert not old.exists() and new.exists()
+    assert not old.exists() and new.exists() and all(file.exists() for file in foreign)
 
 
 def test_checkpoints_are_shared_beside_dvcs_remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
