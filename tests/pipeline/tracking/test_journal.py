@@ -14,6 +14,7 @@ import pytest
 from flows.publish import publish, what_waits
 from pipeline.tracking import sender
 from pipeline.tracking.journal import Journal, is_being_written, read, waiting
+from pipeline.tracking.tracker import Tracker
 from unfreeze.errors import UserError
 
 HEAD = {"pass": "a/pass", "stage": "ingest"}
@@ -251,3 +252,17 @@ def test_the_next_worker_takes_a_run_that_its_last_one_has_ended(head: dict[str,
     journal = Journal(head | {"owner": "2@next", "execution": "2"})
     list(sender.send(client, journal))
     assert runs(client)["a"] == ("RUNNING", "2@next")
+
+
+def test_no_model_is_logged_to_a_run_that_another_worker_has_taken(
+    head: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"UNFREEZE_PASS": "a", "UNFREEZE_OWNER": "1@lost", "MLFLOW_EXPERIMENT_NAME": "unfreeze"}.items():
+        monkeypatch.setenv(name, value)
+    tracker = Tracker("register", {"data.source": "photos", "backbone.name": "timm:a", "data.image_size": 32}, {})
+    parent = tracker.parent()
+    sender.client().set_tag(parent, "unfreeze.owner", "2@next")
+    with pytest.raises(UserError, match="Another worker has taken this run"):
+        tracker.parent()
+    tracker.close("KILLED", {}, 0.0)
+    assert sender.client().get_run(parent).info.status == "RUNNING"
