@@ -67,9 +67,10 @@ ui: $(READY)  ## open MLflow's pages on the local database: http://127.0.0.1:500
 server: $(READY)  ## start a Prefect server: http://127.0.0.1:4200
 	prefect server start --host 127.0.0.1
 
-deploy: $(READY)  ## create the work pool gpu and deploy the recipe to it
+deploy: $(READY)  ## create the work pool gpu, and deploy the recipe to it; NOTIFY=slack-webhook/team tells the team by that block of Prefect's
 	prefect work-pool inspect gpu > /dev/null 2>&1 || prefect work-pool create gpu --type process
 	python -m flows.deploying
+	python -m flows.automations $(if $(NOTIFY),--notify $(NOTIFY))
 
 worker: $(READY)  ## start a worker for the pool gpu, named after this host; as many runs at once as there are GPUs
 	prefect worker start --pool gpu --name "$$(uname -n)" --limit "$$(python -m pipeline.process.cards)"

@@ -4,6 +4,7 @@ At the start the settings and images are checked, DVC says what is stale, and th
 the cache is put on MLflow's parent run too, and DVC's remote gets what is new.
 """
 
+import json
 import os
 import sys
 import uuid
@@ -12,20 +13,24 @@ from contextlib import suppress
 
 import psutil
 from prefect import get_run_logger
+from prefect.events import emit_event
 
 from flows import dvc
+from flows.automations import COMPARED
 from flows.checks import check_images
 from flows.flow_run import address, current, name_run
+from flows.owner import claim, is_another_attempt
 from flows.prefect_links import run_address
 from flows.prefect_server import SAME_PASS
 from flows.pushing import Pushing
 from flows.stage import Outcome, Plan, warn_of_remote
-from pipeline.artifacts import STAGES
+from pipeline.artifacts import STAGES, artifact
 from pipeline.dvc_cache import TORN, drop_torn, settle
 from pipeline.process.secrets import mask
-from pipeline.process.signals import PARENT, die_with, identity
+from pipeline.process.signals import PARENT, identity
 from pipeline.process.workspace import link_source
 from pipeline.provenance import title
+from pipeline.tracking.comparison import compare_with_the_one_before
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.local_store import adopt_files
 from pipeline.tracking.sender import waiting_here
@@ -62,8 +67,10 @@ def begin() -> Plan:
     os.environ[DOOR] = "deployment" if deployed else "flow"
     os.environ[ADDRESS] = address(run) if run else ""
     name_run(title(flatten(settings)))
-    if deployed and (worker := psutil.Process().parent()):
-        die_with([identity(worker)])
+    if run and deployed:
+        claim(run)
+        if is_another_attempt():
+            get_run_logger().info("This run was begun before, perhaps on a worker that is lost: it goes on.")
     os.environ[PARENT] = identity(psutil.Process())
     with suppress(OSError):  # a terminal may have no name, in a container say
         os.environ["UNFREEZE_TTY"] = os.ttyname(sys.stderr.fileno())
@@ -83,7 +90,7 @@ def finish(outcomes: Mapping[str, Outcome], plan: Plan, status: str, pushing: Pu
         pushing: what pushes after each step.
     """
     log = get_run_logger()
-    ran = any(outcome.ran for outcome in outcomes.values())
+    ran = any(outcome.ran for outcome in outcomes.values()) or is_another_attempt()
     journal: Journal | None = None
     if ran:
         journal = begin_journal("", flatten(load_settings()), {})
@@ -94,6 +101,13 @@ def finish(outcomes: Mapping[str, Outcome], plan: Plan, status: str, pushing: Pu
         settle()  # what the last step's DVC has taken
     if waiting_here():
         Delivery(journal, log.warning).close()
+    if (
+        status == "FINISHED"
+        and "register" in outcomes
+        and outcomes["register"].ran
+        and os.environ[DOOR] == "deployment"
+    ):
+        _tell_whether_better()
     if ran and (address := run_address()):
         log.info("MLflow run: %s", address)
     if not pushing.wait() and ((ran and plan.push) or dvc.to_push()) and (trouble := dvc.push()):
@@ -101,3 +115,14 @@ def finish(outcomes: Mapping[str, Outcome], plan: Plan, status: str, pushing: Pu
             "DVC's remote did not take everything; the next pass sends the rest, or `unfreeze publish`: %s",
             mask(trouble),
         )
+
+
+def _tell_whether_better() -> None:
+    """Say how the new version does beside the one before, in the log, and to Prefect, where an automation may tell people."""
+    try:
+        registered = json.loads(artifact("register", "registration.json").read_text())
+        text = compare_with_the_one_before(registered["model"], registered["version"])
+        emit_event(COMPARED, {"prefect.resource.id": f"{COMPARED}.{registered['model']}"}, payload={"text": text})
+        get_run_logger().info(text)
+    except Exception as error:  # a server that does not answer costs only this
+        get_run_logger().warning("Not compared with the version before: %s", mask(str(error)).split("\n")[0])

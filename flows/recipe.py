@@ -5,9 +5,10 @@ from contextlib import ExitStack
 from typing import Any
 
 from prefect import flow
-from prefect.exceptions import TerminationSignal
+from prefect.exceptions import Abort, TerminationSignal
 
 from flows.checks import check_for
+from flows.owner import leave_to_another, stop_if_taken
 from flows.passes import begin, finish
 from flows.prefect_logs import log_sentences
 from flows.pushing import Pushing
@@ -71,6 +72,7 @@ def recipe(
     Raises:
         UserError: a setting is wrong, or another run is at work in this workspace.
         StageFailed: a step failed, with the last lines of what it printed.
+        Abort: another worker has taken the run, or takes it next.
     """
     log_sentences()
     names = [step.name for step in STEPS]
@@ -92,13 +94,20 @@ def recipe(
                 outcomes[step.name] = run_stage(step, plan)
                 if plan.push and any(outcome.ran for outcome in outcomes.values()):
                     pushing.after(step.name)
+            stop_if_taken()
             status = "FINISHED"
+        except Abort:  # how the pass ends is for another worker to say
+            status = ""
+            raise
         except (KeyboardInterrupt, TerminationSignal):  # the second: Prefect's own handler of SIGTERM
             status = "KILLED"
             end_in_time()
+            leave_to_another()
             raise
         finally:
-            finish(outcomes, plan, status, pushing)
+            if status:
+                finish(outcomes, plan, status, pushing)
+        stop_if_taken()
     return outcomes
 
 

@@ -15,6 +15,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Completed
 
 from flows import dvc
+from flows.owner import is_taken, stop_if_taken
 from flows.prefect_links import publish_links
 from pipeline.exit_codes import LESS_MEMORY, USER_ERROR
 from pipeline.process.secrets import mask
@@ -61,7 +62,9 @@ class StageFailed(Exception):
 
 
 def worth_a_retry(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """Whether a failure may go away by itself: not when the user has to mend something."""
+    """Whether a failure may go away by itself: not when the user has to mend something, nor here when the run is another's."""
+    if is_taken():
+        return False
     try:
         state.result()
     except StageFailed as error:
@@ -102,10 +105,12 @@ def stage_task(stage: str, description: str, gpu: bool = False) -> Task[[Plan], 
 
 
 def run_stage(task: Task[[Plan], Any], plan: Plan) -> Outcome:
-    """Run a stage's task and say what became of it. Raises what made it fail."""
+    """Run a stage's task and say what became of it. Raises what made it fail, and Abort where the run is another worker's."""
+    stop_if_taken()
     start = time.monotonic()
     state = task(plan, return_state=True)
     if state.is_failed() or state.is_crashed() or state.is_cancelled():
+        stop_if_taken()
         state.result()
     return Outcome(state.name != "Cached", time.monotonic() - start)
 

@@ -1,0 +1,158 @@
+"""What Prefect's server does by itself: a run whose worker is lost is scheduled again, and people are told.
+
+`make deploy` runs this file; done again, it changes the automations that are there. A flow run sends a heartbeat every 30
+seconds (`PREFECT_FLOWS_HEARTBEAT_FREQUENCY` in `prefect.yaml`, the least that Prefect takes).
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from datetime import timedelta
+from uuid import UUID
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import CallWebhook, ChangeFlowRunState, SendNotification
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+from prefect.exceptions import ObjectNotFound
+
+SILENCE = timedelta(seconds=90)
+"""Time without a heartbeat after which the worker of a run is taken for lost."""
+STARTING = timedelta(minutes=10)
+"""Time that a worker has between taking a run and starting it; it may have to install an environment first."""
+LOST = "WorkerLost"
+"""Name of the state of a run whose worker is lost, in which it is for a moment."""
+Match = dict[str, str | list[str]]
+RUNS: Match = {"prefect.resource.id": "prefect.flow-run.*"}
+OURS: Match = {"prefect.resource.role": "tag", "prefect.resource.id": "prefect.tag.unfreeze"}
+"""Deployments carry this tag, and so do their runs; others have no worker that could be lost."""
+
+COMPARED = "unfreeze.model"
+"""Event of a deployment's run that has registered a model: how it does beside the version before."""
+STATE = "{{ flow_run.name }}: {{ flow_run.state.message }} {{ flow_run|ui_url }}"
+
+
+def events(*names: str) -> set[str]:
+    """Events of a flow run, by the names of its states."""
+    return {f"prefect.flow-run.{name}" for name in names}
+
+
+def silent(after: set[str], within: timedelta) -> EventTrigger:
+    """Fires for a run of which nothing is heard after one of these events."""
+    return EventTrigger(
+        match=RUNS, match_related=OURS, after=after, expect=events("*"), for_each={"prefect.resource.id"},
+        posture=Posture.Proactive, threshold=1, within=within,
+    )  # fmt: skip
+
+
+def heard(match: Match, related: Match, expected: set[str]) -> EventTrigger:
+    """Fires for each of these events, of what is matched."""
+    return EventTrigger(match=match, match_related=related, expect=expected, posture=Posture.Reactive, threshold=1)
+
+
+def takeovers() -> list[AutomationCore]:
+    """Schedule a run again whose worker is lost: the same run, which another worker goes on with.
+
+    In two steps. A heartbeat may come after the end of its run, from a machine whose clock is ahead say; but Prefect lets
+    no run crash that has ended.
+    """
+
+    def crash(message: str) -> ChangeFlowRunState:
+        return ChangeFlowRunState(name=LOST, state=StateType.CRASHED, message=message, force=False)
+
+    return [
+        AutomationCore(
+            name="unfreeze: worker lost",
+            description="No heartbeat of a run for a while.",
+            trigger=silent(events("heartbeat", "Running", "Retrying", "Rerunning"), SILENCE),
+            actions=[crash("No heartbeat: the worker is lost, another one goes on.")],
+        ),
+        AutomationCore(
+            name="unfreeze: worker lost before the start",
+            description="A worker took a run and did not start it.",
+            trigger=silent(events("Pending", "Submitting", "InfrastructurePending"), STARTING),
+            actions=[crash("Taken and not started: the worker is lost, another one starts it.")],
+        ),
+        AutomationCore(
+            name="unfreeze: another worker",
+            description="Another worker goes on with a run whose worker is lost.",
+            trigger=heard(RUNS, OURS, events(LOST)),
+            actions=[
+                ChangeFlowRunState(
+                    name="AwaitingRetry", state=StateType.SCHEDULED, message="For another worker.", force=False
+                )
+            ],
+        ),
+    ]
+
+
+def notifications(block: UUID, kind: str) -> list[AutomationCore]:
+    """Tell people what happens to runs.
+
+    Args:
+        block: id of a block of Prefect's, by which the team wants to be told.
+        kind: its type; ``webhook`` gets JSON with the key ``text``, which Slack and Mattermost take as it is.
+    """
+
+    def tell(subject: str, body: str) -> SendNotification | CallWebhook:
+        if kind == "webhook":
+            text = f"{{% filter tojson %}}{subject}: {body}{{% endfilter %}}"
+            return CallWebhook(block_document_id=block, payload=f'{{"text": {text}}}')
+        return SendNotification(block_document_id=block, subject=subject, body=body)
+
+    told: tuple[tuple[str, Match, Match, set[str], str], ...] = (
+        ("failed", RUNS, OURS, events("Failed", "Crashed", "TimedOut"), STATE),
+        ("worker lost", RUNS, OURS, events(LOST), STATE),
+        ("better or not", {"prefect.resource.id": f"{COMPARED}.*"}, {}, {COMPARED}, "{{ event.payload.text }}"),
+    )
+    return [
+        AutomationCore(
+            name=f"unfreeze: tell: {what}",
+            trigger=heard(match, related, expected),
+            actions=[tell(f"unfreeze: {what}", body)],
+        )
+        for what, match, related, expected, body in told
+    ]  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Create or change the automations; returns the exit code: 2 where there is no such block."""
+    parser = argparse.ArgumentParser(prog="python -m flows.automations", description=__doc__)
+    parser.add_argument(
+        "--notify", metavar="TYPE/NAME",
+        help="tell people by this block, for example slack-webhook/team; `prefect block ls` lists yours. Without it nothing "
+        "changes about who is told.",
+    )  # fmt: skip
+    chosen = parser.parse_args(arguments)
+    with get_client(sync_client=True) as client:
+        automations = takeovers()
+        if chosen.notify:
+            kind, _, name = chosen.notify.partition("/")
+            try:
+                block = client.read_block_document_by_name(name, kind)
+            except ObjectNotFound:
+                print(
+                    f"unfreeze: there is no block {chosen.notify}. Make one on Prefect's page Blocks; `prefect block ls` "
+                    "lists those that are there.",
+                    file=sys.stderr,
+                )
+                return 2
+            automations += notifications(block.id, kind)
+        put(client, automations)
+    return 0
+
+
+def put(client: SyncPrefectClient, automations: Iterable[AutomationCore]) -> None:
+    """Create automations, or change those of the same name; whether one is switched off stays as it is."""
+    for automation in automations:
+        found = client.read_automations_by_name(automation.name)
+        if found:
+            automation.enabled = found[0].enabled
+            client.update_automation(found[0].id, automation)
+        else:
+            client.create_automation(automation)
+        print(f"Automation: {automation.name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

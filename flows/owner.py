@@ -1,0 +1,78 @@
+"""A deployed flow run belongs to the worker that started it last.
+
+Where a worker is lost, Prefect's automation (`flows/automations.py`) schedules its flow run again, and the next worker takes
+it: the server counts one more execution (`run_count`). A worker that was only cut off finds that out here, and stops
+without a word to anybody: states of the run in Prefect and MLflow are the new owner's.
+"""
+
+import contextlib
+import os
+import threading
+import time
+from uuid import UUID
+
+import psutil
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.exceptions import Abort
+
+from flows.automations import LOST
+from pipeline.process.signals import die_with, identity
+from pipeline.tracking.tracker import OWNER, owner
+
+LOOK = 30.0
+"""Seconds between two looks at whose the run is."""
+
+_owned: tuple[UUID, int] | None = None
+
+
+def claim(run: FlowRun) -> None:
+    """Note that this process executes a deployed flow run, for its worker, and stop its steps when another one takes it."""
+    global _owned
+    _owned = run.id, run.run_count
+    os.environ[OWNER] = owner(run.run_count)
+    if worker := psutil.Process().parent():
+        die_with([identity(worker)])
+    threading.Thread(target=_watch, daemon=True).start()
+
+
+def is_taken() -> bool:
+    """Whether the run is scheduled again, or already executed again; no, where the server does not answer."""
+    if _owned is None:
+        return False
+    with contextlib.suppress(Exception), get_client(sync_client=True) as client:
+        run = client.read_flow_run(_owned[0])
+        state = run.state
+        lost = state and (state.is_scheduled() or state.is_pending() or state.name == LOST)
+        return bool(lost) or run.run_count != _owned[1]
+    return False
+
+
+def is_another_attempt() -> bool:
+    """Whether the run was begun before: a worker was lost with it, or a person has Prefect try it again."""
+    return _owned is not None and _owned[1] > 1
+
+
+def stop_if_taken() -> None:
+    """Raises Abort, by which a flow ends in the state that the server says, where another worker has taken the run."""
+    if is_taken():
+        raise Abort("Another worker has taken this run: it is left alone here.")
+
+
+def leave_to_another() -> None:
+    """Raises Abort where a flow is stopped that nobody has cancelled: its worker stops or is gone, and another one goes on."""
+    if _owned is None:
+        return
+    with contextlib.suppress(Exception), get_client(sync_client=True) as client:
+        state = client.read_flow_run(_owned[0]).state
+        if state and state.is_running():
+            raise Abort("The worker stops: another one takes the run.")
+
+
+def _watch() -> None:
+    while not is_taken():
+        time.sleep(LOOK)
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if "dvc" in child.cmdline():  # its step ends after a checkpoint
+                child.terminate()
