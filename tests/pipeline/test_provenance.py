@@ -52,3 +52,12 @@ def test_the_description_says_where_a_run_was_and_masks_secrets(
 def test_without_a_commit_nothing_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert title(FLAT) == "photos · resnet18 · 160 px" and code_tags() == {}
+
+
+def test_the_commit_is_known_in_a_clone_of_somebody_elses(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container, to whose superuser a folder of the host's is given."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # Git's own, for its tests
+    refused = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert "dubious ownership" in refused.stderr
+    assert code_tags() == {"mlflow.source.git.commit": commit, "unfreeze.changed": "no"}
