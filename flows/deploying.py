@@ -43,7 +43,9 @@ def source() -> dict[str, str]:
         raise UserError("The deployment runs what is committed to a branch: check one out (`git switch main`).")
     if Path(top, repository).exists():
         repository = str(Path(top, repository).resolve())
-    return {"repository": without_credentials(repository), "branch": branch}
+    if repository.startswith("http"):  # of ssh://git@host the user is part of the address
+        repository = without_credentials(repository)
+    return {"repository": repository, "branch": branch}
 
 
 if __name__ == "__main__":
