@@ -56,7 +56,7 @@ def started(project: Project, log: Path, *words: str) -> Iterator[subprocess.Pop
 
 
 def wait_for(address: str, log: Path) -> None:
-    for _ in range(240):
+    for _ in range(600):
         try:
             with urllib.request.urlopen(address, timeout=2):
                 return
