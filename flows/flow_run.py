@@ -74,7 +74,7 @@ def wait_for_equal(is_shared: Callable[[], bool]) -> None:
 def _equal(client: "SyncPrefectClient", run: FlowRun) -> FlowRun | None:
     """A run at work that computes the same and began before this one, by the server's clock."""
     tags = [tag for tag in client.read_flow_run(run.id).tags if tag.startswith(COMPUTES)]
-    wanted = {"tags": {"all_": tags}, "state": {"type": {"any_": [StateType.RUNNING]}}}
+    wanted = {"tags": {"all_": tags}, "state": {"type": {"any_": [StateType.RUNNING, StateType.CANCELLING]}}}
     found = client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(wanted)) if tags else []
     began = {other.id: (other.state.timestamp, other.id) for other in found if other.state}
     earlier = [other for other in found if other.id in began and run.id in began and began[other.id] < began[run.id]]

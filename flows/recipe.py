@@ -80,7 +80,8 @@ def recipe(
         raise UserError(f"until is {until!r}, and must be one of the steps: {', '.join(names)}.")
     if sweep:
         os.environ[SWEEP] = sweep
-    with at_work(), alone("run"), ExitStack() as until_the_end:
+    # A run that computes the same, was waited for, and has ended for Prefect may be about to end.
+    with at_work(), alone("run", GRACE), ExitStack() as until_the_end:
         with put_back_on_error("params.yaml"):
             if settings or settings_file:
                 _write(settings, settings_file)
