@@ -13,7 +13,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export MLFLOW_DISABLE_TELEMETRY = true
 
 .DEFAULT_GOAL := help
-.PHONY: remove-venv help setup run repro test fast-test soak lint types bench ui server deploy worker clean
+.PHONY: remove-venv help setup run repro test fast-test long-test lint types bench ui server deploy worker clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | column -t -s '|'
@@ -40,13 +40,14 @@ repro: $(READY)  ## run the recipe with DVC alone
 	dvc repro
 
 # In the order of the folders: the long tests of tests/integration are among the first, and the short ones fill what time is left.
-test: $(READY)  ## run all tests
-	pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+test: $(READY)  ## run all tests but the long ones
+	pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
 
 fast-test: $(READY)  ## run the tests that take no minutes
 	pytest -q -n 2 --dist loadfile --ignore tests/integration
 
-soak: $(READY)  ## kill a small recipe at some moment, start it again, and compare with one that was left alone
+long-test: $(READY)  ## run the tests that take minutes: lost workers, and a small recipe that is killed and started again
+	pytest -q -n 2 --dist loadfile -m long tests/integration
 	python -m tests.integration.soak --kills 1 --seed 5
 
 lint: $(READY)  ## look for mistakes and untidiness

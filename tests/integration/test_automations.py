@@ -22,6 +22,8 @@ from flows import automations, owner
 from tests.integration.project import Project
 from tests.integration.test_deployment import free_port, started, wait_for
 
+pytestmark = pytest.mark.long
+
 SHORT = timedelta(seconds=12)
 
 

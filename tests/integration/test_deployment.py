@@ -255,6 +255,7 @@ def test_a_schedule_of_every_minute_starts_runs_by_itself(team: Team, every_minu
     assert team.server_errors() == []
 
 
+@pytest.mark.long
 def test_an_equal_run_waits_a_cancelled_one_ends_and_a_killed_worker_leaves_nothing(team: Team) -> None:
     project, worker = team.project, team.worker
     assert worker is not None

@@ -22,6 +22,8 @@ from tests.integration.project import SMALL, Project, make_project
 from tests.integration.test_deployment import Team, at_work, free_port, started, wait_for
 from unfreeze.settings.overrides import apply_overrides
 
+pytestmark = pytest.mark.long
+
 SETTINGS = SMALL | {"batch_size": "2", "train_full.cycle_len": "40", "checkpoint.batches": "5"}
 PULL = """
 import os
