@@ -157,15 +157,15 @@ def _run_alone(chosen: argparse.Namespace) -> int:
         check_images(load_settings())
     _check_surroundings()
 
-    from flows.prefect_server import did_not_start, go_on_without, is_away, prepare_database, why_not_started
+    from flows.prefect_server import go_on_without, is_away, prefect_server
     from flows.publish import what_waits
     from flows.recipe import recipe
     from flows.stage import StageFailed
     from flows.summary import print_steps, print_summary
 
-    prepare_database()
     try:
-        outcomes = recipe(overrides, until=chosen.until)
+        with prefect_server():
+            outcomes = recipe(overrides, until=chosen.until)
         if chosen.until == "register":
             print_summary(outcomes)
         else:
@@ -174,8 +174,6 @@ def _run_alone(chosen: argparse.Namespace) -> int:
         print(f"unfreeze: {error}", file=sys.stderr)
         return 1
     except Exception as error:
-        if did_not_start(error):
-            raise why_not_started() from None
         if not is_away(error):
             raise
         go_on_without(overrides, chosen.until)

@@ -4,11 +4,12 @@ When the one that is named is away, the pass goes on with a temporary one. Prefe
 knows the steps, so the pass starts again in this process's place, without that server, and goes on at the step it was at.
 """
 
+import logging
 import os
 import sqlite3
 import sys
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,7 +29,12 @@ DATABASES = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CON
 ANSWERS = 5.0
 """Seconds within which a server that is well has answered."""
 
-NOT_STARTED = "Timed out while attempting to connect to ephemeral Prefect API server"
+ROOT_LEVEL = "PREFECT_LOGGING_ROOT_LEVEL"
+"""How much a server logs of its libraries: SQLAlchemy would print a traceback where the temporary one is stopped in the
+middle of something."""
+
+TALK = ("prefect.client", "prefect.events", "prefect.logging", "prefect._internal", "EventsWorker", "APILogWorker")
+"""Prefect's loggers that tell what has not reached a server yet, or could not."""
 
 
 def check_api() -> None:
@@ -70,15 +76,57 @@ def _is_api(url: str) -> bool | None:
     return response.text.strip() == "true"
 
 
+@contextmanager
+def prefect_server() -> Iterator[None]:
+    """Have a Prefect server for the flow in the block: the one that is named, or a temporary one, which ends after the flow
+    has told it everything.
+
+    Raises:
+        UserError: the temporary server does not start.
+    """
+    from prefect.settings import PREFECT_API_URL
+
+    if PREFECT_API_URL.value():
+        yield
+        return
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+    from prefect.server.api.server import SubprocessASGIServer
+
+    prepare_database()
+    server = SubprocessASGIServer()
+    before = os.environ.get(ROOT_LEVEL)
+    os.environ[ROOT_LEVEL] = before or "CRITICAL"  # for the server alone
+    try:
+        server.start()
+    except RuntimeError:
+        raise _not_started() from None
+    finally:
+        if not before:
+            del os.environ[ROOT_LEVEL]
+    try:
+        yield
+    finally:
+        hush()
+        for worker in (EventsWorker, APILogWorker):
+            worker.drain_all(timeout=ANSWERS)
+        server.stop()
+
+
+def hush() -> None:
+    """Say no more of a temporary server: whoever ends the flow may have ended it as well."""
+    for name in TALK:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
 def prepare_database() -> None:
-    """Give a temporary server a database of its own: that of the account may be another version's, broken or closed.
+    """Give the temporary server a database of its own: that of the account may be another version's, broken or closed.
 
     One for each version of Prefect; where it is damaged, it begins anew. What the user names stays.
     """
     from prefect import __version__
-    from prefect.settings import PREFECT_API_URL
 
-    if PREFECT_API_URL.value() or any(map(os.environ.get, DATABASES)):
+    if any(map(os.environ.get, DATABASES)):
         return
     FOLDER.mkdir(exist_ok=True)
     file = FOLDER / f"prefect-{__version__}.db"
@@ -99,19 +147,12 @@ def _is_sound(file: Path) -> bool:
         return False
 
 
-def did_not_start(error: BaseException) -> bool:
-    """Whether an error of a flow says that the temporary server did not start in time."""
-    return isinstance(error, RuntimeError) and str(error).startswith(NOT_STARTED)
-
-
-def why_not_started() -> UserError:
-    """What to say then."""
+def _not_started() -> UserError:
     seconds = os.environ["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"]
-    named = next((f" at the database that {name} names" for name in DATABASES[1:] if os.environ.get(name)), "")
     return UserError(
-        f"Prefect's temporary server did not start{named} in {seconds} seconds. Where the machine is busy, set "
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS to more; with PREFECT_SERVER_LOGGING_LEVEL=ERROR it says what is "
-        "wrong. `dvc repro` does without Prefect."
+        f"Prefect's temporary server did not start in {seconds} seconds. Where the machine is busy, set "
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS to more; where the environment names a database for it, with "
+        f"{' or '.join(DATABASES)}, see that it is sound. `dvc repro` does without Prefect."
     )
 
 

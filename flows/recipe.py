@@ -11,6 +11,7 @@ from flows.checks import check_for
 from flows.owner import leave_to_another, stop_if_taken
 from flows.passes import begin, finish
 from flows.prefect_logs import log_sentences
+from flows.prefect_server import hush
 from flows.pushing import Pushing
 from flows.stage import Outcome, run_stage, stage_task
 from flows.workspace import at_work
@@ -102,6 +103,7 @@ def recipe(
             raise
         except (KeyboardInterrupt, TerminationSignal):  # the second: Prefect's own handler of SIGTERM
             status = "KILLED"
+            hush()
             end_in_time()
             leave_to_another()
             raise

@@ -1,7 +1,10 @@
 """Which Prefect server a run works with is seen before it begins."""
 
 import http.server
+import os
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +17,8 @@ from flows import prefect_server
 from flows.cli import main
 from tests.flows.test_checks import workspace  # noqa: F401
 from unfreeze.errors import UserError
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 class Pages(http.server.BaseHTTPRequestHandler):
@@ -105,10 +110,30 @@ def test_a_damaged_one_and_another_versions_make_room(database: Path) -> None:
     assert not database.exists() and not any(file.exists() for file in beside)
 
 
-def test_a_database_or_server_that_is_named_stays(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_database_that_is_named_stays(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(prefect_server.DATABASES[1], "sqlite+aiosqlite:///mine.db")
     prefect_server.prepare_database()
-    monkeypatch.setenv(prefect_server.DATABASES[1], "")
-    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
-        prefect_server.prepare_database()
     assert not prefect_server.os.environ[prefect_server.DATABASES[0]] and not database.parent.exists()
+
+
+def test_the_temporary_server_starts_for_any_home_and_ends_after_the_flow_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefect's own folder has a database that is broken; SQLAlchemy's traceback came now and then."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/prefect.db").write_bytes(b"this is no database\n" * 100)
+    code = (
+        "import flows, prefect\n"
+        "from flows.prefect_server import prefect_server\n"
+        "@prefect.flow\n"
+        "def one(): prefect.get_run_logger().info('at work')\n"
+        "with prefect_server(): one()\n"
+        "print('over')\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
+    environment |= {"PREFECT_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("over\n"), done.stderr
+    said = done.stdout + done.stderr
+    assert "Traceback" not in said and "WARNING" not in said and "ERROR" not in said
+    assert "Stopping temporary server" in said.strip().splitlines()[-1]

@@ -112,8 +112,8 @@ def _trouble_with(name: str, weights: str, image_size: int) -> str:
     if pretrained and (made_for := _made_for(library, short)) != image_size:
         try:
             _load_as_if(library, name, short, made_for, backbone, image_size)
-        except Exception as error:
-            return f"has pretrained weights for {made_for} px images, which do not fit {image_size} px ({_line(error)})"
+        except Exception:
+            return f"has pretrained weights for {made_for} px images, which do not fit {image_size} px"
     if file := _weights_file(name, weights):
         _load(backbone, weights, file)
     return ""
