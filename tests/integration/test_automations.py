@@ -34,6 +34,7 @@ def client(
     """Of a server of one's own."""
     project, port, log = make_project(), free_port(), tmp_path_factory.mktemp("logs") / "server.log"
     api = f"http://127.0.0.1:{port}/api"
+    project.environment["PREFECT_API_URL"] = api  # by which the server knows the address of its pages
     command = ("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port))
     with started(project, log, *command), temporary_settings({PREFECT_API_URL: api}):
         wait_for(f"{api}/health", log)
@@ -139,7 +140,7 @@ def test_a_run_whose_worker_is_silent_is_scheduled_again_and_no_other(
     for again in (pending, running):
         client.set_flow_run_state(lost.id, again)
     found = client.read_flow_run(lost.id)
-    assert (found.run_count, found.state_name) == (2, "Retrying")
+    assert (found.run_count, found.state_type) == (2, StateType.RUNNING)
     monkeypatch.setattr(owner, "_owned", (lost.id, 1))
     assert owner.is_taken()
     monkeypatch.setattr(owner, "_owned", (lost.id, 2))

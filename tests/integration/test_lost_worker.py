@@ -64,7 +64,7 @@ def machines(tmp_path: Path) -> Iterator[Team]:
     file.write_text(file.read_text() + "\npull:\n  - pull_step.checkout: {}\n")
     commit = ("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qam", "team")
     subprocess.run(commit, cwd=project.folder, check=True)
-    team = Team(project, api, tracking, tmp_path)
+    team = Team(project, tmp_path / "first", api, tracking, tmp_path)
     prefect_server = ("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect_port))
     mlflow_server = ("mlflow", "server", "--host", "127.0.0.1", "--port", str(mlflow_port), "--workers", "1")
     with (
