@@ -61,7 +61,7 @@ def machines(tmp_path: Path) -> Iterator[Team]:
     }
     project.run("dvc", "remote", "add", "--default", "team", str(tmp_path / "remote"))
     file = project.folder / "prefect.yaml"
-    file.write_text(file.read_text() + "\npull:\n  - pull_step.checkout: {}\n")
+    file.write_text(re.sub(r"flows\.workspace\.prepare: .*", "pull_step.checkout: {}", file.read_text()))
     commit = ("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qam", "team")
     subprocess.run(commit, cwd=project.folder, check=True)
     team = Team(project, tmp_path / "first", api, tracking, tmp_path)
