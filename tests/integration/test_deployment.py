@@ -296,7 +296,7 @@ def test_an_equal_run_waits_a_cancelled_one_ends_and_a_killed_worker_leaves_noth
 
 def at_work(pid: int) -> list[psutil.Process]:
     """Wait until a step of a worker's flow is at work; returns all processes that the worker has started."""
-    for _ in range(1200):
+    for _ in range(3000):
         family = psutil.Process(pid).children(recursive=True)
         for process in family:
             with suppress(psutil.Error):
