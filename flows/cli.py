@@ -146,13 +146,16 @@ def _check_code() -> None:
 
 def _run_alone(chosen: argparse.Namespace) -> int:
     from flows.checks import check_for, check_images
+    from pipeline.process.lock import alone
+    from pipeline.process.signals import GRACE
     from unfreeze.settings.overrides import with_overrides
     from unfreeze.settings.schema import load_settings, parse_text, read_text
 
     overrides = _overrides(chosen)
     text = with_overrides("params.yaml", overrides) if overrides else ""
     if overrides and text != read_text("params.yaml"):
-        check_for(overrides)(parse_text(text))
+        with alone("step", GRACE):  # which may be a step of `dvc repro`
+            check_for(overrides)(parse_text(text))
     else:
         check_images(load_settings())
     _check_surroundings()
