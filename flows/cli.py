@@ -3,6 +3,7 @@
 
 import argparse
 import os
+import select
 import signal
 import sys
 from pathlib import Path
@@ -44,12 +45,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _is_unread() -> bool:
     """Whether nobody reads what is printed any more, as after ``| head``; the rest is thrown away then."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """What cannot come to an end is refused before anything is written or run, through the command line and a flow's parameters."""
 
 import errno
+import io
 import os
 import re
 import shutil
@@ -124,11 +125,14 @@ def test_check_says_how_the_folder_was_understood(workspace: Path, capsys: pytes
     ]
 
 
-def test_a_reader_that_has_read_enough_is_no_error(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("unbuffered", [False, True])  # as with PYTHONUNBUFFERED
+def test_a_reader_that_has_read_enough_is_no_error(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, unbuffered: bool
+) -> None:
     """As `unfreeze check | head -1`."""
     read, write = os.pipe()
     os.close(read)
-    with os.fdopen(write, "w") as pipe:
+    with io.TextIOWrapper(os.fdopen(write, "wb", 0 if unbuffered else -1), write_through=unbuffered) as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
         assert main(["check", "-S", "backbone.name=timm:test_efficientnet", "-S", "backbone.weights=none"]) == UNREAD
 
