@@ -29,7 +29,8 @@ OURS: Match = {"prefect.resource.role": "tag", "prefect.resource.id": "prefect.t
 
 COMPARED = "unfreeze.model"
 """Event of a deployment's run that has registered a model: how it does beside the version before."""
-STATE = "{{ flow_run.name }}: {{ flow_run.state.message }} {{ flow_run|ui_url }}"
+# Prefect knows the address of its pages where the server has PREFECT_UI_URL.
+STATE = "{{ flow_run.name }}: {{ flow_run.state.message }} {{ flow_run|ui_url or '' }}"
 
 
 def events(*names: str) -> set[str]:
@@ -64,7 +65,7 @@ def takeovers() -> list[AutomationCore]:
         AutomationCore(
             name="unfreeze: worker lost",
             description="No heartbeat of a run for a while.",
-            trigger=silent(events("heartbeat", "Running", "Retrying", "Rerunning"), SILENCE),
+            trigger=silent(events("heartbeat", "Running"), SILENCE),
             actions=[crash("No heartbeat: the worker is lost, another one goes on.")],
         ),
         AutomationCore(

@@ -34,7 +34,7 @@ def client(
     """Of a server of one's own."""
     project, port, log = make_project(), free_port(), tmp_path_factory.mktemp("logs") / "server.log"
     api = f"http://127.0.0.1:{port}/api"
-    project.environment["PREFECT_API_URL"] = api  # by which the server knows the address of its pages
+    project.environment["PREFECT_UI_URL"] = f"http://127.0.0.1:{port}"  # for links
     command = ("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port))
     with started(project, log, *command), temporary_settings({PREFECT_API_URL: api}):
         wait_for(f"{api}/health", log)
