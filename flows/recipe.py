@@ -101,7 +101,8 @@ def recipe(
         except Abort:  # how the pass ends is for another worker to say
             status = ""
             raise
-        except (KeyboardInterrupt, TerminationSignal):  # the second: Prefect's own handler of SIGTERM
+        # The second: Prefect's own handler of SIGTERM; the third: its log, when the worker is gone that read it.
+        except (KeyboardInterrupt, TerminationSignal, SystemExit):
             status = "KILLED"
             hush()
             end_in_time()

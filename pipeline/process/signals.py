@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
 
@@ -96,10 +96,14 @@ def alive(word: str) -> bool:
         return False
 
 
-def die_with(words: Iterable[str]) -> None:
+def die_with(words: Iterable[str], before: Callable[[], None] = lambda: None) -> None:
     """End this process, softly if it can be, soon after any of these processes (`identity`) is gone.
 
     The kernel's own way (PR_SET_PDEATHSIG) knows only the direct parent, which may be a shell that outlives DVC.
+
+    Args:
+        words: the processes.
+        before: what to do first.
     """
     watched = list(words)
     if not watched:
@@ -108,6 +112,7 @@ def die_with(words: Iterable[str]) -> None:
     def watch() -> None:
         while all(alive(word) for word in watched):
             time.sleep(0.5)
+        before()
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(GRACE)
         os.kill(os.getpid(), signal.SIGKILL)

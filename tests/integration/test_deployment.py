@@ -292,6 +292,9 @@ def test_an_equal_run_waits_a_cancelled_one_ends_and_a_killed_worker_leaves_noth
         second_worker.kill()
         gone, left = psutil.wait_procs(family, timeout=60)
         assert gone and not left, [process.cmdline() for process in left]
+        # The run does not: another worker goes on with it, once Prefect misses its heartbeats.
+        states = [one["name"] for one in team.request(f"flow_run_states/?flow_run_id={second}")]
+        assert "Running" in states and "Crashed" not in states
 
 
 def at_work(pid: int) -> list[psutil.Process]:
