@@ -47,7 +47,7 @@ fast-test: $(READY)  ## run the tests that take no minutes
 	pytest -q -n 2 --dist loadfile --ignore tests/integration
 
 long-test: $(READY)  ## run the tests that take minutes: lost workers, and a small recipe that is killed and started again
-	pytest -q -n 2 --dist loadfile -m long tests/integration
+	pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m long
 	python -m tests.integration.soak --kills 1 --seed 5
 
 lint: $(READY)  ## look for mistakes and untidiness

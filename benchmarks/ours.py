@@ -203,8 +203,11 @@ def stages(
         return activation_batches(activations, packed.labels, order[first:], loader.device)
 
     groups = decay_groups(model.head.parameters())
+    chance = images.chance_loss(settings.train)
     rate = _rate(
-        settings.lr_find, lambda: _sweep(images, model.head, groups, on_activations, settings.lr_find, settings.train)
+        settings.lr_find,
+        chance,
+        lambda: _sweep(images, model.head, groups, on_activations, settings.lr_find, settings.train),
     )
     data = phases.Activations(
         activations, packed.labels, train, valid, settings.batch_size, settings.seed, loader.device
@@ -214,7 +217,7 @@ def stages(
     phases.fit_augmented(model, images, rate, settings.train_augmented, settings.train)
     yield "train_augmented"
     sweep = settings.unfreeze_lr_find
-    rate = _rate(sweep, lambda: _find(work, model, loader, settings.unfreeze, sweep))
+    rate = _rate(sweep, chance, lambda: _find(work, model, loader, settings.unfreeze, sweep))
 
     def keep(number: int) -> None:
         if cycles is not None:
@@ -271,11 +274,8 @@ def _sweep(
     return range_test(model, make_optimizer(groups, train), batches, sweep, loss=images.loss(train))
 
 
-def _rate(sweep: LRFind, test: Callable[[], pd.DataFrame]) -> float:
-    if sweep.rate is not None:
-        return sweep.rate
-    curve = test()
-    return pick_rate(suggest(curve), sweep.pick)
+def _rate(sweep: LRFind, chance: float, test: Callable[[], pd.DataFrame]) -> float:
+    return sweep.rate if sweep.rate is not None else pick_rate(suggest(test(), chance), sweep.pick)
 
 
 def predict_views(work: Work, model: Classifier, loader: Loader, split: str) -> Any:

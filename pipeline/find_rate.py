@@ -21,6 +21,7 @@ def find_rate(
     batches: Callable[[int, int], Iterable[Batch]],
     settings: LRFind,
     loss: nn.Module,
+    chance: float,
 ) -> dict[str, float]:
     """Sweep the rate over training batches, pick one, keep curve and plot.
 
@@ -30,6 +31,7 @@ def find_rate(
         batches: those of epoch n (from 0), from batch i (from 0) on.
         settings: the sweep's ends, its length, and the rule that picks.
         loss: what the training is going to lower.
+        chance: the lowest loss of a prediction that is the same for every image.
 
     Returns:
         Metrics: the rate to train with, and the points of the curve it was chosen among.
@@ -37,7 +39,7 @@ def find_rate(
     curve = range_test(model, optimizer, batches, settings, run.checkpoint("sweep"), loss)
     for i, row in enumerate(curve.itertuples(index=False, name=None)):
         run.tracker.curve(dict(zip(COLUMNS, row, strict=True)), i)
-    picks = suggest(curve)
+    picks = suggest(curve, chance)
     rate = settings.rate if settings.rate is not None else pick_rate(picks, settings.pick)
     metrics = {"rate": rate, **asdict(picks)}
     how = "given in params.yaml" if settings.rate is not None else f"rule: {settings.pick}"

@@ -11,8 +11,7 @@ import pytest
 
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # read when mlflow is imported, by whichever test comes first
-os.environ.setdefault("OMP_NUM_THREADS", "2")
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as several tests run at once, each with its threads
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as several tests run at once
 
 
 @pytest.fixture

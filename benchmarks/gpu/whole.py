@@ -77,14 +77,14 @@ def recipe(scale: Scale, data: Path) -> list[Row]:
         order = shuffled(train, speed.batch, ours.seed, epoch)
         return activation_batches(activations, labels, order[first:], loader.device)
 
+    seen = Images(loader, train, valid, ours.augment, ours.seed)
     with _timed(spent, "lr_find"):
         optimizer = make_optimizer(decay_groups(model.head.train().parameters()), ours.train)
         curve = range_test(model.head, optimizer, batches, ours.lr_find)
-        rate = pick_rate(suggest(curve), ours.lr_find.pick)
+        rate = pick_rate(suggest(curve, seen.chance_loss(ours.train)), ours.lr_find.pick)
     with _timed(spent, "train_head"):
         on_activations = Activations(activations, labels, train, valid, speed.batch, ours.seed, loader.device)
         fit_head(model.head, on_activations, rate, ours.train_head, ours.train)
-    seen = Images(loader, train, valid, ours.augment, ours.seed)
     states = {"train_head": copy.deepcopy(model.state_dict())}
     with _timed(spent, "train_augmented"):
         fit_augmented(model, seen, rate, ours.train_augmented, ours.train)
@@ -96,7 +96,7 @@ def recipe(scale: Scale, data: Path) -> list[Row]:
             lambda epoch, first: loader.augmented(train, ours.augment, ours.seed, epoch, first),
             ours.unfreeze_lr_find,
         )
-        rate = pick_rate(suggest(curve), ours.unfreeze_lr_find.pick)
+        rate = pick_rate(suggest(curve, seen.chance_loss(ours.train)), ours.unfreeze_lr_find.pick)
     with _timed(spent, "train_full"):
         history = fit_full(model, seen, rate, ours.train_full, ours.unfreeze, ours.train)
     states["train_full"] = copy.deepcopy(model.state_dict())

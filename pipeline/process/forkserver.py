@@ -28,7 +28,17 @@ from typing import Any, NoReturn
 from pipeline.process.signals import GRACE
 
 ADDRESS = "UNFREEZE_WARM"
-IMPORTS = ("torch", "torch._dynamo", "timm", "pandas", "sklearn.linear_model", "matplotlib.figure", "mlflow", "cv2")
+IMPORTS = (
+    "torch",
+    "torch._dynamo",
+    "timm",
+    "pandas",
+    "sklearn.linear_model",
+    "matplotlib.backends.backend_agg",
+    "mlflow",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "cv2",
+)
 PR_SET_PDEATHSIG = 1
 LONGEST = 108
 """Bytes of a socket's address with the zero at its end."""

@@ -61,6 +61,7 @@ def test_our_recipe_is_judged_on_valid_and_test(work: Work) -> None:
     assert all(0 <= value <= 1 for name, value in result.items() if "accuracy" in name)
 
 
+@pytest.mark.long
 def test_accuracies_are_noted_run_by_run_and_go_on_where_they_stopped(
     work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,8 +114,9 @@ def test_a_checkpoint_is_a_small_share_of_the_interval(work: Work) -> None:
 
 
 def test_memory_does_not_grow_with_the_images() -> None:
-    found = memory.measure(lambda text: None, counts=(200, 2_000))
-    assert found["growth_mb"] < 50 < 2_000 * memory.SIZE**2 * 3 / 1e6
+    """Sets of many batches: where an epoch has fewer than are read ahead, fewer are in memory."""
+    found = memory.measure(lambda text: None, counts=(1_000, 5_000))
+    assert found["peak_mb"]["5000"] - found["peak_mb"]["1000"] < 150 < 4_000 * memory.SIZE**2 * 3 / 1e6
 
 
 def test_turns_of_steps_from_the_flows_log() -> None:

@@ -30,6 +30,7 @@ def test_a_part_finds_what_it_is_about_and_holds_its_bars(name: str, data: Path)
     assert not [found for found in rows if str(found["value"]).startswith("failed")]
 
 
+@pytest.mark.long
 def test_the_command_writes_a_file_and_a_table(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     done = subprocess.run(

@@ -116,6 +116,7 @@ def test_a_database_that_is_named_stays(database: Path, monkeypatch: pytest.Monk
     assert not prefect_server.os.environ[prefect_server.DATABASES[0]] and not database.parent.exists()
 
 
+@pytest.mark.long
 def test_the_temporary_server_starts_for_any_home_and_ends_after_the_flow_in_silence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,6 +104,7 @@ def make_project(base: Path, settings: dict[str, str] = SMALL) -> Project:
         "PREFECT_HOME": str(base / "prefect"),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "OMP_NUM_THREADS": "1",
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
         "DVC_NO_ANALYTICS": "1",
         "DO_NOT_TRACK": "1",
         "COLUMNS": "200",

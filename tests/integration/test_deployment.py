@@ -196,7 +196,7 @@ def test_a_deployment_has_scheduled_runs_within_two_minutes(team: Team) -> None:
 
 
 def test_a_run_has_its_own_settings_and_leaves_the_checkout_as_it_is(team: Team) -> None:
-    run = team.finish_a_run(settings={"train_full.cycles": 2}, settings_file="settings/team.yaml")
+    run = team.finish_a_run(settings={"train_full.cycles": 2}, settings_file="settings/team.yaml", until="explore")
     assert run["name"] == "photos · test_efficientnet · 32 px · unfreeze.lr_ratio=4.0, train_full.cycles=2"
     assert team.project.git("status", "--porcelain") == ""
     assert not [
@@ -207,7 +207,8 @@ def test_a_run_has_its_own_settings_and_leaves_the_checkout_as_it_is(team: Team)
     assert list((team.home / "workspaces").iterdir()) == []
 
     (parent,) = team.parent_runs()
-    assert len(team.runs()) == 1 + len(STAGES) and {run.info.status for run in team.runs()} == {"FINISHED"}
+    assert len(team.runs()) == 1 + len(["ingest", "explore"])
+    assert {run.info.status for run in team.runs()} == {"FINISHED"}
     assert parent.data.tags["unfreeze.door"] == "deployment"
     assert parent.data.params["train_full.cycles"] == "2" and parent.data.params["unfreeze.lr_ratio"] == "4.0"
     assert parent.data.tags["mlflow.source.git.commit"] == team.project.git("rev-parse", "HEAD")
@@ -215,9 +216,6 @@ def test_a_run_has_its_own_settings_and_leaves_the_checkout_as_it_is(team: Team)
     description = parent.data.tags["mlflow.note.content"]
     assert f"/runs/flow-run/{run['id']}" in description and socket.gethostname() in description
     assert "train_full.cycles=2" in description
-    links = team.project.run("prefect", "artifact", "ls")
-    for key in ("mlflow-run", "lr-find-plot", "evaluate-plot"):
-        assert key in links
 
 
 def test_the_next_run_uses_what_was_committed_since_and_inherits_no_settings(team: Team) -> None:
@@ -227,6 +225,12 @@ def test_the_next_run_uses_what_was_committed_since_and_inherits_no_settings(tea
     run = team.finish_a_run()
     assert run["name"] == "photos · test_efficientnet · 32 px"
     newest = team.parent_runs()[0]
+    steps = [one for one in team.runs() if one.data.tags.get("mlflow.parentRunId") == newest.info.run_id]
+    assert len(steps) == len(STAGES) - 1  # of the same images, ingest was finished before
+    assert {one.info.status for one in [newest, *steps]} == {"FINISHED"}
+    links = team.project.run("prefect", "artifact", "ls")
+    for key in ("mlflow-run", "lr-find-plot", "evaluate-plot"):
+        assert key in links
     assert newest.data.tags["mlflow.source.git.commit"] == commit
     assert newest.data.metrics["explore/committed_since"] == 1.0
     assert newest.data.params["train_full.cycles"] == "1" and newest.data.params["unfreeze.lr_ratio"] == "3.0"

@@ -106,6 +106,7 @@ def test_served_model_answers(flow_project: Project) -> None:
     assert "p_bright" in flow_project.run("ask")
 
 
+@pytest.mark.long
 def test_the_same_model_again(flow_project: Project) -> None:
     """From the cache; what the cache has lost is computed; what MLflow does not know is said."""
     output = flow_project.run("flows.cli", "reproduce", "models:/unfreeze/1")
@@ -136,6 +137,7 @@ def make_stale(project: Project) -> None:
     code.write_text(code.read_text() + "\n# a change\n")
 
 
+@pytest.mark.long
 def test_a_pass_goes_on_while_mlflow_and_the_remote_are_away(flow_project: Project) -> None:
     project = Project(flow_project.folder, flow_project.environment | {"MLFLOW_TRACKING_URI": "http://a:b@127.0.0.1:9"})
     (project.folder / "in the way").touch()
@@ -159,6 +161,7 @@ def test_a_pass_goes_on_while_mlflow_and_the_remote_are_away(flow_project: Proje
             assert f"{stage}/{name}" in parents[0].data.metrics
 
 
+@pytest.mark.long
 def test_what_the_cache_lacks_is_computed_when_the_remote_is_away(flow_project: Project) -> None:
     project = flow_project
     remote = project.folder / "in the way"
@@ -175,6 +178,7 @@ def test_what_the_cache_lacks_is_computed_when_the_remote_is_away(flow_project: 
     (project.folder / ".unfreeze/about-cache/to-push").unlink()
 
 
+@pytest.mark.long
 def test_a_pass_that_fails_does_not_say_that_nothing_is_left(flow_project: Project) -> None:
     photo = flow_project.folder.parent / "photos/dark/00.png"
     whole = photo.read_bytes()
@@ -187,6 +191,7 @@ def test_a_pass_that_fails_does_not_say_that_nothing_is_left(flow_project: Proje
     assert "Nothing to run" in back  # it comes from the cache
 
 
+@pytest.mark.long
 def test_a_lock_file_that_was_cut_off_costs_nothing(flow_project: Project) -> None:
     lock = flow_project.folder / "dvc.lock"
     whole = lock.read_text()
@@ -198,6 +203,7 @@ def test_a_lock_file_that_was_cut_off_costs_nothing(flow_project: Project) -> No
     (flow_project.folder / "dvc.lock.damaged").unlink()
 
 
+@pytest.mark.long
 def test_a_pass_goes_on_when_prefects_server_is_away_from_the_start(flow_project: Project) -> None:
     environment = flow_project.environment | {"PREFECT_API_URL": "http://127.0.0.1:9/api"}
     output = Project(flow_project.folder, environment).run("flows.cli", "run")
@@ -205,6 +211,7 @@ def test_a_pass_goes_on_when_prefects_server_is_away_from_the_start(flow_project
     assert "Nothing to run" in output
 
 
+@pytest.mark.long
 def test_a_pass_goes_on_when_prefects_server_dies(flow_project: Project, tmp_path: Path) -> None:
     port, log = free_port(), tmp_path / "server.log"
     address = f"http://127.0.0.1:{port}/api"
@@ -238,17 +245,20 @@ def dvc_project(make_project: Callable[[], Project]) -> Project:
     return project
 
 
+@pytest.mark.long
 def test_dvc_alone_does_and_tracks_the_same(dvc_project: Project) -> None:
     assert dvc_project.ran(dvc_project.first) == list(STAGES)
     check_tracking(dvc_project, "dvc repro")
 
 
+@pytest.mark.long
 def test_same_seed_same_weights_through_either_door(flow_project: Project, dvc_project: Project) -> None:
     for stage in ("train_head/head", "train_augmented/head", "train_full/model", "retrain/model"):
         one, other = (p.folder / "artifacts" / f"{stage}.safetensors" for p in (flow_project, dvc_project))
         assert one.read_bytes() == other.read_bytes(), stage
 
 
+@pytest.mark.long
 def test_what_people_try_with_dvc(dvc_project: Project) -> None:
     project = dvc_project
     (project.folder / "artifacts/train_head/head.safetensors").unlink()
@@ -272,6 +282,7 @@ def test_what_people_try_with_dvc(dvc_project: Project) -> None:
     assert project.ran(project.run("dvc", "repro", "--force", "--single-item", "explore")) == ["explore"]
 
 
+@pytest.mark.long
 def test_an_experiment_in_a_copy_is_recorded_where_the_workspace_is(dvc_project: Project) -> None:
     """DVC removes the copy, and its own record of the version is the workspace's once the experiment is applied."""
     output = dvc_project.run("dvc", "exp", "run", "--temp", "--name", "in-a-copy", "-S", "register.model_name=other")
@@ -286,6 +297,7 @@ def test_an_experiment_in_a_copy_is_recorded_where_the_workspace_is(dvc_project:
     assert "up to date" in dvc_project.run("dvc", "status")
 
 
+@pytest.mark.long
 def test_a_changed_image_is_noticed_wherever_the_folder_lies(dvc_project: Project) -> None:
     photos = dvc_project.folder.parent / "photos"
     (photos / "dark/00.png").rename(photos / "bright/relabelled.png")

@@ -4,7 +4,11 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.integration.soak import at_work, begin, nothing_left, project
+
+pytestmark = pytest.mark.long
 
 
 def test_prefects_temporary_server_ends_with_a_flow_that_is_killed(tmp_path: Path) -> None:

@@ -298,6 +298,7 @@ def test_an_answer_that_is_lost_doubles_nothing(server: Server, proxy: Proxy, tm
     work.check({"ingest": 1200})
 
 
+@pytest.mark.long
 def test_server_and_step_are_killed_and_publish_sends_what_there_is(tmp_path: Path) -> None:
     (tmp_path / "served").mkdir()
     server = Server(tmp_path / "served")
@@ -324,6 +325,7 @@ def test_server_and_step_are_killed_and_publish_sends_what_there_is(tmp_path: Pa
         server.kill()
 
 
+@pytest.mark.long
 def test_a_model_is_registered_once_however_often_it_takes(server: Server, proxy: Proxy, tmp_path: Path) -> None:
     work = Work(tmp_path, server, proxy.port)
     for name in ("params.yaml", "dvc.yaml"):

@@ -6,8 +6,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.integration.project import Project
 from unfreeze.settings.overrides import apply_overrides
+
+pytestmark = pytest.mark.long
 
 UPTO = "ingest"  # the seed decides how it splits
 

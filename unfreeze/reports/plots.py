@@ -73,7 +73,7 @@ def lr_find_plot(curve: pd.DataFrame, picks: Mapping[str, float | None]) -> Figu
 
     Args:
         curve: columns rate, change, smoothed and error, as `unfreeze.training.lr_curve.make_curve` gives them.
-        picks: rate, minimum, knee, steepest and valley, as learning rates; what is None or not a number is left out.
+        picks: rate, minimum, divergence, steepest and valley, as learning rates; what is None or not a number is left out.
     """
     figure, axes = _figure(7.0, 4.4)
     rate, smoothed, error = curve["rate"], curve["smoothed"], curve["error"]
@@ -83,11 +83,10 @@ def lr_find_plot(curve: pd.DataFrame, picks: Mapping[str, float | None]) -> Figu
     )
     axes.plot(rate, smoothed, color=BLUE, linewidth=2, label="smoothed")
     axes.set_xscale("log")
-    # A rise as high as the fall is enough to see; where there is next to no fall, one of 0.3.
-    low, scale = smoothed.min(), max(-smoothed.min(), 0.3)
-    axes.set_ylim(low - 0.2 * scale, min(smoothed.max(), scale) + 0.2 * scale)
+    low, high = smoothed.min(), smoothed.max()
+    axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
     for name, colour, marker in (
-        ("minimum", RED, "v"), ("knee", ORANGE, "o"), ("steepest", GREEN, "s"), ("valley", PURPLE, "D")
+        ("minimum", RED, "v"), ("divergence", ORANGE, "o"), ("steepest", GREEN, "s"), ("valley", PURPLE, "D")
     ):  # fmt: skip
         at = picks.get(name)
         if at is not None and np.isfinite(at):

@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
 from unfreeze.settings.schema import Train
@@ -18,6 +17,8 @@ def class_weights(labels: NDArray[np.int64], classes: int) -> NDArray[np.float64
         labels: class numbers of the training images (N,).
         classes: how many classes there are.
     """
+    from sklearn.utils.class_weight import compute_class_weight  # here, as importing it takes seconds
+
     present, weights = np.unique(labels), np.zeros(classes)
     weights[present] = compute_class_weight("balanced", classes=present, y=labels)
     return weights
@@ -34,6 +35,22 @@ def make_loss(train: Train, labels: NDArray[np.int64], classes: int, device: tor
     """
     weights = torch.from_numpy(class_weights(labels, classes)).float() if train.balance == "loss" else None
     return nn.CrossEntropyLoss(weights, label_smoothing=train.label_smoothing).to(device)
+
+
+def chance_loss(train: Train, labels: NDArray[np.int64], classes: int) -> float:
+    """The lowest loss of a prediction that is the same for every image, in nats.
+
+    As `make_loss` computes losses, but that with weights PyTorch weighs the smoothing of labels as well.
+
+    Args:
+        train: the settings; with ``train.balance`` all classes count the same.
+        labels: class numbers of the training images (N,).
+        classes: how many classes there are.
+    """
+    counts = np.bincount(labels, minlength=classes)
+    shares = counts / counts.sum() if train.balance == "none" else (counts > 0) / (counts > 0).sum()
+    smoothed = (1 - train.label_smoothing) * shares + train.label_smoothing / classes
+    return float(-np.sum(smoothed[smoothed > 0] * np.log(smoothed[smoothed > 0])))
 
 
 def sampling_probabilities(train: Train, labels: NDArray[np.int64]) -> NDArray[np.float64] | None:

@@ -15,11 +15,14 @@ from unfreeze.errors import UserError
 
 Floats = NDArray[np.float64]
 COLUMNS = ("rate", "loss", "change", "smoothed", "error")
-HARM = 0.1
-"""Rise of the loss (in nats) above its lowest that counts as harm.
+LOST = 0.7
+"""The loss has diverged when it has risen by this share of the way from its lowest to chance.
 
-Of an unfrozen network the lowest point is chance: its head is trained already, and the curve is flat and then rises. The
-rise is steep, and several standard errors high where it has come to a tenth (benchmarks/notes/choices.md)."""
+Of all points of the curve this varies least from seed to seed and with the number of images (benchmarks/notes/choices.md):
+the rise is steep there, and many standard errors high."""
+LIMITS = 0.1, 1.0
+"""The least and the largest such rise in nats: of a network that is hardly better than chance, and of many classes. After
+a rise of 1.0 the sweep ends."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,14 @@ class Picks:
 
     Attributes:
         minimum: rate of the lowest smoothed loss.
-        knee: highest rate that does no harm yet: from there on, the smoothed loss is more than `HARM` above its lowest.
+        divergence: highest rate before the loss diverges: from there on, the smoothed loss has risen by more than `LOST`
+            of the way from its lowest to chance, within `LIMITS`.
         steepest: rate at which the smoothed loss falls fastest, on the way to its minimum.
         valley: rate two thirds into the longest sequence of ever lower smoothed losses, after fastai's rule of that name.
     """
 
     minimum: float
-    knee: float
+    divergence: float
     steepest: float
     valley: float
 
@@ -80,8 +84,12 @@ def _variance(change: Floats) -> Floats:
     return variance
 
 
-def suggest(curve: pd.DataFrame) -> Picks:
+def suggest(curve: pd.DataFrame, chance: float) -> Picks:
     """Points of a curve (`make_curve`) that a rate can be picked by.
+
+    Args:
+        curve: the sweep's.
+        chance: loss of the best prediction that is the same for every image (`unfreeze.training.balance.chance_loss`).
 
     Raises:
         UserError: there are fewer than three rates to judge by.
@@ -93,10 +101,12 @@ def suggest(curve: pd.DataFrame) -> Picks:
         )
     rates, smoothed = curve["rate"].to_numpy(), curve["smoothed"].to_numpy()
     lowest = int(smoothed.argmin())
-    knee = int(np.flatnonzero(smoothed <= smoothed[lowest] + HARM)[-1])
+    starting = float((curve["loss"] - curve["change"]).mean())
+    rise = np.clip(LOST * (chance - starting - smoothed[lowest]), *LIMITS)
+    divergence = int(np.flatnonzero(smoothed <= smoothed[lowest] + rise)[-1])
     # Only on the way down to the lowest loss: past it, the swings of a loss that diverges are steeper than any descent.
     steepest = int(np.gradient(smoothed, np.log(rates))[: lowest + 1].argmin())
-    return Picks(*(float(rates[i]) for i in (lowest, knee, steepest, _valley(smoothed))))
+    return Picks(*(float(rates[i]) for i in (lowest, divergence, steepest, _valley(smoothed))))
 
 
 def pick_rate(picks: Picks, rule: str) -> float:
@@ -104,10 +114,10 @@ def pick_rate(picks: Picks, rule: str) -> float:
 
     Args:
         picks: points of the curve.
-        rule: ``minimum`` (one order of magnitude below the lowest loss, the rule of the fast.ai lesson), ``knee``,
-            ``steepest`` or ``valley``.
+        rule: ``minimum`` (one order of magnitude below the lowest loss, the rule of the fast.ai lesson), ``divergence``
+            (one order of magnitude below it), ``steepest`` or ``valley``.
     """
-    return picks.minimum / 10 if rule == "minimum" else float(getattr(picks, rule))
+    return float(getattr(picks, rule)) / (10 if rule in ("minimum", "divergence") else 1)
 
 
 def _valley(losses: Floats) -> int:
