@@ -2,9 +2,17 @@
 
 import sys
 
-from pipeline.artifacts import STAGES
-from pipeline.process import forkserver
-from pipeline.process.environment import set_environment
+try:
+    from pipeline.artifacts import STAGES
+    from pipeline.process import forkserver
+    from pipeline.process.environment import set_environment
+except ModuleNotFoundError as missing:  # `dvc repro`, and the first `python` in PATH is another one
+    print(
+        f"unfreeze is not installed for {sys.executable}, the first python in PATH (it lacks {missing.name}). Activate "
+        "its environment first: . .venv/bin/activate",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 set_environment()  # before a step imports torch
 if len(sys.argv) != 2 or sys.argv[1] not in STAGES:
