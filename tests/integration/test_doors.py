@@ -1,9 +1,6 @@
 """The doors `unfreeze run` and `dvc repro`: the same house behind both, with real Prefect, DVC and MLflow."""
 
 import json
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +11,6 @@ from PIL import Image
 
 from pipeline.artifacts import STAGES
 from tests.integration.project import Project
-from tests.integration.test_deployment import free_port, started, wait_for
 from unfreeze.settings.overrides import apply_overrides
 
 AFTER_FULL = ["train_full", "evaluate", "retrain", "register"]
@@ -129,113 +125,6 @@ def test_a_wrong_setting_is_refused_before_anything_runs(flow_project: Project) 
     output = flow_project.run("flows.cli", "run", "-S", "data.valid=1.5", code=2)
     assert "data.valid" in output and "Traceback" not in output
     assert (flow_project.folder / "params.yaml").read_text() == before
-
-
-def make_stale(project: Project) -> None:
-    """Change the code of `explore`: of all steps it alone is to be run then."""
-    code = project.folder / "tasks/explore.py"
-    code.write_text(code.read_text() + "\n# a change\n")
-
-
-@pytest.mark.long
-def test_a_pass_goes_on_while_mlflow_and_the_remote_are_away(flow_project: Project) -> None:
-    project = Project(flow_project.folder, flow_project.environment | {"MLFLOW_TRACKING_URI": "http://a:b@127.0.0.1:9"})
-    (project.folder / "in the way").touch()
-    project.run("dvc", "remote", "add", "-d", "away", str(project.folder / "in the way/remote"))
-    make_stale(project)
-    output = project.run("flows.cli", "run")
-    assert output.count("It goes on without") == 2  # the step says so, and the pass
-    assert "MLflow at http://***@127.0.0.1:9 has not got everything" in output and "a:b@" not in output
-    assert "DVC's remote did not take everything" in output and "Traceback" not in output
-
-    assert "does not answer (connection refused)" in project.run("flows.cli", "publish", code=1)
-    (project.folder / "in the way").unlink()
-    output = flow_project.run("flows.cli", "publish", code=1)  # it was meant for another server
-    assert "Pushed to DVC's remote" in output and "--anyway" in output
-    assert "Sent to MLflow" in flow_project.run("flows.cli", "publish", "--anyway")
-    assert "Nothing waits" in flow_project.run("flows.cli", "publish")
-    parents, _ = runs(flow_project)
-    assert len(parents) == 2 and parents[0].info.status == "FINISHED"
-    for stage in STAGES:
-        for name in json.loads((project.folder / "artifacts" / stage / "metrics.json").read_text()):
-            assert f"{stage}/{name}" in parents[0].data.metrics
-
-
-@pytest.mark.long
-def test_what_the_cache_lacks_is_computed_when_the_remote_is_away(flow_project: Project) -> None:
-    project = flow_project
-    remote = project.folder / "in the way"
-    shutil.rmtree(remote, ignore_errors=True)
-    remote.write_text("")
-    project.run("dvc", "remote", "add", "-f", "-d", "away", str(remote / "remote"))
-    for out in yaml.safe_load((project.folder / "dvc.lock").read_text())["stages"]["explore"]["outs"]:
-        (project.folder / ".dvc/cache/files/md5" / out["md5"][:2] / out["md5"][2:]).unlink()
-    (project.folder / "artifacts/explore/report.html").unlink()
-    output = project.run("flows.cli", "run")
-    assert output.count("DVC's remote cannot be used") == 1 and "Traceback" not in output
-    assert (project.folder / "artifacts/explore/report.html").exists()
-    project.run("dvc", "remote", "remove", "away")
-    (project.folder / ".unfreeze/about-cache/to-push").unlink()
-
-
-@pytest.mark.long
-def test_a_pass_that_fails_does_not_say_that_nothing_is_left(flow_project: Project) -> None:
-    photo = flow_project.folder.parent / "photos/dark/00.png"
-    whole = photo.read_bytes()
-    photo.write_bytes(whole[: len(whole) // 2])  # its header is sound, so that it is found out at work
-    output = flow_project.run("flows.cli", "run", "-S", "data.max_broken=0", code=1)
-    assert "ingest: " in output and "Nothing to run" not in output and "Traceback" not in output
-    assert output.count("dark/00.png: ") == 2  # in the log and at the end
-    photo.write_bytes(whole)
-    back = flow_project.run("flows.cli", "run", "-S", "data.max_broken=0.05")
-    assert "Nothing to run" in back  # it comes from the cache
-
-
-@pytest.mark.long
-def test_a_lock_file_that_was_cut_off_costs_nothing(flow_project: Project) -> None:
-    lock = flow_project.folder / "dvc.lock"
-    whole = lock.read_text()
-    lock.write_text(whole[: whole.index("path:") + 3])
-    output = flow_project.run("flows.cli", "run")
-    assert "dvc.lock.damaged" in output and "Nothing to run" in output
-    assert lock.read_text() == whole
-    assert flow_project.ran(flow_project.run("dvc", "repro")) == []
-    (flow_project.folder / "dvc.lock.damaged").unlink()
-
-
-@pytest.mark.long
-def test_a_pass_goes_on_when_prefects_server_is_away_from_the_start(flow_project: Project) -> None:
-    environment = flow_project.environment | {"PREFECT_API_URL": "http://127.0.0.1:9/api"}
-    output = Project(flow_project.folder, environment).run("flows.cli", "run")
-    assert output.count("Prefect's server at http://127.0.0.1:9/api does not answer. The run goes on") == 1
-    assert "Nothing to run" in output
-
-
-@pytest.mark.long
-def test_a_pass_goes_on_when_prefects_server_dies(flow_project: Project, tmp_path: Path) -> None:
-    port, log = free_port(), tmp_path / "server.log"
-    address = f"http://127.0.0.1:{port}/api"
-    environment = flow_project.environment | {"PREFECT_API_URL": address, "PREFECT_CLIENT_MAX_RETRIES": "2"}
-    make_stale(flow_project)
-    server = ("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-services")
-    with started(flow_project, log, *server):
-        wait_for(f"{address}/health", log)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", "run"], cwd=flow_project.folder, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        assert process.stdout is not None
-        output = ""
-        for line in process.stdout:
-            output += line
-            if "ingest" in line and "Finished" in line:
-                break
-    output += process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
-    assert output.count("does not answer. The run goes on with a temporary one") == 1
-    assert "Prefect's server" in output and flow_project.run("dvc", "status").count("up to date") == 1
-    parents, children = runs(flow_project)
-    assert [run.data.tags["mlflow.parentRunId"] for run in children].count(parents[0].info.run_id) == 1
 
 
 @pytest.fixture(scope="module")
