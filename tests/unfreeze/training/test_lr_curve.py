@@ -24,10 +24,7 @@ Floats = NDArray[np.float64]
 RATES = exponential_rates(1e-5, 10, 100)
 DECADES = np.log10(RATES)
 STEP = RATES[1] / RATES[0]
-
-
-CHANCE = 2.0
-"""Loss of a prediction that is the same for every image."""
+CHANCE = 2.0  # loss of a prediction that is the same for every image
 
 
 def near(rate: float, steps: float = 1.0) -> object:
