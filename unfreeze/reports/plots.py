@@ -84,7 +84,8 @@ def lr_find_plot(curve: pd.DataFrame, picks: Mapping[str, float | None]) -> Figu
     axes.plot(rate, smoothed, color=BLUE, linewidth=2, label="smoothed")
     axes.set_xscale("log")
     low, high = smoothed.min(), smoothed.max()
-    axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+    space = 0.1 * max(high - low, 0.1)
+    axes.set_ylim(low - space, high + space)
     for name, colour, marker in (
         ("minimum", RED, "v"), ("divergence", ORANGE, "o"), ("steepest", GREEN, "s"), ("valley", PURPLE, "D")
     ):  # fmt: skip
