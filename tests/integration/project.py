@@ -105,6 +105,7 @@ def make_project(base: Path, settings: dict[str, str] = SMALL) -> Project:
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "OMP_NUM_THREADS": "1",
         "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # processes for evaluating language models
         "DVC_NO_ANALYTICS": "1",
         "DO_NOT_TRACK": "1",
         "COLUMNS": "200",
