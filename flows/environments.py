@@ -12,6 +12,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -21,6 +22,8 @@ from pipeline.process.lock import hold
 from unfreeze.errors import UserError
 
 READY = ".ready"
+TOOLS = ("bench", "dev", "local-team")
+"""Extras of the project that no run needs."""
 
 
 def use_environment(folder: Path) -> None:
@@ -74,11 +77,13 @@ def _make(environment: Path, folder: Path) -> None:
 
 
 def _added(folder: Path) -> list[str]:
-    """What somebody has installed beside the project's own packages, `dvc-s3` say: needed by none, and pinned nowhere."""
+    """What is installed here beside what the project depends on: of its extras, such as `team`, and of nobody's, pinned nowhere."""
     known = {canonicalize_name(requirement.name) for requirement in (*_pins(folder), *_dependencies(folder))}
     for package in importlib.metadata.distributions():
         known |= {canonicalize_name(Requirement(text).name) for text in package.requires or []}
-    return sorted(_installed().keys() - known - {"unfreeze", "pip", "setuptools", "wheel", "uv"})
+    here = _installed().keys()
+    extras = {str(needed) for needed in _extras(folder) if canonicalize_name(needed.name) in here and _applies(needed)}
+    return sorted(extras | here - known - {"unfreeze", "pip", "setuptools", "wheel", "uv"})
 
 
 def _installed() -> dict[str, str]:
@@ -93,9 +98,19 @@ def _pins(folder: Path) -> Iterator[Requirement]:
 
 
 def _dependencies(folder: Path) -> Iterator[Requirement]:
+    yield from map(Requirement, _project(folder).get("dependencies", []))
+
+
+def _extras(folder: Path) -> Iterator[Requirement]:
+    """The requirements of the project's extras that a run may need."""
+    for name, texts in _project(folder).get("optional-dependencies", {}).items():
+        if name not in TOOLS:
+            yield from map(Requirement, texts)
+
+
+def _project(folder: Path) -> dict[str, Any]:
     file = folder / "pyproject.toml"
-    project = tomllib.loads(file.read_text(encoding="utf-8"))["project"] if file.exists() else {}
-    yield from map(Requirement, project.get("dependencies", []))
+    return dict(tomllib.loads(file.read_text(encoding="utf-8"))["project"]) if file.exists() else {}
 
 
 def _applies(requirement: Requirement) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.environments import meets
+from flows.environments import _added, meets
 
 NUMPY = importlib.metadata.version("numpy")
 
@@ -32,6 +32,17 @@ def test_an_environment_meets_what_it_has(tmp_path: Path, pins: str, dependencie
 
 def test_the_environment_of_these_tests_meets_the_project() -> None:
     assert meets(Path(__file__).parent.parent.parent)
+
+
+def test_an_environment_that_is_made_has_the_extras_of_this_one(tmp_path: Path) -> None:
+    """Though they are pinned: a worker whose DVC's remote is on S3 could not read it any more."""
+    (tmp_path / "constraints.txt").write_text(f"numpy=={NUMPY}\npytest==1\nabsent==1\npillow==1")
+    project = "[project]\ndependencies = []\n[project.optional-dependencies]\n"
+    extras = "team = ['numpy[x]', 'absent', 'pillow; sys_platform == \"nowhere\"']\ndev = ['pytest']\n"
+    (tmp_path / "pyproject.toml").write_text(project + extras)
+    added = _added(tmp_path)
+    assert "numpy[x]" in added and not {"absent", "pytest", "pillow", "numpy"} & set(added)
+    assert not [text for text in added if "nowhere" in text]
 
 
 def test_a_commit_that_asks_for_other_versions_gets_an_environment_once(tmp_path: Path) -> None:
