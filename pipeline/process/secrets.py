@@ -5,7 +5,7 @@ import re
 from urllib.parse import unquote
 
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s'\"]*@")
-_SECRET = r"password|passwd|token|secret|api_?key|access_?key|signature|credential"
+_SECRET = r"password|passwd|token|secret|api_?key|access_?key|auth_string|signature|credential"
 _QUERY = re.compile(rf"(?i)([?&][^=&\s]*(?:{_SECRET})[^=&\s]*=)[^&\s'\"]+")
 _NAME = re.compile(rf"(?i)(?:^|_)(?:{_SECRET})|(?:_key|token|secret|password)$")
 _PASSWORD = re.compile(r"://[^/\s:]*:([^/\s]+)@")
@@ -32,6 +32,7 @@ def without_credentials(address: str) -> str:
 
 def _secrets() -> list[str]:
     found = {value for name, value in os.environ.items() if _NAME.search(name) and not os.path.exists(value)}
+    found |= {value.partition(":")[2] for value in found if ":" in value}  # user:password
     for value in os.environ.values():
         if "://" in value:
             found |= {form for password in _PASSWORD.findall(value) for form in (password, unquote(password))}

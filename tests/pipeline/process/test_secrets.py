@@ -38,6 +38,12 @@ def test_names_of_secrets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert mask("says correct horse") == "says ***"
 
 
+def test_of_a_user_with_a_password_the_password_is_masked_alone_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Prefect has them in a variable."""
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "ann:swordfish")
+    assert mask("ann:swordfish and swordfish of ann") == "*** and *** of ann"
+
+
 def test_an_address_to_be_opened_has_no_credentials() -> None:
     assert without_credentials("https://ann:pass@host/x") == "https://host/x"
 
