@@ -7,7 +7,6 @@ They are copied while the training goes on. What a checkpoint needs is there bef
 when it is whole. They are removed once DVC's remote has what the step made.
 """
 
-import configparser
 import contextlib
 import logging
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import STAGES, write_json
+from pipeline.dvc_remote import default_remote, open_remote
 from pipeline.process.secrets import mask
 from pipeline.tracking.journal import read_json
 from unfreeze.errors import UserError
@@ -34,6 +34,10 @@ logger = logging.getLogger("unfreeze")
 NOWHERE = "none"
 PATIENCE = 10.0
 """Seconds that a step waits at its end for what is still being copied."""
+ANSWERS = 30.0
+"""Seconds in which a place that is well says whether it has a checkpoint."""
+UNFIT = ("http", "https", "webdav", "webdavs", "gdrive", "file")
+"""Kinds of DVC's remotes that cannot be written to, or have no place beside them."""
 FORGET = 7 * 24 * 3600
 """Seconds after which the checkpoints of a step that nobody has gone on with are removed."""
 FINGERPRINT = re.compile("[0-9a-f]{16}")
@@ -44,21 +48,25 @@ NOTE = Path(".unfreeze/shared.json")
 def shared_place(share: str | None) -> str | None:
     """Where checkpoints are shared, as `checkpoint.share` says; None for nowhere.
 
-    By default beside DVC's default remote, where that is a folder. Only the project's own configuration of DVC is read.
+    By default beside DVC's default remote. Only configuration files are read: nothing is asked over a network.
     """
     if share is not None:
         return None if share == NOWHERE else share
-    config = configparser.ConfigParser(interpolation=None, strict=False)
-    with contextlib.suppress(configparser.Error):
-        config.read([".dvc/config", ".dvc/config.local"], encoding="utf-8")
-    url = config.get(f"'remote \"{config.get('core', 'remote', fallback='')}\"'", "url", fallback="")
-    remote = Path(".dvc", url).resolve()  # as DVC reads it
-    return f"{remote}.checkpoints" if url and "://" not in url and remote.parent.is_dir() else None
+    url = (default_remote() or "").rstrip("/")
+    kind, separator, rest = url.partition("://")
+    if not separator:
+        return f"{url}.checkpoints" if url and Path(url).parent.is_dir() else None
+    if kind in UNFIT:
+        return None
+    return f"{url}.checkpoints" if "/" in rest else f"{url}/checkpoints"  # of a whole bucket, within it
 
 
 def check_share(share: str | None) -> None:
-    """Raises UserError where `checkpoint.share` names no place that can be opened, without looking whether it is there."""
-    if place := shared_place(share):
+    """Raises UserError where `checkpoint.share` names no place that can be opened, without looking whether it is there.
+
+    A place beside DVC's remote is DVC's to judge.
+    """
+    if share is not None and (place := shared_place(share)):
         try:
             _open(place)
         except (ImportError, ValueError) as error:
@@ -69,7 +77,12 @@ def check_share(share: str | None) -> None:
 
 
 def _open(place: str) -> tuple[Any, str]:
-    """The file system of a place, and its path there."""
+    """The file system of a place, and its path there; beside DVC's remote it is the remote's, with DVC's credentials."""
+    beside, url = shared_place(None), (default_remote() or "").rstrip("/")
+    if beside and "://" in beside and f"{place}/".startswith(f"{beside}/"):
+        fs, path = open_remote(url)
+        fs.invalidate_cache()  # of what it has listed: other machines write there
+        return fs, path + place.removeprefix(url)
     import fsspec  # here, as most steps share nothing
 
     fs, path = fsspec.core.url_to_fs(place)
@@ -99,8 +112,8 @@ class Mirror:
             Whether it was taken.
         """
         with self._saying():
-            fs, folder = _open(self.address)
-            if not fs.isfile(f"{folder}/{checkpoint.path.name}"):
+            fs, folder = self._found(checkpoint.path.name)
+            if fs is None:
                 return False
             new = self._get(fs, f"{folder}/{checkpoint.path.name}", checkpoint.path)
             if not checkpoint.take(new):
@@ -126,6 +139,26 @@ class Mirror:
             self._ended.set()
             self._waiting.set()
             self._thread.join(PATIENCE)
+
+    def _found(self, name: str) -> tuple[Any, str]:
+        """The file system and folder where a checkpoint is shared; None where it is not. Raises OSError without an answer."""
+        answer: list[tuple[Any, str] | Exception] = []
+
+        def ask() -> None:
+            try:
+                fs, folder = _open(self.address)
+                answer.append((fs if fs.isfile(f"{folder}/{name}") else None, folder))
+            except Exception as error:
+                answer.append(error)
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(ANSWERS)
+        if not answer:
+            raise TimeoutError(f"no answer in {ANSWERS:.0f} seconds")
+        if isinstance(answer[0], Exception):
+            raise answer[0]
+        return answer[0]
 
     def _get(self, fs: Any, file: str, target: Path) -> Path:
         """Copy a shared file beside where it belongs; returns the copy."""

@@ -19,6 +19,7 @@ DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 TELLING = (
     "pipeline/artifacts.py",
     "pipeline/dvc_cache.py",
+    "pipeline/dvc_remote.py",
     "pipeline/exit_codes.py",
     "pipeline/mirror.py",
     "pipeline/process/",

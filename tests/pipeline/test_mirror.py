@@ -8,12 +8,14 @@ import threading
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from torch import nn
 
 from pipeline import mirror, scratch
 from pipeline.artifacts import write_json
+from pipeline.dvc_remote import default_remote
 from pipeline.mirror import Mirror, check_share, forget, shared_place
 from unfreeze.errors import UserError
 from unfreeze.training.checkpoints import Checkpoint, Progress
@@ -127,8 +129,10 @@ def test_a_place_that_is_away_costs_no_training(place: str, tmp_path: Path, capl
 def test_a_place_that_hangs_holds_up_nothing(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mirror, "PATIENCE", 0.2)
     monkeypatch.setattr(mirror, "_open", lambda address: time.sleep(30))
+    monkeypatch.setattr(mirror, "ANSWERS", 0.2)
     start = time.monotonic()
-    saved(1, place)
+    shared, checkpoint = saved(1, place)
+    assert not shared.fetch(checkpoint)
     assert time.monotonic() - start < 10 and reached() == 1
 
 
@@ -171,7 +175,39 @@ def test_checkpoints_are_shared_beside_dvcs_remote(tmp_path: Path, monkeypatch: 
     shutil.rmtree(tmp_path / "mnt")
     assert shared_place(None) is None
     dvc("remote", "add", "-q", "--default", "--local", "own", "s3://bucket/dvc")
+    assert shared_place(None) == "s3://bucket/dvc.checkpoints"
+    dvc("remote", "modify", "-q", "--local", "own", "url", "s3://bucket/")
+    assert shared_place(None) == "s3://bucket/checkpoints"  # another bucket may be anybody's
+    dvc("remote", "modify", "-q", "--local", "own", "url", "https://host/dvc")
     assert shared_place(None) is None
+
+
+def test_dvcs_remote_of_an_account_is_found_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_GLOBAL_CONFIG_DIR", str(tmp_path / "account"))
+    (tmp_path / "account").mkdir()
+    (tmp_path / "account/config").write_text(
+        "[core]\n    remote = Team\n['remote \"team\"']\n    url = ssh://host/dvc\n"
+    )
+    assert shared_place(None) == "ssh://host/dvc.checkpoints"
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc/config").write_text("['remote \"team\"']\n    url = ../mnt\n")
+    assert default_remote() == f"{tmp_path}/mnt"
+    (tmp_path / ".dvc/config").write_text("no configuration")
+    assert shared_place(None) == "ssh://host/dvc.checkpoints"
+
+
+def test_beside_dvcs_remote_checkpoints_lie_in_its_file_system(
+    place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(mirror, "default_remote", lambda: "s3://bucket/dvc/")
+    monkeypatch.setattr(mirror, "open_remote", lambda url: (fsspec.filesystem("memory"), f"/{url.partition('://')[2]}"))
+    beside = shared_place(None)
+    assert beside == "s3://bucket/dvc.checkpoints"
+    lost(beside, 5, monkeypatch, tmp_path)
+    assert fsspec.filesystem("memory").exists("/bucket/dvc.checkpoints/train_full/word/training.safetensors")
+    assert Mirror(STEP, beside).fetch(Checkpoint(STEP / "training.safetensors", "word", 60))
+    assert reached() == 5
 
 
 def test_a_place_that_cannot_be_opened_is_refused_with_the_key(tmp_path: Path) -> None:
