@@ -228,6 +228,7 @@ class Servers:
             "MLFLOW_AUTH_ADMIN_PASSWORD": self.passwords["MLFLOW_ADMIN_PASSWORD"],
             "MLFLOW_FLASK_SERVER_SECRET_KEY": self.passwords["MLFLOW_FLASK_SERVER_SECRET_KEY"],
             "MLFLOW_S3_ENDPOINT_URL": self.s3,
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # of chat programs: ten processes
             **self.postgresql,
             **self._keys,
         }
