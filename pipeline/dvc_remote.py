@@ -18,19 +18,20 @@ PATIENCE = 60.0
 """Seconds that DVC may take to describe the file system; it asks nobody for that."""
 DESCRIBE = """
 import json
+from dvc.config import Config
 from dvc.fs import get_cloud_fs
-from dvc.repo import Repo
-config = Repo().config
+config = Config(".dvc")
 kind, options, path = get_cloud_fs(config, name=config["core"]["remote"])
 fs = kind(**options)
-if kind.protocol == "ssh":
-    described = {"cls": "sshfs.spec.SSHFileSystem", "protocol": "ssh", "args": [], **fs.fs_args}
-    del described["client_factory"]
+known = {"s3": "s3fs.core.S3FileSystem", "ssh": "sshfs.spec.SSHFileSystem"}.get(kind.protocol)
+if known:
+    described = {"cls": known, "protocol": kind.protocol, "args": [], **fs.fs_args}
+    described.pop("client_factory", None)
 else:
     described = json.loads(fs.fs.to_json(include_password=True))
 print(json.dumps([described, path]))
 """
-"""Of SSH, the file system would connect when it is made, and ask people for passwords."""
+"""Of S3 and SSH the file system is not made here: that takes seconds, connects (SSH), and asks people for passwords."""
 
 
 def default_remote() -> str | None:

@@ -34,7 +34,7 @@ logger = logging.getLogger("unfreeze")
 NOWHERE = "none"
 PATIENCE = 10.0
 """Seconds that a step waits at its end for what is still being copied."""
-ANSWERS = 30.0
+ANSWERS = 60.0
 """Seconds in which a place that is well says whether it has a checkpoint."""
 UNFIT = ("http", "https", "webdav", "webdavs", "gdrive", "file")
 """Kinds of DVC's remotes that cannot be written to, or have no place beside them."""
