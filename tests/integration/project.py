@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from mlflow import MlflowClient
+from mlflow.entities import Run
 from PIL import Image
 
 from unfreeze.settings.overrides import apply_overrides
@@ -70,6 +72,19 @@ class Project:
         return subprocess.run(
             ["git", *words], cwd=self.folder, env=self.environment, check=True, capture_output=True, text=True
         ).stdout.strip()
+
+    @property
+    def mlflow(self) -> MlflowClient:
+        """MLflow on the checkout's own database."""
+        return MlflowClient(f"sqlite:///{self.folder}/mlflow.db")
+
+    def runs(self) -> tuple[list[Run], list[Run]]:
+        """Parent and child runs there, the newest first."""
+        experiment = self.mlflow.get_experiment_by_name("unfreeze")
+        assert experiment is not None
+        found = list(self.mlflow.search_runs([experiment.experiment_id]))
+        parents = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+        return parents, [run for run in found if "mlflow.parentRunId" in run.data.tags]
 
     def ran(self, output: str) -> list[str]:
         """The stages whose commands DVC says it ran."""

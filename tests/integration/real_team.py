@@ -4,11 +4,7 @@ A machine is a folder with a HOME, an UNFREEZE_HOME and a clone of its own; its 
 (`flows.workspace.prepare`) fetches.
 """
 
-import base64
-import json
 import subprocess
-import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,8 +14,8 @@ from typing import Any
 from mlflow import MlflowClient
 
 from deploy.servers import Ports, Servers
-from tests.integration.project import ROOT, SMALL, Project, make_project
-from tests.integration.test_deployment import free_port, started
+from tests.integration.project import SMALL, Project, make_project
+from tests.integration.servers import ask, deploy, free_port, started, until
 from unfreeze.settings.overrides import apply_overrides
 
 GIT = ("git", "-c", "user.name=t", "-c", "user.email=t@t")
@@ -65,12 +61,8 @@ class RealTeam:
         return started(self.machine(name), self.log(name), *words)
 
     def deploy(self) -> None:
-        """`make deploy`, with the Python environment of this test."""
-        command = ["make", "--file", ROOT / "Makefile", "--old-file", ".venv/.ready", "deploy"]
-        done = subprocess.run(
-            command, cwd=self.checkout.folder, env=self.checkout.environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        """`make deploy` in the checkout."""
+        deploy(self.checkout)
 
     def push(self, message: str) -> str:
         """Commit and push what has changed in the checkout; returns the commit."""
@@ -80,12 +72,7 @@ class RealTeam:
 
     def request(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """Ask the Prefect server: POST with a body, GET without."""
-        credentials = base64.b64encode(self.servers.client["PREFECT_API_AUTH_STRING"].encode()).decode()
-        headers = {"Authorization": f"Basic {credentials}", "Content-Type": "application/json"}
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.servers.prefect}/{path}", data, headers)
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.loads(answer.read() or "null")
+        return ask(f"{self.servers.prefect}/{path}", body, self.servers.client["PREFECT_API_AUTH_STRING"])
 
     def start(self, **parameters: Any) -> str:
         """Start a run of the deployment, as Prefect's pages do; returns its id."""
@@ -99,11 +86,8 @@ class RealTeam:
 
     def wait(self, run: str, *states: str, seconds: float = 1800) -> dict[str, Any]:
         """Wait until a run is in one of these states; returns the flow run."""
-        end = time.monotonic() + seconds
-        while (now := self.state(run))["state_type"] not in states:
-            assert time.monotonic() < end, f"{now['state_type']} after {seconds} seconds: {self.said(run)}"
-            time.sleep(0.5)
-        return now
+        until(lambda: self.state(run)["state_type"] in states, seconds, lambda: self.said(run))
+        return self.state(run)
 
     def finish(self, run: str, seconds: float = 1800) -> dict[str, Any]:
         """Wait for the end of a run, which goes well; returns the flow run."""

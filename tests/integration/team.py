@@ -30,7 +30,7 @@ import yaml
 from deploy.servers import DATABASES, postgresql_programs
 from pipeline.artifacts import STAGES
 from tests.integration.real_team import RealTeam, real_team
-from tests.integration.test_deployment import at_work
+from tests.integration.servers import at_work, errors_in, until
 from unfreeze.settings.overrides import apply_overrides
 
 WEIGHTS = "artifacts/train_full/model.safetensors"
@@ -45,21 +45,6 @@ def case(function: Callable[..., None]) -> Callable[..., None]:
     """Put a case on the list; its docstring's first line is its name, and begins with its letter."""
     CASES[(function.__doc__ or "")[0]] = function
     return function
-
-
-def until(look: Callable[[], Any], seconds: float, why: Callable[[], str] = str) -> Any:
-    """Look until something is there; returns it."""
-    end = time.monotonic() + seconds
-    while not (seen := look()):
-        assert time.monotonic() < end, f"not within {seconds} seconds\n{why()}"
-        time.sleep(0.3)
-    return seen
-
-
-def errors(team: RealTeam) -> list[str]:
-    """Records of the Prefect server's log that report an error, each with its traceback."""
-    records = re.split(r"^(?=\d\d:\d\d:\d\d\.\d+ \| )", (team.servers.logs / "prefect.log").read_text(), flags=re.M)
-    return [record for record in records if re.search("ERROR|CRITICAL|Traceback", record)]
 
 
 @case
@@ -84,7 +69,7 @@ def a_schedule(team: RealTeam) -> None:
     team.request(f"deployments/{deployment}/resume_deployment", {})
     assert {run["state_type"] for run in ended} == {"COMPLETED"}, team.said(ended[-1]["id"])
     assert "Nothing to run" in team.said(ended[-1]["id"])
-    assert errors(team) == []
+    assert errors_in(team.servers.logs / "prefect.log") == []
 
 
 @case

@@ -20,7 +20,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import automations, owner
 from tests.integration.project import Project
-from tests.integration.test_deployment import free_port, started, wait_for
+from tests.integration.servers import free_port, started, until, wait_for
 
 pytestmark = pytest.mark.long
 
@@ -62,13 +62,6 @@ def begin(client: SyncPrefectClient) -> Callable[..., FlowRun]:
 
 def state(kind: StateType, name: str | None = None, message: str | None = None) -> State[None]:
     return State(type=kind, name=name, message=message)
-
-
-def until(look: Callable[[], object], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not look():
-        assert time.monotonic() < end
-        time.sleep(0.2)
 
 
 def names(client: SyncPrefectClient) -> list[str]:

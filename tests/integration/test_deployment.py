@@ -1,16 +1,11 @@
 """A deployment on a work pool, with a real Prefect server, worker and MLflow server."""
 
 import json
-import os
 import re
-import signal
 import socket
 import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,49 +15,11 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.artifacts import STAGES
-from tests.integration.project import ROOT, Project
+from tests.integration.project import Project
+from tests.integration.servers import ask, at_work, deploy, errors_in, free_port, started, until, wait_for
 from unfreeze.settings.overrides import apply_overrides
 
 WORKER = ("prefect", "worker", "start", "--pool", "gpu", "--limit", "1")
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-@contextmanager
-def started(project: Project, log: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A server or worker in a process group of its own, which is ended as a whole."""
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *words],
-            cwd=project.folder,
-            env=project.environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError):  # a test may have killed it
-            os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def wait_for(address: str, log: Path) -> None:
-    for _ in range(600):
-        try:
-            with urllib.request.urlopen(address, timeout=2):
-                return
-        except OSError:
-            time.sleep(0.5)
-    raise AssertionError(log.read_text())
 
 
 @dataclass
@@ -80,13 +37,8 @@ class Team:
         return self.logs / f"{name}.log"
 
     def deploy(self) -> None:
-        """Run `make deploy` in the project, with the Python environment of this test."""
-        subprocess.run(
-            ["make", "--file", ROOT / "Makefile", "--old-file", ".venv/.ready", "deploy"],
-            cwd=self.project.folder,
-            env=self.project.environment,
-            check=True,
-        )
+        """`make deploy` in the project."""
+        deploy(self.project)
 
     def commit(self) -> str:
         """Commit what has changed in the checkout; returns the commit."""
@@ -120,10 +72,7 @@ class Team:
 
     def request(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """Ask the Prefect server: POST with a body, GET without."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.prefect}/{path}", data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.loads(answer.read() or "null")
+        return ask(f"{self.prefect}/{path}", body)
 
     def scheduled_by_itself(self, *states: str, seconds: float) -> list[dict[str, Any]]:
         """Flow runs in these states that the schedule created; waits for the first one."""
@@ -141,9 +90,8 @@ class Team:
         One is left out: a worker's heartbeat that SQLite refuses because another transaction wrote first. Prefect reads
         and then writes in one deferred transaction, for which SQLite does not wait. The worker sends heartbeats again.
         """
-        records = re.split(r"^(?=\d\d:\d\d:\d\d\.\d+ \| )", self.log("server").read_text(), flags=re.MULTILINE)
-        errors = [record for record in records if re.search("ERROR|CRITICAL|Traceback", record)]
         heartbeat = "Worker channel heartbeat persistence failed"
+        errors = errors_in(self.log("server"))
         return [record for record in errors if not (heartbeat in record and "database is locked" in record)]
 
 
@@ -273,21 +221,20 @@ def test_an_equal_run_waits_a_cancelled_one_ends_and_a_killed_worker_leaves_noth
         return " ".join(run.info.status for run in team.runs())
 
     first = start()
-    assert "RUNNING" in wait_until(statuses, "RUNNING")
+    until(lambda: "RUNNING" in statuses())
     family = at_work(worker.pid)
     with started(project, team.log("second"), *WORKER, "--name", "second") as second_worker:
         # A second run of the same settings, on another worker: it says so, and waits.
         second = start()
         waits = "computes the same (" + team.prefect.removesuffix("/api") + f"/runs/flow-run/{first})"
-        assert waits in wait_until(lambda: team.said(second), waits)
+        until(lambda: waits in team.said(second), why=lambda: team.said(second))
 
         # A person cancels the first in Prefect's pages: its step ends, the worker goes on, and nothing is reported as failed.
         project.run("prefect", "flow-run", "cancel", first)
         _, left = psutil.wait_procs(family, timeout=90)
         assert not left, [process.cmdline() for process in left]
         assert worker.poll() is None, team.log("worker").read_text()
-        cancelled = wait_until(lambda: project.run("prefect", "flow-run", "inspect", first), "CANCELLED")
-        assert "CANCELLED" in cancelled
+        until(lambda: team.request(f"flow_runs/{first}")["state_type"] == "CANCELLED")
         assert set(statuses().split()) <= {"FINISHED", "KILLED", "RUNNING"}, statuses()
         assert "KILLED" in statuses()
 
@@ -299,23 +246,3 @@ def test_an_equal_run_waits_a_cancelled_one_ends_and_a_killed_worker_leaves_noth
         # The run does not: another worker goes on with it, once Prefect misses its heartbeats.
         states = [one["name"] for one in team.request(f"flow_run_states/?flow_run_id={second}")]
         assert "Running" in states and "Crashed" not in states
-
-
-def at_work(pid: int) -> list[psutil.Process]:
-    """Wait until a step of a worker's flow is at work; returns all processes that the worker has started."""
-    for _ in range(3000):
-        family = psutil.Process(pid).children(recursive=True)
-        for process in family:
-            with suppress(psutil.Error):
-                if "tasks" in process.cmdline():  # python -m tasks <step>
-                    return family
-        time.sleep(0.1)
-    raise AssertionError("no step began")
-
-
-def wait_until(look: Callable[[], str], word: str) -> str:
-    """Look until the word is there, for three minutes (busy machines are slow); returns what was seen last."""
-    end = time.monotonic() + 180
-    while word not in (seen := look()) and time.monotonic() < end:
-        time.sleep(0.2)
-    return seen

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from mlflow import MlflowClient
 from PIL import Image
 
 from pipeline.artifacts import STAGES
@@ -23,23 +22,9 @@ def flow_project(make_project: Callable[[], Project]) -> Project:
     return project
 
 
-def client(project: Project) -> MlflowClient:
-    return MlflowClient(f"sqlite:///{project.folder}/mlflow.db")
-
-
-def runs(project: Project) -> tuple[list, list]:  # type: ignore[type-arg]
-    """Parent and child runs, the newest first."""
-    mlflow = client(project)
-    experiment = mlflow.get_experiment_by_name("unfreeze")
-    assert experiment is not None
-    found = mlflow.search_runs([experiment.experiment_id])
-    parents = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
-    return parents, [run for run in found if "mlflow.parentRunId" in run.data.tags]
-
-
 def check_tracking(project: Project, door: str) -> None:
     """One parent with everything a person compares, and a child with its curves for every step."""
-    parents, children = runs(project)
+    parents, children = project.runs()
     assert len(parents) == 1 and parents[0].data.tags["unfreeze.door"] == door
     assert parents[0].info.status == "FINISHED"
     assert sorted(run.info.run_name for run in children) == sorted(STAGES)
@@ -48,10 +33,10 @@ def check_tracking(project: Project, door: str) -> None:
         for name, value in json.loads((project.folder / "artifacts" / stage / "metrics.json").read_text()).items():
             assert parents[0].data.metrics[f"{stage}/{name}"] == pytest.approx(value)
     assert parents[0].data.params["train_full.cycles"] == "1"
-    files = {f.path for f in client(project).list_artifacts(parents[0].info.run_id)}
+    files = {f.path for f in project.mlflow.list_artifacts(parents[0].info.run_id)}
     assert {"params.yaml", "dvc.lock", "evaluate", "explore", "lr_find"} <= files
     full = next(run for run in children if run.info.run_name == "train_full")
-    history = client(project).get_metric_history(full.info.run_id, "loss")
+    history = project.mlflow.get_metric_history(full.info.run_id, "loss")
     rows = (project.folder / "artifacts/train_full/batches.csv").read_text().splitlines()[1:]
     assert [point.step for point in sorted(history, key=lambda p: p.step)] == list(range(len(rows)))
 
@@ -63,7 +48,7 @@ def test_the_flow_runs_everything_and_says_so(flow_project: Project) -> None:
     for stage in STAGES:
         assert (flow_project.folder / "artifacts" / stage / "metrics.json").exists()
     check_tracking(flow_project, "flow")
-    version = client(flow_project).get_registered_model("unfreeze").latest_versions[0].version
+    version = flow_project.mlflow.get_registered_model("unfreeze").latest_versions[0].version
     assert int(version) == 1
 
 
@@ -73,7 +58,7 @@ def test_after_the_flow_nothing_is_left_to_do(flow_project: Project) -> None:
     again = flow_project.run("flows.cli", "run")
     assert "Nothing to run" in again
     assert again.count("Cached(") >= len(STAGES) or again.count("cached") >= len(STAGES)
-    assert len(runs(flow_project)[0]) == 1
+    assert len(flow_project.runs()[0]) == 1
 
 
 def test_predict(flow_project: Project, tmp_path: Path) -> None:
@@ -107,7 +92,7 @@ def test_the_same_model_again(flow_project: Project) -> None:
     """From the cache; what the cache has lost is computed; what MLflow does not know is said."""
     output = flow_project.run("flows.cli", "reproduce", "models:/unfreeze/1")
     assert "Nothing was computed" in output and "Weights: equal to those of dvc.lock and models:/unfreeze/1" in output
-    parents, _ = runs(flow_project)
+    parents, _ = flow_project.runs()
     lock = yaml.safe_load((flow_project.folder / "dvc.lock").read_text())
     md5 = next(out["md5"] for out in lock["stages"]["retrain"]["outs"] if out["path"].endswith("predictions.csv"))
     (flow_project.folder / ".dvc/cache/files/md5" / md5[:2] / md5[2:]).unlink()
@@ -176,7 +161,7 @@ def test_an_experiment_in_a_copy_is_recorded_where_the_workspace_is(dvc_project:
     """DVC removes the copy, and its own record of the version is the workspace's once the experiment is applied."""
     output = dvc_project.run("dvc", "exp", "run", "--temp", "--name", "in-a-copy", "-S", "register.model_name=other")
     assert dvc_project.ran(output)[-1] == "register"
-    mlflow = client(dvc_project)
+    mlflow = dvc_project.mlflow
     version = mlflow.get_model_version("other", "1")
     assert mlflow.get_run(version.run_id).data.params["register.model_name"] == "other"
     assert str(dvc_project.folder / "mlruns") in mlflow.get_model_version_download_uri("other", "1")

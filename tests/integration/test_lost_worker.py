@@ -5,8 +5,7 @@ import os
 import re
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,7 +18,8 @@ from safetensors import safe_open
 
 from pipeline.artifacts import STAGES
 from tests.integration.project import SMALL, Project, make_project
-from tests.integration.test_deployment import Team, at_work, free_port, started, wait_for
+from tests.integration.servers import at_work, free_port, started, until, wait_for
+from tests.integration.test_deployment import Team
 from unfreeze.settings.overrides import apply_overrides
 
 pytestmark = pytest.mark.long
@@ -77,15 +77,6 @@ def machines(tmp_path: Path) -> Iterator[Team]:
         yield team
 
 
-def until(look: Callable[[], Any], seconds: float, log: Path) -> Any:
-    """Look until something is there; returns it."""
-    end = time.monotonic() + seconds
-    while not (seen := look()):
-        assert time.monotonic() < end, log.read_text()
-        time.sleep(0.1)
-    return seen
-
-
 def iteration(file: Path) -> int:
     """How far the training of a checkpoint had come; 0 where there is none."""
     if not file.exists():
@@ -113,7 +104,7 @@ def test_another_worker_goes_on_in_the_middle_of_an_epoch_and_the_first_one_leav
             found = list((tmp_path / "remote.checkpoints/train_full").glob("*/training.safetensors"))
             return iteration(found[0]) if found and not (first.folder / ".unfreeze/to-push").exists() else 0
 
-        until(lambda: shared() >= 20, 300, team.log("first"))
+        until(lambda: shared() >= 20, 300, team.log("first").read_text)
         for process in [*psutil.Process(lost.pid).children(recursive=True), psutil.Process(lost.pid)]:
             process.kill()
         killed = datetime.now(UTC)
@@ -125,8 +116,8 @@ def test_another_worker_goes_on_in_the_middle_of_an_epoch_and_the_first_one_leav
         def state() -> dict[str, Any]:
             return dict(team.request(f"flow_runs/{run}"))
 
-        until(lambda: state()["run_count"] == 2, 240, team.log("server"))
-        until(lambda: state()["state_type"] in ("COMPLETED", "FAILED", "CRASHED"), 600, team.log("second"))
+        until(lambda: state()["run_count"] == 2, 240, team.log("server").read_text)
+        until(lambda: state()["state_type"] in ("COMPLETED", "FAILED", "CRASHED"), 600, team.log("second").read_text)
         assert state()["state_type"] == "COMPLETED", team.log("second").read_text()
         states = team.request(f"flow_run_states/?flow_run_id={run}")
         _, again = sorted((one for one in states if one["name"] == "Running"), key=lambda one: one["timestamp"])

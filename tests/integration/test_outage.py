@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from tests.integration.test_deployment import free_port
+from tests.integration.servers import free_port, until
 
 ROOT = Path(__file__).parent.parent.parent
 STEP = """
@@ -231,14 +231,6 @@ def end(step: subprocess.Popen[str]) -> tuple[str, float]:
     return output, float(closed[1])
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    for _ in range(300):
-        if condition():
-            return
-        time.sleep(0.2)
-    raise AssertionError("it never came")
-
-
 SENTENCE = "It goes on without"
 
 
@@ -251,9 +243,9 @@ def test_a_server_that_fails_at_the_start_has_everything_when_it_is_back(
     step = work.start("-c", STEP, "ingest")
     say(step, "", "ready")
     say(step, "0 1500", "noted")
-    wait_until(lambda: len(asked) > 1)
+    until(lambda: len(asked) > 1)
     proxy.mode = lambda path, body: "pass"
-    wait_until(lambda: work.seen(1500))  # without anybody's doing, while the step runs
+    until(lambda: work.seen(1500))  # without anybody's doing, while the step runs
     output, _ = end(step)
     assert output.count(SENTENCE) == 1
     work.check({"ingest": 1500})
@@ -266,7 +258,7 @@ def test_a_black_hole_in_the_middle_holds_up_nothing_and_the_next_step_sends_it(
     step = work.start("-c", STEP, "ingest")
     say(step, "", "ready")
     say(step, "0 50", "noted")
-    wait_until(lambda: work.seen(50))
+    until(lambda: work.seen(50))
     proxy.mode = lambda path, body: "hang"
     say(step, "50 100", "noted")
     output, seconds = end(step)
@@ -309,7 +301,7 @@ def test_server_and_step_are_killed_and_publish_sends_what_there_is(tmp_path: Pa
     step = work.start("-c", STEP, "ingest")
     say(step, "", "ready")
     say(step, "0 50", "noted")
-    wait_until(lambda: work.seen(50))
+    until(lambda: work.seen(50))
     server.kill()
     say(step, "50 90", "noted")
     step.kill()

@@ -12,8 +12,7 @@ import yaml
 
 from pipeline.artifacts import STAGES
 from tests.integration.project import Project
-from tests.integration.test_deployment import free_port, started, wait_for
-from tests.integration.test_doors import runs
+from tests.integration.servers import free_port, started, wait_for
 
 pytestmark = pytest.mark.long
 
@@ -52,7 +51,7 @@ def test_a_pass_goes_on_while_mlflow_and_the_remote_are_away(project: Project) -
     assert "Pushed to DVC's remote" in output and "--anyway" in output
     assert "Sent to MLflow" in project.run("flows.cli", "publish", "--anyway")
     assert "Nothing waits" in project.run("flows.cli", "publish")
-    parents, _ = runs(project)
+    parents, _ = project.runs()
     assert len(parents) == 2 and parents[0].info.status == "FINISHED"
     for stage in STAGES:
         for name in json.loads((project.folder / "artifacts" / stage / "metrics.json").read_text()):
@@ -126,5 +125,5 @@ def test_a_pass_goes_on_when_prefects_server_dies(project: Project, tmp_path: Pa
     assert process.returncode == 0, output
     assert output.count("does not answer. The run goes on with a temporary one") == 1
     assert "Prefect's server" in output and project.run("dvc", "status").count("up to date") == 1
-    parents, children = runs(project)
+    parents, children = project.runs()
     assert [run.data.tags["mlflow.parentRunId"] for run in children].count(parents[0].info.run_id) == 1

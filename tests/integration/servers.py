@@ -1,0 +1,106 @@
+"""What tests with real servers share: starting and waiting for them, asking Prefect's, looking for what they do."""
+
+import base64
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.integration.project import ROOT, Project
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@contextmanager
+def started(project: Project, log: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A server or worker in a process group of its own, which is ended as a whole."""
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *words],
+            cwd=project.folder,
+            env=project.environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):  # a test may have killed it
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def until(look: Callable[[], Any], seconds: float = 180, why: Callable[[], str] = str) -> Any:
+    """Look until something is there; returns it. Busy machines are slow. ``why`` says what to print where it never is."""
+    end = time.monotonic() + seconds
+    while not (seen := look()):
+        assert time.monotonic() < end, f"not within {seconds} seconds\n{why()}"
+        time.sleep(0.2)
+    return seen
+
+
+def wait_for(address: str, log: Path) -> None:
+    """Wait until a server answers at an address."""
+
+    def answers() -> bool:
+        with suppress(OSError), urllib.request.urlopen(address, timeout=2):
+            return True
+        return False
+
+    until(answers, 300, log.read_text)
+
+
+def deploy(project: Project) -> None:
+    """Run `make deploy` in a project, with the Python environment of this test."""
+    command = ["make", "--file", str(ROOT / "Makefile"), "--old-file", ".venv/.ready", "deploy"]
+    done = subprocess.run(command, cwd=project.folder, env=project.environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def ask(address: str, body: dict[str, Any] | None = None, credentials: str = "") -> Any:
+    """Ask a server for JSON: POST with a body, GET without; ``credentials`` are user:password."""
+    headers = {"Content-Type": "application/json"}
+    if credentials:
+        headers["Authorization"] = f"Basic {base64.b64encode(credentials.encode()).decode()}"
+    data = None if body is None else json.dumps(body).encode()
+    with urllib.request.urlopen(urllib.request.Request(address, data, headers), timeout=30) as answer:
+        return json.loads(answer.read() or "null")
+
+
+def errors_in(log: Path) -> list[str]:
+    """Records of a Prefect server's log that report an error, each with its traceback."""
+    records = re.split(r"^(?=\d\d:\d\d:\d\d\.\d+ \| )", log.read_text(), flags=re.MULTILINE)
+    return [record for record in records if re.search("ERROR|CRITICAL|Traceback", record)]
+
+
+def at_work(pid: int) -> list[psutil.Process]:
+    """Wait until a step of a worker's flow is at work; returns all processes that the worker has started."""
+
+    def family() -> list[psutil.Process]:
+        found = psutil.Process(pid).children(recursive=True)
+        for process in found:
+            with suppress(psutil.Error):
+                if "tasks" in process.cmdline():  # python -m tasks <step>
+                    return found
+        return []
+
+    return list(until(family, 300))
