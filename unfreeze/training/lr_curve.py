@@ -21,8 +21,8 @@ LOST = 0.7
 Of all points of the curve this varies least from seed to seed and with the number of images (benchmarks/notes/choices.md):
 the rise is steep there, and many standard errors high."""
 LIMITS = 0.1, 1.0
-"""The least and the largest such rise in nats: of a network that is hardly better than chance, and of many classes. After
-a rise of 1.0 the sweep ends."""
+"""The smallest and the largest such rise, in nats. A network that is hardly better than chance would have a rise of next to
+nothing; and after one of 1.0 the sweep ends."""
 
 
 @dataclass(frozen=True)
