@@ -5,6 +5,7 @@ machine's own address. Data, logs and passwords lie in one folder, and are there
 """
 
 import argparse
+import importlib.util
 import os
 import signal
 import subprocess
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, port in asdict(Ports()).items():
         parser.add_argument(f"--{name}", type=int, default=port, metavar="PORT", help=f"port (default: {port})")
     chosen = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
         with team(
             chosen.folder, Ports(*(getattr(chosen, name) for name in asdict(Ports()))), chosen.workers
@@ -59,8 +60,11 @@ def team(folder: Path, ports: Ports, workers: int) -> Iterator[Servers]:
     Raises:
         UserError: something is missing, or does not start.
     """
-    for module in NEEDED:
-        _see_that_there_is(module)
+    if missing := [module for module in NEEDED if importlib.util.find_spec(module) is None]:
+        raise UserError(
+            f"Python packages of the extra local-team are not installed ({', '.join(missing)}): `make team` installs them, or "
+            "`uv pip install --constraint constraints.txt --editable '.[local-team]'`."
+        )
     servers = Servers(folder, ports)
     if (held := hold_if_free(servers.folder / "lock")) is None:
         raise UserError(f"Another team is at work in {servers.folder}.")
@@ -112,14 +116,6 @@ def text(servers: Servers) -> str:
             "Ctrl-C stops everything; the data stay.",
         )
     )
-
-
-def _see_that_there_is(module: str) -> None:
-    try:
-        __import__(module)
-    except ImportError:
-        install = "uv pip install --constraint constraints.txt --editable '.[local-team]'"
-        raise UserError(f"The Python package {module} is not there: `make team` installs it, or `{install}`.") from None
 
 
 if __name__ == "__main__":

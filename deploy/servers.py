@@ -5,6 +5,7 @@ import glob
 import json
 import os
 import pwd
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,7 @@ OWNER = "unfreeze"
 """The user in PostgreSQL."""
 PERSON = "team"
 """The user in Prefect and MLflow, of people and workers; MLflow has `admin` as well."""
-DATABASES = ("prefect", "mlflow", "mlflow_auth")
+DATABASES = re.findall(r"CREATE DATABASE (\w+)", (Path(__file__).parent / "databases.sql").read_text())
 BUCKETS = ("mlflow", "dvc")
 ACCOUNTS = Path(__file__).parent / "mlflow-auth.ini"
 KEPT = ("PREFECT_", "MLFLOW_", "AWS_", "RCLONE_", "PG", "UNFREEZE_HOME")
@@ -136,7 +137,7 @@ class Servers:
             *(word for setting in where for word in ("-c", setting)),
         ]
         with running("PostgreSQL", command, environment, self.logs, cwd=data, user=user, stop=signal.SIGINT) as part:
-            wait_until(self._has_databases, part)
+            wait_until(self._makes_databases, part)
             yield part
 
     def _make_cluster(self, programs: Path, data: Path, user: str | None, environment: dict[str, str]) -> None:
@@ -157,8 +158,8 @@ class Servers:
             shutil.rmtree(data)
             raise UserError(f"initdb cannot make a database in {data}: {done.stderr.strip()}")
 
-    def _has_databases(self) -> bool:
-        """Whether PostgreSQL answers; the databases are there then."""
+    def _makes_databases(self) -> bool:
+        """Whether PostgreSQL answers, and has made the databases that it lacked."""
         import psycopg
 
         address = f"postgresql://{OWNER}@{HOST}:{self.ports.postgresql}/postgres?connect_timeout=5"

@@ -54,7 +54,7 @@ def test_a_missing_program_is_a_sentence_with_what_installs_it(
     assert "The program no-such-program is not there: `apt-get install it` installs it." in capsys.readouterr().err
     monkeypatch.setattr(local_team, "NEEDED", ("no_such_module",))
     assert local_team.main(["--folder", str(tmp_path / "team")]) == 2
-    assert "The Python package no_such_module is not there" in capsys.readouterr().err
+    assert "are not installed (no_such_module)" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken_is_named_before_anything_starts(
