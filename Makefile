@@ -46,7 +46,7 @@ test: $(READY)  ## run all tests but the long ones
 fast-test: $(READY)  ## run the tests that take no minutes
 	pytest -q -n 2 --dist loadfile --ignore tests/integration
 
-long-test: $(READY)  ## run the tests that take minutes: lost workers, and a small recipe that is killed and started again
+long-test: $(READY)  ## run the tests that take minutes: dvc repro, outages, kills, lost workers
 	pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m long
 	python -m tests.integration.soak --kills 1 --seed 5
 
