@@ -39,9 +39,9 @@ class Part:
 
 PARTS = {
     "card": Part("checks", 60),
-    "graphs": Part("repeatable", 120),
-    "determinism": Part("repeatable", 120),
-    "resume": Part("repeatable", 120),
+    "graphs": Part("repeatable", 200),
+    "determinism": Part("repeatable", 200),
+    "resume": Part("repeatable", 200),
     "frozen": Part("checks", 90),
     "rendering": Part("checks", 60),
     "fork": Part("checks", 60),

@@ -107,8 +107,8 @@ def _stepped(scale: Scale, name: str, kind: str, graphed: bool) -> tuple[str, fl
         torch.manual_seed(1)
         loss = nn.CrossEntropyLoss()
         eager = partial(train_batch, model, optimizer, loss=loss)
-        if graphed:
-            deterministically(lambda: record(model, optimizer, batches[0], loss))
+        # Also where nothing is to be recorded: afterwards it is known which operations have no deterministic form.
+        deterministically(lambda: record(model, optimizer, batches[0], loss))
         step: Any = GraphedStep(model, optimizer, batches[0], loss) if graphed else eager
         losses = []
         for number, batch in enumerate(batches):

@@ -87,9 +87,20 @@ def record(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, los
         return graph
     except RuntimeError as error:  # an operation that cannot be recorded, or no memory
         logger.info("Training without a CUDA graph: %s", (str(error) or type(error).__name__).splitlines()[0])
+        _end_capture()
         return None
     finally:
         torch.cuda.empty_cache()  # of the steps that were not recorded
+
+
+def _end_capture() -> None:
+    """Let the GPU's random generator work again after a capture that failed.
+
+    It is told the end of a capture only where that succeeds, and refuses to draw numbers until then (torch 2.11: "Offset
+    increment outside graph capture encountered unexpectedly"). So a capture follows that succeeds.
+    """
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device="cuda")
 
 
 class GraphedStep:
@@ -145,6 +156,7 @@ def _restored_in_place(model: nn.Module, optimizer: torch.optim.Optimizer) -> It
     kept = [tensor.detach().clone() for tensor in tensors]
     before = {p: {k: v.clone() for k, v in state.items() if torch.is_tensor(v)} for p, state in optimizer.state.items()}
     chance = rng_state()
+    torch.cuda.synchronize()  # the block may work on another stream, which does not wait for the copies
     try:
         yield
     finally:

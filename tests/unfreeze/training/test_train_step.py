@@ -47,15 +47,17 @@ def trained(device: str, kind: str, recorded: bool) -> list[torch.Tensor]:
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", id="device_cuda", marks=NEEDS_A_GPU)])
 def test_steps_have_the_same_bits_as_batches_trained_one_by_one(device: str, kind: str) -> None:
-    for found, expected in zip(trained(device, kind, True), trained(device, kind, False), strict=True):
-        assert torch.equal(found, expected)
+    expected = trained(device, kind, False)
+    for _ in range(1 if device == "cpu" else 20):  # what depends on which stream is first is not the same every time
+        for found, value in zip(trained(device, kind, True), expected, strict=True):
+            assert torch.equal(found, value)
 
 
 @NEEDS_A_GPU
 @pytest.mark.parametrize("kind", [pytest.param("adamw", id="device_cuda")])
 def test_a_recording_is_used_and_leaves_no_trace(kind: str) -> None:
     model, optimizer, batches = material("cuda", kind)
-    before = [tensor.clone() for tensor in [*model.parameters(), *model.buffers()]]
+    before = [tensor.detach().clone() for tensor in [*model.parameters(), *model.buffers()]]  # a graph would hold it up
     chance = torch.cuda.get_rng_state()
     assert record(model, optimizer, batches[0], LOSS) is not None
     assert all(torch.equal(a, b) for a, b in zip(before, [*model.parameters(), *model.buffers()], strict=True))
@@ -69,3 +71,6 @@ def test_a_model_that_cannot_be_recorded_is_trained_all_the_same(kind: str, capl
     with caplog.at_level(logging.INFO, "unfreeze"):
         loss = TrainStep(model, optimizer, LOSS)(batches[0])
     assert torch.isfinite(loss) and "Training without a CUDA graph" in caplog.text
+    torch.randn(2, device="cuda")  # the random generator works, and the next model can be recorded
+    model, optimizer, batches = material("cuda", kind)
+    assert record(model, optimizer, batches[0], LOSS) is not None
