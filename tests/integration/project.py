@@ -41,6 +41,7 @@ SMALL = {
     "train_augmented.cycles": "1",
     "train_full.cycles": "1",
     "train_full.cycle_len": "1",
+    "train_full.cycle_mult": "1",
     "evaluate.tta_views": "2",
 }
 
