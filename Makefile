@@ -48,7 +48,6 @@ fast-test: $(READY)  ## run the tests that take no minutes
 
 long-test: $(READY)  ## run the tests that take minutes: dvc repro, outages, kills, lost workers
 	pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m long
-	python -m tests.integration.soak --kills 1 --seed 5
 
 lint: $(READY)  ## look for mistakes and untidiness
 	ruff check . && ruff format --check .

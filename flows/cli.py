@@ -12,7 +12,6 @@ from pipeline.artifacts import STAGES
 from pipeline.process.secrets import mask
 from unfreeze.errors import UserError, disk_trouble
 
-TTA_VIEWS = 8
 UNREAD = 128 + signal.SIGPIPE
 """Exit code where whoever read the output has ended, as shells give it."""
 
@@ -84,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         help="weights to use (default: %(default)s)",
     )  # fmt: skip
     predict.add_argument(
-        "--tta", action="store_true", help=f"average over {TTA_VIEWS} augmented views: slower, often better"
+        "--tta", action="store_true", help="average over augmented views of each image: slower, often better"
     )
     predict.add_argument("--csv", action="store_true", help="print CSV with every class's probability")
     predict.set_defaults(command=_predict)
@@ -232,7 +231,7 @@ def _predict(chosen: argparse.Namespace) -> int:
     from unfreeze.data.folders import shown
     from unfreeze.evaluation.predictor import Predictor
 
-    table = Predictor(chosen.model).predict(files, TTA_VIEWS if chosen.tta else 0)
+    table = Predictor(chosen.model).predict(files, chosen.tta)
     table.insert(0, "path", [shown(str(file)) for file in files])
     if chosen.csv:
         print(table.to_csv(index=False), end="")

@@ -84,7 +84,7 @@ def evaluate(run: Run, seed: int, batch_size: int, augment: Augment, evaluate: E
 
     model.temperature = temperature
     weights = run.path("model.safetensors")
-    save_classifier(model, weights, packed.classes, packed.image_size, augment, packed.grey_range)
+    save_classifier(model, weights, packed.classes, packed.image_size, augment, packed.grey_range, evaluate.tta_views)
     write_json(
         run.path("chosen.json"), {"chosen": best.name, "reason": reason, "soup": cycles if best.name == "soup" else []}
     )

@@ -10,7 +10,7 @@ from pipeline.watchable import check_watched
 from unfreeze.data.packing import pack, stamps
 from unfreeze.data.sources import read_source
 from unfreeze.errors import TransientError, UserError
-from unfreeze.settings.schema import Data, load_settings
+from unfreeze.settings.schema import Data
 
 CHANGED = (
     "data.source: images in {} were added, changed or removed while they were read, and DVC would note them as they are "
@@ -20,10 +20,6 @@ CHANGED = (
 
 @step
 def ingest(run: Run, seed: int, data: Data) -> dict[str, float]:
-    from unfreeze.models.backbones import check_backbone
-
-    backbone = load_settings().backbone
-    check_backbone(backbone.name, backbone.weights, data.image_size)
     table = read_source(data.source, data.exclude, data.min_images)
     check_watched(data.source, table["file"])
     before = stamps(table)

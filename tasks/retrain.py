@@ -92,7 +92,7 @@ def retrain(
         )
     model.temperature = temperature
     weights = run.path("model.safetensors")
-    save_classifier(model, weights, packed.classes, packed.image_size, augment, packed.grey_range)
+    save_classifier(model, weights, packed.classes, packed.image_size, augment, packed.grey_range, evaluate.tta_views)
     write_predictions(run.path("predictions.csv"), packed, predictions)
     keep_confusion(run, packed, predictions)
     return metrics

@@ -39,22 +39,22 @@ class Predictor:
         self._one_at_a_time = threading.Lock()
         self._copies: dict[int, nn.Module] = {}
 
-    def predict(self, images: Sequence[str | Path | io.BytesIO], tta_views: int = 0) -> pd.DataFrame:
+    def predict(self, images: Sequence[str | Path | io.BytesIO], tta: bool = False) -> pd.DataFrame:
         """Classify images; threads that ask at once wait for one another.
 
         Args:
             images: files, or their bytes.
-            tta_views: average with so many augmented views; 0 for the plain image only.
+            tta: average over augmented views of each image, as many as the model was evaluated with.
 
         Returns:
             A row per image: ``predicted``, ``p_<class>``..., and ``reason`` why it could not be read (else empty), in
             which case the rest is missing.
         """
         with self._one_at_a_time:  # tracing a network changes how every module of the process is called
-            rows = [self._chunk(images[i : i + CHUNK], tta_views) for i in range(0, max(1, len(images)), CHUNK)]
+            rows = [self._chunk(images[i : i + CHUNK], tta) for i in range(0, max(1, len(images)), CHUNK)]
         return pd.concat(rows, ignore_index=True)
 
-    def _chunk(self, images: Sequence[str | Path | io.BytesIO], tta_views: int) -> pd.DataFrame:
+    def _chunk(self, images: Sequence[str | Path | io.BytesIO], tta: bool) -> pd.DataFrame:
         size = self._meta["image_size"]
         pixels, reasons = [], []
         for image in images:
@@ -67,13 +67,13 @@ class Predictor:
         good = np.array([reason == "" for reason in reasons])
         probabilities = np.full((len(images), len(self.classes)), np.nan, np.float32)
         if pixels:
-            probabilities[good] = self._probabilities(pixels, tta_views)
+            probabilities[good] = self._probabilities(pixels, tta)
         table = pd.DataFrame(probabilities, columns=[f"p_{name}" for name in self.classes])
         best = [self.classes[p.argmax()] if ok else None for p, ok in zip(probabilities, good, strict=True)]
         table.insert(0, "predicted", best)
         return table.assign(reason=reasons)
 
-    def _probabilities(self, pixels: list[np.ndarray], tta_views: int) -> Probabilities:
+    def _probabilities(self, pixels: list[np.ndarray], tta: bool) -> Probabilities:
         backbone = self._model.backbone
         loader = Loader(
             packed_in_memory(pixels, self.classes, self._meta["image_size"]),
@@ -82,10 +82,10 @@ class Predictor:
             BATCH,
         )
         rows = np.arange(len(pixels))
-        if not tta_views:
+        if not tta:
             return predict(self._model, loader.plain(rows), self._frozen(loader, rows))
-        _, tta = predict_tta(self._model, loader, rows, self._meta["augment"], tta_views).averaged()
-        return tta
+        _, averaged = predict_tta(self._model, loader, rows, self._meta["augment"], self._meta["tta_views"]).averaged()
+        return averaged
 
     def _frozen(self, loader: Loader, rows: NDArray[np.int64]) -> nn.Module:
         """The frozen copy for batches of this size: the last one is kept, as requests and chunks are often of one size."""

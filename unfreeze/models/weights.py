@@ -16,7 +16,7 @@ from unfreeze.errors import UserError
 from unfreeze.models.backbones import NOT_FINITE, Backbone, create_backbone, not_finite
 from unfreeze.models.classifier import Classifier, Head
 from unfreeze.persistence.atomic import write_whole
-from unfreeze.settings.schema import Augment, parse_section
+from unfreeze.settings.schema import Augment, Evaluate, parse_section
 
 Meta = dict[str, Any]
 
@@ -54,6 +54,7 @@ def save_classifier(
     image_size: int,
     augment: Augment,
     grey_range: tuple[float, float] | None = None,
+    tta_views: int = 8,
 ) -> None:
     """Write a classifier: a file that is enough to predict with.
 
@@ -64,6 +65,7 @@ def save_classifier(
         image_size: side in pixels of the squares it was trained on.
         augment: what it was trained with, for the views of test-time augmentation.
         grey_range: which greys of more than 8 bits were black and white in what it was trained on, if it has such.
+        tta_views: views of an image that test-time augmentation averages; those that the model was evaluated with.
     """
     meta = {
         "kind": "classifier",
@@ -71,6 +73,7 @@ def save_classifier(
         "image_size": image_size,
         "augment": dataclasses.asdict(augment),
         "grey_range": grey_range,
+        "tta_views": tta_views,
         "backbone": _backbone_meta(model.backbone),
         "head": _head_meta(model.head),
     }
@@ -81,7 +84,7 @@ def load_classifier(path: Path) -> tuple[Classifier, Meta]:
     """Read a classifier.
 
     Returns:
-        The model, and what was saved with it: classes, image_size, augment, grey_range.
+        The model, and what was saved with it: classes, image_size, augment, grey_range, tta_views.
 
     Raises:
         UserError: the file is missing, damaged, of an earlier version, or something else.
@@ -91,10 +94,12 @@ def load_classifier(path: Path) -> tuple[Classifier, Meta]:
         backbone = create_backbone(meta["backbone"]["name"], "none", meta["backbone"]["image_size"])
         head = meta["head"]
         model = Classifier(backbone, Head(head["features"], head["classes"], head["dropout"]))
-        if missing := {"classes", "image_size", "augment", "grey_range"} - meta.keys():
+        if missing := {"classes", "image_size", "augment", "grey_range", "tta_views"} - meta.keys():
             said = ", ".join(sorted(missing))
             raise UserError(f"{path} lacks {said}: an earlier version of unfreeze wrote it. Run the recipe again.")
         meta["augment"] = parse_section(Augment, meta["augment"], "augment", str(path))
+        evaluate = parse_section(Evaluate, {"tta_views": meta["tta_views"]}, "evaluate", str(path))
+        meta["tta_views"] = evaluate.tta_views
         if meta["grey_range"] is not None:
             black, white = (float(value) for value in meta["grey_range"])
             meta["grey_range"] = black, white

@@ -3,6 +3,7 @@
 import io
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from torch import nn
 
 from unfreeze.acceleration.frozen import frozen_copy
 from unfreeze.evaluation import predictor as module
+from unfreeze.evaluation.predicting import predict_tta
 from unfreeze.evaluation.predictor import Predictor
 from unfreeze.models.backbones import create_backbone
 from unfreeze.models.classifier import Classifier, Head
@@ -68,10 +70,25 @@ def test_greys_of_more_than_8_bits_are_shown_as_in_training(predictor: Predictor
     assert without["reason"][0] == "" and "no range of them is known (data.grey_range)" in without["reason"][1]
 
 
+def test_tta_takes_as_many_views_as_the_model_was_evaluated_with(
+    predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    augment, taken = Augment("none", 0, 1.1, 0.0), []
+    save_classifier(predictor._model, tmp_path / "three.safetensors", ["a", "b", "c"], 32, augment, None, 3)
+
+    def counted(*arguments: Any) -> Any:
+        taken.append(arguments[-1])
+        return predict_tta(*arguments)
+
+    monkeypatch.setattr(module, "predict_tta", counted)
+    found = Predictor(tmp_path / "three.safetensors").predict([image(0)], tta=True)
+    assert taken == [3] and found.filter(like="p_").sum(axis=1)[0] == pytest.approx(1)
+
+
 def test_requests_at_once_get_what_each_would_get_alone(predictor: Predictor) -> None:
     requests = [[image(seed), image(seed + 100)] for seed in range(12)]
-    alone = [predictor.predict(files, 2) for files in requests]
+    alone = [predictor.predict(files, tta=True) for files in requests]
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda files: predictor.predict(files, 2), requests))
+        together = list(pool.map(lambda files: predictor.predict(files, tta=True), requests))
     for one, other in zip(alone, together, strict=True):
         pd.testing.assert_frame_equal(one, other)

@@ -320,6 +320,7 @@ def test_weights_come_back_as_they_were_and_damage_is_refused(tmp_path: Path) ->
         ({"augment": {"flip": "none"}}, "augment.rotate is missing"),
         ({"augment": 3}, "augment must be a mapping"),
         ({"augment": None}, "augment must be a mapping"),
+        ({"tta_views": 0}, "evaluate.tta_views is 0, but must be a whole number, at least 1 and"),
     ):
         save_file(model.state_dict(), path, {"unfreeze": json.dumps(said | wrong)})
         with pytest.raises(UserError, match=sentence):
