@@ -82,9 +82,7 @@ def regression(work: Work) -> dict[str, float]:
     fitted = fit_baseline(activations[train], packed.labels[train])
     for split in ("valid", "test"):
         rows = packed.rows(split)
-        found = measure(
-            packed.labels[rows], baseline_probabilities(fitted, activations[rows], len(packed.classes)), packed.classes
-        )
+        found = measure(packed.labels[rows], baseline_probabilities(fitted, activations[rows], len(packed.classes)))
         scores |= {f"{split}_{prefix}{name}": value for name, value in found.items() for prefix in ("", "tta_")}
     return scores
 

@@ -117,7 +117,7 @@ def recipe(work: Work, seed: int) -> dict[str, float]:
                 ("", learner.get_preds(dl=loader)),
                 ("tta_", learner.tta(dl=loader, n=work.views)),
             ):
-                measured = measure(np.asarray(labels, np.int64), probabilities.numpy(), list(learner.dls.vocab))
+                measured = measure(np.asarray(labels, np.int64), probabilities.numpy())
                 scores |= {f"{split}_{prefix}{name}": value for name, value in measured.items()}
     return {"seconds": time.perf_counter() - start, "rate": float(rate), **scores}
 

@@ -80,6 +80,6 @@ def recipe(work: Work, seed: int) -> dict[str, float]:
             labels.append(some.numpy())
         alone, true = np.concatenate(found), np.concatenate(labels)
         for prefix, probabilities in (("", alone), ("tta_", (alone + np.concatenate(mirror)) / 2)):
-            measured = measure(true, probabilities, classes)
+            measured = measure(true, probabilities)
             scores |= {f"{split}_{prefix}{name}": value for name, value in measured.items()}
     return {"seconds": time.perf_counter() - start, **scores}

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from unfreeze.data.folders import named
 from unfreeze.errors import UserError
@@ -147,19 +149,10 @@ def _images(count: int) -> str:
 def _clusters(table: pd.DataFrame, pairs: Iterable[tuple[int, int]]) -> pd.Series:
     """A number for each image, equal for images that must stay together: the connected components of sharing a digest or
     a group, or being a pair."""
-    parent = list(range(len(table)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    for a, b in pairs:
-        parent[root(a)] = root(b)
+    edges = list(pairs)
     for column in ("digest", "group"):
         first: dict[str, int] = {}
-        for i, value in enumerate(table[column]):
-            if value:
-                parent[root(i)] = root(first.setdefault(value, i))
-    return pd.Series([root(i) for i in range(len(table))], table.index)
+        edges += [(i, first.setdefault(value, i)) for i, value in enumerate(table[column]) if value]
+    a, b = np.array(edges, int).reshape(-1, 2).T
+    graph = coo_array((np.ones(len(a)), (a, b)), shape=(len(table), len(table)))
+    return pd.Series(connected_components(graph, directed=False)[1], table.index)

@@ -51,12 +51,12 @@ def evaluate_split(
         with prefix ``baseline_``; and log loss and ece of the plain predictions before calibration, with prefix
         ``uncalibrated_``.
     """
-    labels, classes = packed.labels[rows], packed.classes
+    labels = packed.labels[rows]
     temperature = fit_temperature(found, labels) if temperature is None else temperature
     plain, tta = found.averaged(temperature)
     metrics: dict[str, float] = {}
     for prefix, probabilities in (("", plain), ("tta_", tta), ("baseline_", baseline)):
-        metrics |= {f"{prefix}{name}": value for name, value in measure(labels, probabilities, classes).items()}
-    before = measure(labels, found.plain, classes)
+        metrics |= {f"{prefix}{name}": value for name, value in measure(labels, probabilities).items()}
+    before = measure(labels, found.plain)
     metrics |= {f"uncalibrated_{name}": before[name] for name in ("log_loss", "ece")}
     return Evaluation(Predictions(rows, plain, tta, found.plain), metrics, temperature)

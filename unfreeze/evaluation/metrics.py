@@ -16,11 +16,10 @@ def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
     """The 95 % interval of an accuracy by Wilson's score (1927): ``correct`` of ``total`` were right; (0, 1) of none."""
     if not total:
         return 0.0, 1.0
-    z = 1.959964
-    share, centre = correct / total, z * z / (2 * total)
-    half = z * np.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
-    norm = 1 + z * z / total
-    return max(0.0, float((share + centre - half) / norm)), min(1.0, float((share + centre + half) / norm))
+    from scipy.stats import binomtest  # here, as it takes a second to import
+
+    low, high = binomtest(correct, total).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -38,14 +37,14 @@ def score(probabilities: NDArray[Any], labels: Labels) -> Scores:
     return Scores(float(loss), float((probabilities.argmax(1) == labels).mean()))
 
 
-def measure(labels: Labels, probabilities: NDArray[Any], classes: list[str]) -> dict[str, float]:
+def measure(labels: Labels, probabilities: NDArray[Any]) -> dict[str, float]:
     """Accuracy, macro F1, log loss and expected calibration error (ece) of probabilities (N, C) for class numbers (N,)."""
-    matrix = confusion(labels, probabilities.argmax(1), len(classes))
-    f1 = per_class(matrix, classes)["f1"]
+    from sklearn.metrics import f1_score
+
     scores = score(probabilities, labels)
     return {
         "accuracy": scores.accuracy,
-        "macro_f1": float(f1[matrix.sum(0) + matrix.sum(1) > 0].mean()),
+        "macro_f1": float(f1_score(labels, probabilities.argmax(1), average="macro")),  # of classes that are there
         "log_loss": scores.loss,
         "ece": expected_calibration_error(probabilities, labels),
     }

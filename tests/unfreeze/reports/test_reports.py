@@ -129,7 +129,7 @@ def evaluation(packed: PackedImages, splits: tuple[str, ...], sure: float = 2.0)
         plain, tta, baseline, before = guess(labels), guess(labels), guess(labels), guess(labels)
         predictions[split] = Predictions(rows, plain, tta, before)
         for kind, probabilities in (("", plain), ("tta_", tta), ("baseline_", baseline), ("uncalibrated_", before)):
-            scores = measure(labels, probabilities, packed.classes)
+            scores = measure(labels, probabilities)
             metrics |= {f"{split}_{kind}{name}": value for name, value in scores.items()}
     metrics["temperature"] = 1.37
     labels = packed.labels[packed.rows("valid")]
