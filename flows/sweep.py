@@ -27,7 +27,7 @@ from unfreeze.errors import UserError
 from unfreeze.settings.overrides import as_overrides, with_overrides
 from unfreeze.settings.schema import load_settings, parse_section, parse_text, read_text
 from unfreeze.settings.validation import In, OneOf
-from unfreeze.settings.yaml12 import read_yaml
+from unfreeze.settings.yaml_loader import read_yaml
 
 if TYPE_CHECKING:
     import optuna

@@ -10,7 +10,7 @@ from pipeline.process.git import GitError, git
 from pipeline.process.secrets import mask
 from unfreeze.errors import UserError
 from unfreeze.settings.schema import flatten
-from unfreeze.settings.yaml12 import read_yaml
+from unfreeze.settings.yaml_loader import read_yaml
 
 CODE = ("unfreeze", "pipeline", "tasks", "flows", "dvc.yaml")
 """What decides what a run computes, beside its settings and images."""

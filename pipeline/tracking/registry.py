@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.tracking.local_store import tracking_uri
 
 REQUIREMENTS = (
-    "torch", "torchvision", "timm", "safetensors", "numpy", "opencv-python-headless", "pillow", "pandas", "pyyaml", "tqdm",
+    "torch", "torchvision", "timm", "safetensors", "numpy", "opencv-python-headless", "pillow", "pandas", "ruamel.yaml", "tqdm",
 )  # fmt: skip
 """Packages that a served model is installed with."""
 

@@ -21,7 +21,7 @@ from ruamel.yaml.scalarstring import FoldedScalarString, LiteralScalarString
 from unfreeze.errors import UserError
 from unfreeze.persistence.atomic import put_in_place
 from unfreeze.settings.schema import Settings, flatten, parse_text, read_text
-from unfreeze.settings.yaml12 import read_yaml
+from unfreeze.settings.yaml_loader import read_yaml
 
 UNSEEN = re.compile(r"[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """What JSON writes as it is, and YAML takes for a line break, or for no character at all."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 from unfreeze.errors import UserError
 from unfreeze.settings.validation import In, OneOf, Rising, Without, check_section, hints, key_names
-from unfreeze.settings.yaml12 import read_yaml
+from unfreeze.settings.yaml_loader import read_yaml
 
 S = TypeVar("S")
 

@@ -14,7 +14,7 @@ from flows.cli import main
 from unfreeze.errors import UserError
 from unfreeze.settings.overrides import apply_overrides, as_overrides, read_overrides
 from unfreeze.settings.schema import Settings, flatten, load_settings, parse_text
-from unfreeze.settings.yaml12 import LEVELS, VALUES, read_yaml
+from unfreeze.settings.yaml_loader import LEVELS, VALUES, read_yaml
 
 pytestmark = pytest.mark.timeout(60)
 TEXT = (Path(__file__).parent.parent.parent.parent / "params.yaml").read_text(encoding="utf-8")
@@ -113,12 +113,15 @@ def test_anchors_of_use_are_understood(params: Path) -> None:
     assert load_settings(params).augment.rotate == 0
     apply_overrides(params, ["seed=7"])
     assert (load_settings(params).augment.rotate, load_settings(params).seed) == (0, 7)
+    params.write_text(TEXT.replace("seed: 42", "<<: {seed: 43}"))
+    assert load_settings(params).seed == 43
+    apply_overrides(params, ["seed=7"])
+    assert load_settings(params).seed == 7
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (TEXT.replace("seed: 42", "<<: {seed: 42}").encode(), ["<< is not a setting"]),
         (TEXT.replace("seed: 42", "seed: 42\nseed: 43").encode(), ["line 5", "seed stands there twice, first in line 4"]),
         (TEXT.replace("\n  valid", "\n\tvalid").encode(), ["line 11", "valid YAML"]),
         (TEXT.replace("seed: 42", "seed: 4\x002").encode(), ["line 4", "U+0000"]),
