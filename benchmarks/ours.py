@@ -24,7 +24,7 @@ from unfreeze.device import seed_everything, to_device
 from unfreeze.evaluation.baseline import baseline_head, baseline_probabilities, fit_baseline
 from unfreeze.evaluation.evaluating import Evaluation, evaluate_split
 from unfreeze.evaluation.model_choice import Candidate, choose
-from unfreeze.evaluation.predicting import backbone_activations, predict_tta
+from unfreeze.evaluation.predicting import backbone_activations, predict_tta, predict_tta_of_heads
 from unfreeze.evaluation.soup import average_weights, greedy_soup
 from unfreeze.models.classifier import Classifier
 from unfreeze.models.freezing import decay_groups
@@ -146,16 +146,27 @@ def recipe(work: Work, seed: int, unfreeze: Unfreeze | None = None) -> dict[str,
         regression = fit_baseline(activations[rows["train"]], packed.labels[rows["train"]])
         baseline = baseline_probabilities(regression, activations, len(packed.classes))
         head = baseline_head(regression, activations.shape[1], len(packed.classes))
-        linear = to_device(Classifier(model.backbone, head), loader.device)
+        heads = {"baseline": to_device(head, loader.device)}
 
         def judge(network: Classifier, split: str, temperature: float | None = None) -> Evaluation:
             views = predict_tta(network, loader, rows[split], settings.augment, here.views)
             return evaluate_split(views, rows[split], packed, baseline[rows[split]], temperature)
 
-        states, judged = {"baseline": copy.deepcopy(linear.state_dict())}, {"baseline": judge(linear, "valid")}
+        states: dict[str, State] = {}
+        judged: dict[str, Evaluation] = {}
         cycles: dict[int, State] = {}
         for name in stages(here, model, loader, activations, found, cycles):
-            states[name], judged[name] = copy.deepcopy(model.state_dict()), judge(model, "valid")
+            if name == "train_full":
+                states[name], judged[name] = copy.deepcopy(model.state_dict()), judge(model, "valid")
+                continue
+            heads[name] = copy.deepcopy(model.head)
+            if name == "train_augmented":
+                of_heads = predict_tta_of_heads(
+                    model.backbone, list(heads.values()), loader, rows["valid"], settings.augment, here.views
+                )
+                for (title, trained), views in zip(heads.items(), of_heads, strict=True):
+                    states[title] = copy.deepcopy(Classifier(model.backbone, trained).state_dict())
+                    judged[title] = evaluate_split(views, rows["valid"], packed, baseline[rows["valid"]])
 
         def judge_soup(numbers: Sequence[int]) -> Evaluation:
             states["soup"] = average_weights([cycles[number] for number in numbers])

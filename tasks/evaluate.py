@@ -19,7 +19,7 @@ from unfreeze.data.packed import PackedImages
 from unfreeze.device import seed_everything, to_device
 from unfreeze.evaluation.evaluating import Evaluation, Predictions, evaluate_split
 from unfreeze.evaluation.model_choice import Candidate, choose
-from unfreeze.evaluation.predicting import predict_tta
+from unfreeze.evaluation.predicting import predict_tta, predict_tta_of_heads
 from unfreeze.evaluation.soup import greedy_soup
 from unfreeze.models.classifier import Classifier
 from unfreeze.models.weights import load_classifier, load_head, save_classifier
@@ -36,12 +36,13 @@ def evaluate(run: Run, seed: int, batch_size: int, augment: Augment, evaluate: E
     valid = packed.rows("valid")
     baseline = precomputed("baseline.npy")
 
-    heads = {
+    files = {
         "baseline": artifact("precompute", "baseline.safetensors"),
         "train_head": artifact("train_head", "head.safetensors"),
         "train_augmented": artifact("train_augmented", "head.safetensors"),
     }
-    models = {name: Classifier(model.backbone, load_head(path).to(loader.device)) for name, path in heads.items()}
+    heads = {name: load_head(path).to(loader.device) for name, path in files.items()}
+    models = {name: Classifier(model.backbone, head) for name, head in heads.items()}
     models["train_full"] = to_device(load_classifier(artifact("train_full", "model.safetensors"))[0], loader.device)
 
     def judge(model: Classifier, name: str, split: str, temperature: float | None = None) -> Evaluation:
@@ -58,7 +59,15 @@ def evaluate(run: Run, seed: int, batch_size: int, augment: Augment, evaluate: E
     def judge_soup(cycles: Sequence[int]) -> Evaluation:
         return judge(soup(cycles), f"soup-{'-'.join(map(str, cycles))}", "valid")
 
-    judged = {name: judge(model, name, "valid") for name, model in models.items()}
+    with run.predictions("heads-valid") as kept:
+        of_heads = predict_tta_of_heads(
+            model.backbone, list(heads.values()), loader, valid, augment, evaluate.tta_views, kept
+        )
+        judged = {
+            name: evaluate_split(found, valid, packed, baseline[valid])
+            for name, found in zip(heads, of_heads, strict=True)
+        }
+    judged["train_full"] = judge(models["train_full"], "train_full", "valid")
     alone = judged["train_full"].metrics["tta_log_loss"]
     cycles = greedy_soup(cycle_losses(), lambda those: judge_soup(those).metrics["tta_log_loss"], alone)
     if len(cycles) > 1:

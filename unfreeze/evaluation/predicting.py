@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -18,6 +18,7 @@ from unfreeze.batches.loader import Batch, Loader
 from unfreeze.batches.views import Views, tta_views
 from unfreeze.device import autocast, deterministically
 from unfreeze.models.backbones import Backbone
+from unfreeze.models.classifier import Head, SeveralHeads
 from unfreeze.persistence.resumable import ResumableFile
 from unfreeze.progress import track
 from unfreeze.settings.schema import Augment
@@ -33,8 +34,8 @@ TOGETHER = 8
 
 
 def predict(model: nn.Module, batches: Iterable[Batch], fast: nn.Module | None = None) -> Probabilities:
-    """Probabilities (N, C) of the inputs of ``batches``, in their order. Other arguments as for `infer`."""
-    return torch.cat([logits.softmax(1) for logits, _ in infer(model, batches, fast)]).cpu().numpy()
+    """Probabilities (N, ..., C) of the inputs of ``batches``, in their order. Other arguments as for `infer`."""
+    return torch.cat([logits.softmax(-1) for logits, _ in infer(model, batches, fast)]).cpu().numpy()
 
 
 def infer(network: nn.Module, batches: Iterable[Batch], fast: nn.Module | None = None) -> Iterator[Batch]:
@@ -119,6 +120,35 @@ def predict_tta(
         kept: where to keep what is predicted, and to go on from; an interrupted prediction that goes on is the same, bit
             for bit, as one that was never interrupted.
     """
+    owner, found = _predict_views(model, loader, rows, augment, views, kept)
+    return ViewPredictions(np.array(found[len(owner) :]), found[: len(owner)], owner)
+
+
+def predict_tta_of_heads(
+    backbone: Backbone,
+    heads: Sequence[Head],
+    loader: Loader,
+    rows: NDArray[np.int64],
+    augment: Augment,
+    views: int,
+    kept: ResumableFile | None = None,
+) -> list[ViewPredictions]:
+    """`predict_tta` of each head on one backbone, which computes each view once. Other arguments as there."""
+    model = SeveralHeads(backbone, heads).to(loader.device)
+    owner, found = _predict_views(model, loader, rows, augment, views, kept)
+    of_heads = np.moveaxis(found.reshape(len(found), len(heads), -1), 1, 0)
+    return [ViewPredictions(np.array(one[len(owner) :]), one[: len(owner)], owner) for one in of_heads]
+
+
+def _predict_views(
+    model: nn.Module,
+    loader: Loader,
+    rows: NDArray[np.int64],
+    augment: Augment,
+    views: int,
+    kept: ResumableFile | None,
+) -> tuple[NDArray[np.int64], Probabilities]:
+    """Whose view each is (V,), and probabilities of the views and then of the plain images (V + N, ...)."""
     sizes = loader.packed.sizes[rows]
     plans = [tta_views(size, loader.packed.image_size, augment, views) for size in sizes]
     linear = np.concatenate([linear for linear, _ in plans])
@@ -138,15 +168,14 @@ def predict_tta(
         seen = track(loader.views(map(chunk, starts[first:])), "views", len(starts), first)
         return chain(seen, loader.plain(rows[max(0, first - len(starts)) * loader.wide :]))
 
-    found = (
-        predict(model, batches(0)) if kept is None else _predict_on(model, batches, kept, len(loader.packed.classes))
-    )
-    return ViewPredictions(np.array(found[len(owner) :]), found[: len(owner)], owner)
+    if kept is None:
+        return owner, predict(model, batches(0))
+    _predict_on(model, batches, kept)
+    found = np.memmap(kept.path, np.float32, "r")  # views times images: more than memory may hold
+    return owner, found.reshape(len(owner) + len(rows), -1)
 
 
-def _predict_on(
-    model: nn.Module, batches: Callable[[int], Iterator[Batch]], kept: ResumableFile, classes: int
-) -> Probabilities:
+def _predict_on(model: nn.Module, batches: Callable[[int], Iterator[Batch]], kept: ResumableFile) -> None:
     """As `predict`, of the batches from a number on; those that a file has are not predicted again."""
     done, fast = sum(kept.notes), None
     if done:
@@ -154,9 +183,8 @@ def _predict_on(
         fast = frozen_copy(model, next(batches(0))[0])  # what is left may not fill a batch
     outputs = infer(model, batches(done), fast)
     while some := list(islice(outputs, TOGETHER)):
-        kept.append(torch.cat([logits.softmax(1) for logits, _ in some]).cpu().numpy().tobytes(), len(some))
+        kept.append(torch.cat([logits.softmax(-1) for logits, _ in some]).cpu().numpy().tobytes(), len(some))
     kept.keep()
-    return np.memmap(kept.path, np.float32, "r").reshape(-1, classes)  # views times images: more than memory may hold
 
 
 def backbone_activations(backbone: Backbone, loader: Loader, first: int = 0) -> Iterator[NDArray[np.float32]]:

@@ -1,5 +1,6 @@
 """The classifier: a backbone and a head."""
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -78,3 +79,16 @@ class Classifier(nn.Module):
     @temperature.setter
     def temperature(self, value: float) -> None:
         self.head.logits.temperature.fill_(value)
+
+
+class SeveralHeads(nn.Module):
+    """Images (B, 3, S, S), normalised -> logits (B, H, C) of H heads on one backbone."""
+
+    def __init__(self, backbone: Backbone, heads: Sequence[Head]) -> None:
+        super().__init__()
+        self.backbone, self.heads = backbone, nn.ModuleList(heads)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits of a batch."""
+        activations = self.backbone(images)
+        return torch.stack([head(activations) for head in self.heads], 1)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from unfreeze.device import seed_everything, to_device
 from unfreeze.errors import UserError
 from unfreeze.evaluation import predicting
 from unfreeze.evaluation.metrics import score
-from unfreeze.evaluation.predicting import predict, predict_tta
+from unfreeze.evaluation.predicting import predict, predict_tta, predict_tta_of_heads
 from unfreeze.evaluation.predictor import packed_in_memory
 from unfreeze.models.backbones import create_backbone
 from unfreeze.models.classifier import Classifier, Head
@@ -168,6 +169,22 @@ def test_predictions_end_the_same_whatever_batch_they_were_killed_at(
         with ResumableFile(tmp_path / "kept", "key", 1e9) as kept:
             assert predictions(kept) == expected
         assert seen == left
+
+
+@DEVICES
+@pytest.mark.parametrize("keep", [False, True])
+def test_heads_on_one_backbone_predict_together_what_each_predicts_alone(
+    tmp_path: Path, settings: Settings, keep: bool, device: torch.device
+) -> None:
+    model, loader = material(device)
+    heads = [Head(model.backbone.num_features, 2, 0.5).to(device).eval() for _ in range(3)]
+    with ResumableFile(tmp_path / "kept", "key", 1e9) if keep else nullcontext() as kept:
+        together = predict_tta_of_heads(model.backbone, heads, loader, VALID, settings.augment, 3, kept)
+    for head, found in zip(heads, together, strict=True):
+        alone = predict_tta(Classifier(model.backbone, head), loader, VALID, settings.augment, 3)
+        np.testing.assert_allclose(found.plain, alone.plain, atol=1e-6)
+        np.testing.assert_allclose(found.views, alone.views, atol=1e-6)
+    assert not np.allclose(together[0].plain, together[1].plain, atol=1e-3)
 
 
 @DEVICES
