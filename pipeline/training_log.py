@@ -1,5 +1,6 @@
 """What the steps that train have in common: one line per epoch, curves while they run, tables afterwards."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from pipeline.step import Run
@@ -7,20 +8,31 @@ from unfreeze.training.checkpoints import Progress
 from unfreeze.training.history import History
 from unfreeze.training.loop import Callbacks
 
+POINTS = 1000
+"""Points of a curve in MLflow, at most: it shows no more, and each of them is sent and stored."""
 
-def callbacks(run: Run, epochs: int, phase: str = "", cycle: Callable[[int], None] = lambda number: None) -> Callbacks:
-    """Tells people of every epoch, and MLflow of every batch and epoch, also of those before an interruption.
+
+def callbacks(
+    run: Run, epochs: int, batches: int, phase: str = "", cycle: Callable[[int], None] = lambda number: None
+) -> Callbacks:
+    """Tells people of every epoch, and MLflow of every epoch and of up to `POINTS` batches, also of those before an
+    interruption. The table `batches.csv` has all of them.
 
     Args:
         run: the step's execution.
         epochs: how many there are at most, for the line.
+        batches: how many an epoch has.
         phase: which part of the step this is, where it has several.
         cycle: what to do at the end of each cycle.
     """
     prefix = f"{phase}/" if phase else ""
 
-    def batches(rows: Sequence[Mapping[str, float]]) -> None:
+    every = max(1, math.ceil(epochs * batches / POINTS))
+
+    def tell_batches(rows: Sequence[Mapping[str, float]]) -> None:
         for row in rows:
+            if row["iteration"] % every:
+                continue
             run.tracker.curve({prefix + "rate": row["rate"], prefix + "loss": row["loss"]}, int(row["iteration"]))
 
     def epoch(row: Mapping[str, float]) -> None:
@@ -40,11 +52,11 @@ def callbacks(run: Run, epochs: int, phase: str = "", cycle: Callable[[int], Non
     def resumed(progress: Progress) -> None:
         where = "after its end" if progress.done else f"in epoch {progress.epoch + 1}, batch {progress.batch + 1}"
         run.log("%sgoes on %s, from a checkpoint", f"{phase} " if phase else "", where)
-        batches(progress.history.batches)
+        tell_batches(progress.history.batches)
         for row in progress.history.epochs:
             curves_of(row)
 
-    return Callbacks(batches, epoch, cycle, resumed, run.checkpoint(phase or "training"))
+    return Callbacks(tell_batches, epoch, cycle, resumed, run.checkpoint(phase or "training"))
 
 
 def keep(run: Run, history: History) -> dict[str, float]:

@@ -16,6 +16,7 @@ from pipeline.inputs import fresh_classifier, precomputed
 from pipeline.results import keep_confusion, write_predictions
 from pipeline.step import Run, step
 from pipeline.training_log import callbacks, keep
+from unfreeze.batches.loader import batches_per_epoch
 from unfreeze.device import seed_everything, to_device
 from unfreeze.evaluation.baseline import baseline_head, baseline_probabilities, fit_baseline
 from unfreeze.evaluation.evaluating import Predictions, evaluate_split
@@ -46,6 +47,7 @@ def retrain(
     activations = precomputed("activations.npy")
     rows = np.sort(np.concatenate([packed.rows("train"), packed.rows("valid")]))
     nothing = rows[:0]
+    batches = batches_per_epoch(len(rows), batch_size)
     choice = json.loads(artifact("evaluate", "chosen.json").read_text())
     chosen = choice["chosen"]
     rate = run.read_metrics("lr_find")["rate"]
@@ -56,18 +58,22 @@ def retrain(
         to_device(model, loader.device)
     else:
         data = Activations(activations, packed.labels, rows, nothing, batch_size, seed, loader.device)
-        history = fit_head(model.head, data, rate, train_head, train, callbacks(run, train_head.epochs, "head"))
+        history = fit_head(
+            model.head, data, rate, train_head, train, callbacks(run, train_head.epochs, batches, "head")
+        )
     images = Images(loader, rows, nothing, augment, seed)
     if chosen in ("train_augmented", "train_full", "soup"):
         history = fit_augmented(
-            model, images, rate, train_augmented, train, callbacks(run, train_augmented.epochs, "augmented")
+            model, images, rate, train_augmented, train, callbacks(run, train_augmented.epochs, batches, "augmented")
         )
     if chosen in ("train_full", "soup"):
         cycles = choice["soup"] if chosen == "soup" else [int(run.read_metrics("train_full")["best_cycle"])]
         found = dataclasses.replace(train_full, cycles=max(cycles), until_overfitting=False)
         rate = run.read_metrics("unfreeze_lr_find")["rate"]
         save = keep_cycles(run.scratch / "cycles", model, packed, augment)
-        history = fit_full(model, images, rate, found, unfreeze, train, callbacks(run, found.epochs, "full", save))
+        history = fit_full(
+            model, images, rate, found, unfreeze, train, callbacks(run, found.epochs, batches, "full", save)
+        )
         if chosen == "soup":
             model.load_state_dict(average_cycles(run.scratch / "cycles", cycles))
     metrics, temperature = keep(run, history), run.read_metrics("evaluate")["temperature"]

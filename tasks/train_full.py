@@ -10,6 +10,7 @@ from pipeline.cycles import keep_cycles
 from pipeline.inputs import frozen_classifier
 from pipeline.step import Run, step
 from pipeline.training_log import callbacks, keep
+from unfreeze.batches.loader import batches_per_epoch
 from unfreeze.device import seed_everything
 from unfreeze.models.weights import save_classifier
 from unfreeze.settings.schema import Augment, Train, TrainFull, Unfreeze
@@ -25,9 +26,10 @@ def train_full(
     cycles = run.scratch / "cycles"  # DVC removes what is in artifacts before an interrupted step goes on
     data = Images(loader, loader.packed.rows("train"), loader.packed.rows("valid"), augment, seed)
     rate = run.read_metrics("unfreeze_lr_find")["rate"]
+    batches = batches_per_epoch(len(data.train), batch_size)
     history = fit_full(
         model, data, rate, train_full, unfreeze, train,
-        callbacks(run, train_full.epochs, cycle=keep_cycles(cycles, model, loader.packed, augment)),
+        callbacks(run, train_full.epochs, batches, cycle=keep_cycles(cycles, model, loader.packed, augment)),
     )  # fmt: skip
     run.log("kept the weights of cycle %d", history.best_cycle + 1)
     packed = loader.packed

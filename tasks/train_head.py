@@ -4,6 +4,7 @@ from pipeline.artifacts import artifact
 from pipeline.inputs import precomputed
 from pipeline.step import Run, step
 from pipeline.training_log import callbacks, keep
+from unfreeze.batches.loader import batches_per_epoch
 from unfreeze.data.packed import open_packed
 from unfreeze.device import seed_everything
 from unfreeze.models.classifier import Head
@@ -24,6 +25,7 @@ def train_head(
     model = Head(activations.shape[1], len(packed.classes), head.dropout).to(device)
     rate = run.read_metrics("lr_find")["rate"]
     data = Activations(activations, packed.labels, packed.rows("train"), packed.rows("valid"), batch_size, seed, device)
-    history = fit_head(model, data, rate, train_head, train, callbacks(run, train_head.epochs))
+    batches = batches_per_epoch(len(data.train), batch_size)
+    history = fit_head(model, data, rate, train_head, train, callbacks(run, train_head.epochs, batches))
     save_head(model, run.path("head.safetensors"))
     return keep(run, history)
