@@ -14,6 +14,7 @@ from unfreeze.acceleration.frozen import frozen_copy
 from unfreeze.batches.loader import Loader, Normalisation
 from unfreeze.data.decoding import BrokenImage, decode, resize_shorter
 from unfreeze.data.packed import PackedImages, in_memory
+from unfreeze.data.parallel import in_order
 from unfreeze.device import best_device, to_device
 from unfreeze.errors import TransientError
 from unfreeze.evaluation.predicting import Probabilities, predict, predict_tta
@@ -55,15 +56,9 @@ class Predictor:
         return pd.concat(rows, ignore_index=True)
 
     def _chunk(self, images: Sequence[str | Path | io.BytesIO], tta: bool) -> pd.DataFrame:
-        size = self._meta["image_size"]
-        pixels, reasons = [], []
-        for image in images:
-            try:
-                _, decoded = decode(image, MAX_MEGAPIXELS, size, self._meta["grey_range"])
-                pixels.append(np.asarray(resize_shorter(decoded, size)))
-                reasons.append("")
-            except (BrokenImage, TransientError) as error:
-                reasons.append(str(error))
+        read = list(in_order(self._read, images, 2))
+        pixels = [found for found in read if not isinstance(found, str)]
+        reasons = [found if isinstance(found, str) else "" for found in read]
         good = np.array([reason == "" for reason in reasons])
         probabilities = np.full((len(images), len(self.classes)), np.nan, np.float32)
         if pixels:
@@ -72,6 +67,15 @@ class Predictor:
         best = [self.classes[p.argmax()] if ok else None for p, ok in zip(probabilities, good, strict=True)]
         table.insert(0, "predicted", best)
         return table.assign(reason=reasons)
+
+    def _read(self, image: str | Path | io.BytesIO) -> NDArray[np.uint8] | str:
+        """Its pixels (H, W, 3), the shorter side as the network wants it; or why it cannot be read."""
+        size = self._meta["image_size"]
+        try:
+            _, decoded = decode(image, MAX_MEGAPIXELS, size, self._meta["grey_range"])
+            return np.asarray(resize_shorter(decoded, size))
+        except (BrokenImage, TransientError) as error:
+            return str(error)
 
     def _probabilities(self, pixels: list[np.ndarray], tta: bool) -> Probabilities:
         backbone = self._model.backbone
