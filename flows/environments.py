@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from pipeline.process.environment import home
-from pipeline.process.lock import hold
+from pipeline.process.lock import hold, hold_if_free
 from unfreeze.errors import UserError
 
 READY = ".ready"
@@ -43,10 +44,22 @@ def use_environment(folder: Path) -> None:
     with hold(environment.with_suffix(".lock")):
         if not (environment / READY).exists():
             _make(environment, folder)
+        (environment / READY).touch()  # when it was used last
     earlier = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *([earlier] if earlier else [])])
     python = str(environment / "bin/python")
     os.execv(python, [python, *sys.orig_argv[1:]])
+
+
+def forget_old_environments(seconds: float) -> None:
+    """Remove environments that no run has begun to use for so many seconds; not the one that this process runs in."""
+    for ready in (home() / "environments").glob(f"*/{READY}"):
+        environment = ready.parent
+        if Path(sys.prefix).resolve() != environment and (held := hold_if_free(environment.with_suffix(".lock"))):
+            with held:
+                if time.time() - ready.stat().st_mtime > seconds:
+                    ready.unlink()  # first: half of an environment is none
+                    shutil.rmtree(environment, ignore_errors=True)
 
 
 def meets(folder: Path) -> bool:
@@ -73,7 +86,6 @@ def _make(environment: Path, folder: Path) -> None:
             raise UserError(
                 f"The commit's constraints.txt asks for an environment that cannot be made: {said[-1] if said else command}"
             )
-    (environment / READY).touch()
 
 
 def _added(folder: Path) -> list[str]:

@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from flows.environments import use_environment
+from flows.environments import forget_old_environments, use_environment
 from flows.flow_run import preparing, say_what_it_computes, wait_for_equal
 from pipeline.process.cards import one_card
 from pipeline.process.environment import DEFAULT_TRACKING_URI, home
@@ -203,7 +203,8 @@ def leave(folder: Path) -> None:
 
 
 def forget_old() -> None:
-    """Remove workspaces in which nobody has been for a long time, and what was known of runs like theirs."""
+    """Remove workspaces in which nobody has been for a long time, what was known of runs like theirs, and environments."""
+    forget_old_environments(FORGET)
     for file in (home() / "locks").glob("*"):
         if time.time() - file.stat().st_mtime > FORGET:
             file.unlink(missing_ok=True)

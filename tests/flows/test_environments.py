@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.environments import _added, meets
+from flows.environments import READY, _added, forget_old_environments, meets
+from pipeline.process.lock import hold
 
 NUMPY = importlib.metadata.version("numpy")
 
@@ -45,7 +46,9 @@ def test_an_environment_that_is_made_has_the_extras_of_this_one(tmp_path: Path) 
     assert not [text for text in added if "nowhere" in text]
 
 
-def test_a_commit_that_asks_for_other_versions_gets_an_environment_once(tmp_path: Path) -> None:
+def test_a_commit_that_asks_for_other_versions_gets_an_environment_once_until_it_is_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "constraints.txt").write_text("numpy==0.1")
     (tmp_path / "pyproject.toml").write_text("[project]\nname = 'x'\nversion = '1'\ndependencies = []\n")
     code = """
@@ -67,3 +70,12 @@ else:
         said.append(done.stdout.split())
     (made,) = (tmp_path / "home/environments").glob("*/")
     assert said == [[str(made), str(tmp_path)]] * 2
+    monkeypatch.setenv("UNFREEZE_HOME", str(tmp_path / "home"))
+    forget_old_environments(60)
+    assert made.exists()
+    os.utime(made / READY, (0, 0))
+    with hold(made.with_suffix(".lock")):  # a run begins in it just now
+        forget_old_environments(60)
+    assert made.exists()
+    forget_old_environments(60)
+    assert not made.exists()
