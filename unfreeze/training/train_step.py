@@ -79,6 +79,7 @@ def record(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, los
     def eager(given: Batch) -> torch.Tensor:
         return train_batch(model, optimizer, given, loss)
 
+    stream: Any = torch.cuda.current_stream()
     try:
         expected = deterministically(lambda: bits(eager))
         graph = GraphedStep(model, optimizer, batch, loss)
@@ -87,6 +88,7 @@ def record(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, los
         return graph
     except RuntimeError as error:  # an operation that cannot be recorded, or no memory
         logger.info("Training without a CUDA graph: %s", (str(error) or type(error).__name__).splitlines()[0])
+        torch.cuda.set_stream(stream)  # a capture that failed leaves its own
         _end_capture()
         return None
     finally:
