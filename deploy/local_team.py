@@ -1,7 +1,7 @@
-"""`make team`: all that a team has on several machines, on this one, for trying.
+"""`make team`: run a team's servers and workers on this machine, for a trial.
 
-PostgreSQL, S3, Prefect and MLflow with passwords, the deployment of this checkout, and workers. Everything listens on this
-machine's own address. Data, logs and passwords lie in one folder, and are there again after another start.
+It starts PostgreSQL, S3, Prefect and MLflow with passwords, deploys this checkout, and starts workers. All servers
+listen on 127.0.0.1. Data, logs and passwords are kept in one folder, and used again by the next start.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 @contextmanager
 def team(folder: Path, ports: Ports, workers: int) -> Iterator[Servers]:
-    """Have servers and workers run, with this checkout deployed, while the block does.
+    """Run servers and workers, with this checkout deployed, while the block runs.
 
     Raises:
         UserError: something is missing, or does not start.
@@ -89,7 +89,7 @@ def deploy(servers: Servers) -> None:
 
 @contextmanager
 def worker(servers: Servers, number: int, workers: int) -> Iterator[Part]:
-    """A worker like one on a machine of its own: with its cache, its workspaces, and its share of the GPUs."""
+    """A worker with its own cache, workspaces and share of the GPUs, as if on a separate machine."""
     name, found = f"worker-{number}", cards()
     environment = servers.environment | {"UNFREEZE_HOME": str(servers.folder / "workers" / name)}
     if len(found) >= workers:

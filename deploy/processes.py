@@ -15,9 +15,9 @@ from typing import Any
 from unfreeze.errors import UserError
 
 PATIENCE = 300.0
-"""Seconds in which a server is ready; its first start makes its database."""
+"""Timeout in seconds for a server to become ready; its first start creates its database."""
 GOODBYE = 60.0
-"""Seconds that a process has for its end; a worker's run writes a checkpoint."""
+"""Seconds between asking a process to end and killing it; a worker's run writes a checkpoint."""
 
 
 @dataclass
@@ -51,13 +51,13 @@ def running(
     user: str | None = None,
     stop: int = signal.SIGTERM,
 ) -> Iterator[Part]:
-    """Have a process run while the block does; it is stopped afterwards, and killed where it does not end.
+    """Run a process while the block runs; then stop it, and kill it if it does not end.
 
     Args:
-        name: what people call it, and its log.
-        command: its command line; nothing secret, as everybody sees it.
-        environment: all of it.
-        logs: folder of the log, to which is appended.
+        name: name of the process and of its log.
+        command: its command line; without secrets, as other users can see it.
+        environment: its complete environment.
+        logs: folder of the log, which is appended to.
         cwd: its working directory.
         user: the account to run it as, where this is root's.
         stop: the signal that it is stopped with.
@@ -121,7 +121,7 @@ def is_free(port: int) -> bool:
 
 
 def as_user(name: str | None) -> dict[str, Any]:
-    """The arguments of `subprocess` by which a process of root's runs as another user; none of these for None."""
+    """Arguments for `subprocess` to run a process as another user, if this one is root's; empty for None."""
     import pwd
 
     return {"user": name, "group": pwd.getpwnam(name).pw_gid, "extra_groups": []} if name else {}

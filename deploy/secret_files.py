@@ -1,4 +1,4 @@
-"""Files of environment variables, which only their owner can read: passwords are made once, and stay."""
+"""Files of environment variables that only their owner can read. Passwords are generated once and kept."""
 
 import os
 import secrets
@@ -18,7 +18,7 @@ NAMES = (
 
 
 def passwords(file: Path) -> dict[str, str]:
-    """The passwords and keys of a file, which is made, or completed, where it lacks any."""
+    """The passwords and keys in a file; missing ones are generated and added."""
     known = read(file) if file.exists() else {}
     found = known | {name: secrets.token_urlsafe(24).replace("-", "x") for name in NAMES if name not in known}
     if found != known:
@@ -33,12 +33,12 @@ def read(file: Path) -> dict[str, str]:
 
 
 def write(file: Path, variables: Mapping[str, str]) -> None:
-    """Write variables, for `. file` in a shell and systemd's EnvironmentFile; values have nothing that a shell takes apart."""
+    """Write variables for `. file` in a shell and systemd's EnvironmentFile; values must not need shell quoting."""
     write_private(file, "".join(f"{name}={value}\n" for name, value in variables.items()))
 
 
 def write_private(file: Path, text: str) -> None:
-    """Write a file that only its owner can read, at no moment anybody else."""
+    """Write a file that only its owner can read, from its creation on."""
     new = file.with_name(f".{file.name}.new")
     new.unlink(missing_ok=True)
     with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as opened:

@@ -30,7 +30,7 @@ DATABASES = re.findall(r"CREATE DATABASE (\w+)", (Path(__file__).parent / "datab
 BUCKETS = ("mlflow", "dvc")
 ACCOUNTS = Path(__file__).parent / "mlflow-auth.ini"
 KEPT = ("PREFECT_", "MLFLOW_", "AWS_", "RCLONE_", "PG", "UNFREEZE_HOME")
-"""Variables of whoever starts the team that would send something elsewhere."""
+"""Environment variables that are removed, because they would direct requests to other servers."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Servers:
 
     @contextmanager
     def started(self) -> Iterator["Servers"]:
-        """Have all servers run while the block does; what they need is made at the first start.
+        """Run all servers while the block runs; the first start creates their databases, buckets and users.
 
         Raises:
             UserError: a program is missing, a port is taken, or a server does not start; says what to do.
@@ -159,7 +159,7 @@ class Servers:
             raise UserError(f"initdb cannot make a database in {data}: {done.stderr.strip()}")
 
     def _makes_databases(self) -> bool:
-        """Whether PostgreSQL answers, and has made the databases that it lacked."""
+        """Create missing databases; returns whether PostgreSQL answers."""
         import psycopg
 
         address = f"postgresql://{OWNER}@{HOST}:{self.ports.postgresql}/postgres?connect_timeout=5"
@@ -175,7 +175,7 @@ class Servers:
 
     @property
     def postgresql(self) -> dict[str, str]:
-        """The variables by which clients of PostgreSQL find it: its password stands in no address or command line."""
+        """Environment variables for PostgreSQL's clients, so that the password is in no address or command line."""
         return {
             "PGHOST": HOST,
             "PGPORT": str(self.ports.postgresql),
@@ -254,7 +254,8 @@ class Servers:
         urllib.request.urlopen(urllib.request.Request(f"{address}/create", body, headers)).close()
 
     def _configure_dvc(self) -> None:
-        """A default remote for people and workers, in no repository: the keys are in their environment."""
+        """Configure a default remote for users and workers outside of any repository; its keys are in their
+        environment."""
         (self.folder / "dvc").mkdir(exist_ok=True)
         remote = f"    url = s3://dvc/team\n    endpointurl = {self.s3}\n"
         (self.folder / "dvc/config").write_text(f"[core]\n    remote = team\n['remote \"team\"']\n{remote}")

@@ -1,6 +1,6 @@
-"""What Prefect's server does by itself: a run whose worker is lost is scheduled again, and people are told.
+"""Automations on Prefect's server: reschedule a run whose worker is lost, and send notifications.
 
-`make deploy` runs this file; done again, it changes the automations that are there. A flow run sends a heartbeat every 30
+`make deploy` runs this file; run again, it updates the existing automations. A flow run sends a heartbeat every 30
 seconds (`PREFECT_FLOWS_HEARTBEAT_FREQUENCY` in `prefect.yaml`, the least that Prefect takes).
 """
 
@@ -17,19 +17,19 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.exceptions import ObjectNotFound
 
 SILENCE = timedelta(seconds=90)
-"""Time without a heartbeat after which the worker of a run is taken for lost."""
+"""Time without a heartbeat after which the worker of a run is considered lost."""
 STARTING = timedelta(minutes=10)
 """Time that a worker has between taking a run and starting it; it may have to install an environment first."""
 LOST = "WorkerLost"
-"""Name of the state of a run whose worker is lost, in which it is for a moment."""
+"""Name of the short-lived state of a run whose worker is lost, before it is scheduled again."""
 Match = dict[str, str | list[str]]
 RUNS: Match = {"prefect.resource.id": "prefect.flow-run.*"}
 OURS: Match = {"prefect.resource.role": "tag", "prefect.resource.id": "prefect.tag.unfreeze"}
 """Deployments carry this tag, and so do their runs; others have no worker that could be lost."""
 
 COMPARED = "unfreeze.model"
-"""Event of a deployment's run that has registered a model: how it does beside the version before."""
-# Prefect knows the address of its pages where the server has PREFECT_UI_URL.
+"""Event of a deployment's run that has registered a model, with a comparison to the previous version."""
+# Prefect fills in the address of its pages if PREFECT_UI_URL is set for the server.
 STATE = "{{ flow_run.name }}: {{ flow_run.state.message }} {{ flow_run|ui_url or '' }}"
 
 
@@ -39,7 +39,7 @@ def events(*names: str) -> set[str]:
 
 
 def silent(after: set[str], within: timedelta) -> EventTrigger:
-    """Fires for a run of which nothing is heard after one of these events."""
+    """Trigger: no event of a run within a time after one of these events."""
     return EventTrigger(
         match=RUNS, match_related=OURS, after=after, expect=events("*"), for_each={"prefect.resource.id"},
         posture=Posture.Proactive, threshold=1, within=within,
@@ -47,15 +47,16 @@ def silent(after: set[str], within: timedelta) -> EventTrigger:
 
 
 def heard(match: Match, related: Match, expected: set[str]) -> EventTrigger:
-    """Fires for each of these events, of what is matched."""
+    """Trigger: any of these events of a matched resource."""
     return EventTrigger(match=match, match_related=related, expect=expected, posture=Posture.Reactive, threshold=1)
 
 
 def takeovers() -> list[AutomationCore]:
-    """Schedule a run again whose worker is lost: the same run, which another worker goes on with.
+    """Automations that schedule the same run again if its worker is lost, so that another worker continues it.
 
-    In two steps. A heartbeat may come after the end of its run, from a machine whose clock is ahead say; but Prefect lets
-    no run crash that has ended.
+    There are two steps: first the state `LOST`, of type CRASHED, then SCHEDULED. A heartbeat may arrive after the end
+    of its run, for example from a machine whose clock is ahead; Prefect refuses to set a run that has ended to
+    CRASHED.
     """
 
     def crash(message: str) -> ChangeFlowRunState:
@@ -88,10 +89,10 @@ def takeovers() -> list[AutomationCore]:
 
 
 def notifications(block: UUID, kind: str) -> list[AutomationCore]:
-    """Tell people what happens to runs.
+    """Automations that notify people of failures, lost workers and model comparisons.
 
     Args:
-        block: id of a block of Prefect's, by which the team wants to be told.
+        block: id of the Prefect block that sends the notifications.
         kind: its type; ``webhook`` gets JSON with the key ``text``, which Slack and Mattermost take as it is.
     """
 

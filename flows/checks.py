@@ -1,4 +1,4 @@
-"""What is refused before anything runs or is written: images that cannot be listed, watched or split, and a wrong network."""
+"""Checks before anything runs or is written: can images be listed, watched and split, and does the network fit?"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -15,16 +15,16 @@ from unfreeze.errors import UserError
 from unfreeze.settings.schema import Data, Settings
 
 LOOKED_AT = 100
-"""Images whose headers are looked at before anything runs: enough to find a folder of what are no images, in a moment."""
+"""Number of images whose headers are read before anything runs: enough to detect a folder of other files quickly."""
 NETWORK = ("backbone.", "data.image_size")
-"""How the keys begin that say which network sees what: seeing that they fit takes seconds, most of them to import torch."""
+"""Prefixes of the settings that need the network to be checked, which takes seconds, mostly for importing torch."""
 
 
 def check_images(settings: Settings) -> pd.DataFrame:
-    """See that the images can be listed, watched by DVC, and split, that some of them are images, that CUDA works where it
-    is asked for, and that the place for shared checkpoints can be opened.
+    """Check the images, the device and the place for shared checkpoints, without decoding an image.
 
-    No image is decoded.
+    The images can be listed, watched by DVC and split, and most of a sample have a readable header. CUDA works if it is
+    required. The place for shared checkpoints can be opened.
 
     Returns:
         The images, as `read_source` lists them.
@@ -43,7 +43,7 @@ def check_images(settings: Settings) -> pd.DataFrame:
     check_watched(data.source, table["file"])
     assign_splits(table.assign(digest=""), data.valid, data.test, settings.seed)
     looked_at, unreadable = look_at_some(table, data)
-    chance = 0.0  # that some of more images are worse than all of them
+    chance = 0.0  # four standard deviations of the count of unreadable images in a sample
     if looked_at < len(table):
         chance = 4 * math.sqrt(looked_at * data.max_broken * (1 - data.max_broken))
     if len(unreadable) > data.max_broken * looked_at + chance:
@@ -80,5 +80,5 @@ def check_all(settings: Settings) -> pd.DataFrame:
 
 
 def check_for(overrides: Iterable[str]) -> Callable[[Settings], pd.DataFrame]:
-    """What settings with these ``key=value`` changes have to pass before they are kept."""
+    """The check that settings with these ``key=value`` changes must pass before they are saved."""
     return check_all if any(override.strip().startswith(NETWORK) for override in overrides) else check_images

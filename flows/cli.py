@@ -13,12 +13,14 @@ from pipeline.process.secrets import mask
 from unfreeze.errors import UserError, disk_trouble
 
 UNREAD = 128 + signal.SIGPIPE
-"""Exit code where whoever read the output has ended, as shells give it."""
+"""Exit code when the reader of the output has ended (SIGPIPE), as in shells."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 well, 1 a step failed, 2 something for the user to mend, 130 interrupted,
-    141 where nobody reads the output any more."""
+    """Run a command; returns the exit code.
+
+    These are 0 for success, 1 for a failed step, 2 for a user error, 130 for an interruption and 141 for a broken pipe.
+    """
     from pipeline.process.environment import set_environment, start_in_utf8
 
     if arguments is None:
@@ -43,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _is_unread() -> bool:
-    """Whether nobody reads what is printed any more, as after ``| head``; the rest is thrown away then."""
+    """Whether the reader of standard output has ended, as after ``| head``; further output is discarded then."""
     poll = select.poll()
     poll.register(sys.stdout, 0)
     if not any(event & select.POLLERR for _, event in poll.poll(0)):
@@ -100,18 +102,18 @@ def _parser() -> argparse.ArgumentParser:
     sweep.set_defaults(command=_sweep)
 
     reproduce = commands.add_parser(
-        "reproduce", help="have the model of an earlier run again, in a worktree beside this folder, and compare it"
+        "reproduce", help="reproduce the model of an earlier run in a worktree beside this folder, and compare it"
     )
     reproduce.add_argument("run", help="id of an MLflow run, or models:/<name>/<version>")
     reproduce.add_argument("--into", type=Path, metavar="FOLDER", help="where to (default: beside this folder)")
     reproduce.set_defaults(command=_reproduce)
 
     publish = commands.add_parser(
-        "publish", help="send what MLflow, or DVC's remote, was not there to take; the next run does so too"
+        "publish", help="send queued results to MLflow and DVC's remote; the next run does so too"
     )
     publish.add_argument(
         "--anyway", action="store_true",
-        help="send also what was meant for another tracking server than MLFLOW_TRACKING_URI now names",
+        help="send also results that were queued for another tracking server than MLFLOW_TRACKING_URI names now",
     )  # fmt: skip
     publish.set_defaults(command=_publish)
     return parser
@@ -135,7 +137,7 @@ def _run(chosen: argparse.Namespace) -> int:
 
 
 def _check_code() -> None:
-    """See that a folder with code of its own runs that. Raises UserError in a copy with the environment of the original."""
+    """Raises UserError in a copy of the project that uses the environment, and so the code, of the original."""
     here, this = Path("flows/cli.py"), Path(__file__)
     if here.exists() and not here.samefile(this):
         raise UserError(
@@ -187,7 +189,7 @@ def _run_alone(chosen: argparse.Namespace) -> int:
 
 
 def _check_surroundings() -> None:
-    """See that MLflow and Prefect can be where the environment names them. Raises UserError."""
+    """Check the addresses of MLflow and Prefect in the environment. Raises UserError."""
     from flows.prefect_server import check_api
     from pipeline.tracking.local_store import check_tracking_uri
 

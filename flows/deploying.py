@@ -1,4 +1,4 @@
-"""`make deploy`: the deployment of `prefect.yaml`, from the branch of this checkout; what a person has paused stays so."""
+"""`make deploy`: deploy `prefect.yaml` from the branch of this checkout; a paused deployment stays paused."""
 
 import subprocess
 import sys
@@ -14,7 +14,10 @@ from unfreeze.errors import UserError
 
 
 def deploy() -> int:
-    """Have Prefect deploy; returns its exit code. It would begin paused deployments again (not schedules that have a slug)."""
+    """Deploy with Prefect; returns its exit code.
+
+    Prefect would resume paused deployments (but not paused schedules that have a slug), so they are paused again.
+    """
     of_recipe = FlowFilter.model_validate({"name": {"any_": ["recipe"]}})
     with get_client(sync_client=True) as client:
         paused = [deployment.id for deployment in client.read_deployments(flow_filter=of_recipe) if deployment.paused]

@@ -24,7 +24,7 @@ NOISE = (
     "> python -m tasks ",
     "Running stage",
 )
-"""What DVC says to a person at a prompt, and to nobody in a log."""
+"""Beginnings of DVC's hints for interactive use, which are left out of logs."""
 
 NO_REMOTE = 3
 FIND_REMOTE = f"""
@@ -44,14 +44,14 @@ repo = Repo()
 repo.lock = LockNoop()
 repo.push(run_cache=True)
 """
-"""As `dvc push --run-cache`, while DVC runs a step, which would find the workspace locked: a push changes nothing there."""
+"""`dvc push --run-cache` without DVC's lock, which a running step holds; a push does not change the workspace."""
 UNREADABLE_LOCK = re.compile(r"dvc\.lock' (is invalid|validation failed)|unable to read: '[^']*dvc\.lock'")
 """What DVC says of a `dvc.lock` that it cannot read."""
 PATIENCE = 30.0
-"""Seconds within which a remote that is well says whether it is there: DVC itself would wait for many minutes."""
+"""Timeout in seconds for a remote to answer: DVC itself would wait for many minutes."""
 
 NOTING = 1.0
-"""Seconds within which another workspace's DVC, on the same cache, has noted what it is noting: it takes milliseconds."""
+"""Seconds to wait for another workspace's DVC to fill a new folder of the shared run cache; it takes milliseconds."""
 
 TO_PUSH = ABOUT_CACHE / "to-push"
 
@@ -63,7 +63,7 @@ def environment() -> dict[str, str]:
     return os.environ | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "PYTHONUNBUFFERED": "1",
-        "PYTHONIOENCODING": "utf-8",  # whatever a terminal has: it is read here
+        "PYTHONIOENCODING": "utf-8",  # regardless of the terminal's encoding: this process reads the output
     }
 
 
@@ -80,8 +80,8 @@ def stale_stages() -> set[str]:
     """Names of the stages that `dvc status` finds changed.
 
     Raises:
-        DamagedLock: DVC cannot read `dvc.lock`, and no merge's conflict is why.
-        UserError: DVC cannot tell, with what it says.
+        DamagedLock: DVC cannot read `dvc.lock`, and it has no merge conflicts.
+        UserError: `dvc status` fails, with DVC's message.
     """
     done = subprocess.run(dvc("status", "--json"), capture_output=True, text=True, env=environment())
     if done.returncode == 0:
@@ -94,16 +94,16 @@ def stale_stages() -> set[str]:
     if UNREADABLE_LOCK.search(said) and "merge conflicts" in said:
         raise UserError(
             "dvc.lock has a merge's conflicts. Resolve those of params.yaml and dvc.yaml, take one side's dvc.lock (`git "
-            "checkout --ours dvc.lock`), and start again: it is brought up to date, with what DVC's cache has."
+            "checkout --ours dvc.lock`), and start again: it is brought up to date, with the results in DVC's cache."
         )
     raise (DamagedLock if UNREADABLE_LOCK.search(said) else UserError)(f"DVC cannot tell what has changed: {said}")
 
 
 def put_lock_aside() -> Path:
-    """Put a damaged `dvc.lock` aside; returns where.
+    """Move a damaged `dvc.lock` aside; returns its new path.
 
-    DVC writes it in place, so that a kill or a power cut at that moment leaves a piece of it. What it named is in the run
-    cache too, and comes back from there.
+    DVC writes the file in place, so that a kill or a power loss at that moment truncates it. The results that it
+    listed are in the run cache too, and are restored from there.
     """
     return Path("dvc.lock").replace("dvc.lock.damaged")
 
@@ -147,13 +147,13 @@ def reproduce(stage: str, pull: bool) -> Iterator[str]:
             return
         if not (empty := _forget_empty_runs()):
             raise subprocess.CalledProcessError(process.returncode, command)
-        yield f"DVC was killed before it had noted a run in {', '.join(map(str, empty))}: removed, and asked again."
+        yield f"Retrying after removing empty folders of DVC's run cache: {', '.join(map(str, empty))}."
 
 
 def _forget_empty_runs() -> list[Path]:
-    """Remove from DVC's run cache folders with nothing in them, at which it fails with a TypeError; returns them.
+    """Remove empty folders from DVC's run cache, at which DVC fails with a TypeError; returns them.
 
-    It makes the folder of a run, and moves the note of it there a moment later, if it is not killed in between.
+    DVC creates a run's folder, and moves the run's file into it a moment later. A kill in between leaves it empty.
     """
     done = subprocess.run(dvc("cache", "dir"), capture_output=True, text=True, env=environment())
     if done.returncode:
@@ -199,12 +199,12 @@ def push(pauses: Sequence[float] = (2, 8), beside: bool = False) -> str | None:
 
 
 def to_push() -> bool:
-    """Whether a push has failed, or was interrupted, since one that did not."""
+    """Whether the last push failed or was interrupted."""
     return TO_PUSH.exists()
 
 
 def share_cache(worktree: Path) -> None:
-    """Have the DVC of a worktree use this project's cache, and what is configured here alone, such as a remote's password."""
+    """Configure a worktree's DVC with this project's cache and local configuration, such as a remote's password."""
     local = Path(".dvc/config.local")
     if local.exists():
         shutil.copy(local, worktree / ".dvc/config.local")

@@ -1,6 +1,6 @@
-"""The environment that a commit asks for: the worker's own where it meets the commit's constraints, else one more.
+"""The Python environment for a commit: the worker's own if it meets the commit's constraints, else a new one.
 
-So a changed `constraints.txt` is rolled out as any other file is. An environment is made once.
+So a changed `constraints.txt` is rolled out like any other file. An environment is created once, and used again.
 """
 
 import hashlib
@@ -28,9 +28,9 @@ TOOLS = ("bench", "dev", "local-team")
 
 
 def use_environment(folder: Path) -> None:
-    """Go on in an environment that has the versions which a commit's files name.
+    """Switch to an environment with the versions that a commit pins.
 
-    Where that is another than this process has, it is made if it is not there, and the process starts again in it.
+    If this process's environment lacks them, this process is restarted in another one, which is created if necessary.
 
     Args:
         folder: a clone of the project.
@@ -89,7 +89,8 @@ def _make(environment: Path, folder: Path) -> None:
 
 
 def _added(folder: Path) -> list[str]:
-    """What is installed here beside what the project depends on: of its extras, such as `team`, and of nobody's, pinned nowhere."""
+    """Further packages that are installed here: those of the project's extras, such as `team`, and unpinned ones that
+    no installed package requires."""
     known = {canonicalize_name(requirement.name) for requirement in (*_pins(folder), *_dependencies(folder))}
     for package in importlib.metadata.distributions():
         known |= {canonicalize_name(Requirement(text).name) for text in package.requires or []}

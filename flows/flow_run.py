@@ -1,4 +1,4 @@
-"""This run, as Prefect's server knows it: what it computes, its name, its address; and other runs that compute the same."""
+"""This flow run on Prefect's server: its name, address and tags; and other runs of the same commit and settings."""
 
 import os
 import socket
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
 COMPUTES = "computes:"
-"""How the tag begins that says what a run computes: its commit and its settings."""
+"""Prefix of the tag with a run's commit and a hash of its settings."""
 HOST = "unfreeze.host"
 """A run's label that says on which host it is."""
 PAUSE = 5.0
@@ -32,7 +32,7 @@ PAUSE = 5.0
 
 @contextmanager
 def preparing() -> Iterator[FlowRun]:
-    """The flow run that this process is started for, before its flow is; its log gets a `UserError` of the block."""
+    """The flow run of this process, before the flow starts; a `UserError` in the block is written to the run's log."""
     with get_client(sync_client=True) as client:
         run = client.read_flow_run(UUID(os.environ["PREFECT__FLOW_RUN_ID"]))
     try:
@@ -43,7 +43,7 @@ def preparing() -> Iterator[FlowRun]:
 
 
 def say_what_it_computes(run: FlowRun, what: str) -> None:
-    """Put a tag on a run, in a word that runs of the same commit and settings share."""
+    """Add a tag to a run that is equal for runs of the same commit and settings."""
     others = [tag for tag in run.tags if not tag.startswith(COMPUTES)]
     with get_client(sync_client=True) as client:
         client.update_flow_run(run.id, tags=[*others, f"{COMPUTES}{what}"])
@@ -51,10 +51,10 @@ def say_what_it_computes(run: FlowRun, what: str) -> None:
 
 
 def wait_for_equal(is_shared: Callable[[], bool]) -> None:
-    """Wait until no run is at work that computes the same as this one and began before it: its results are there then.
+    """Wait for earlier running runs of the same commit and settings, whose results this run then uses.
 
     Args:
-        is_shared: whether another process has the workspace, as a run of the same host would that is not lost.
+        is_shared: whether another process uses the workspace. If not, an earlier run of this host is lost.
     """
     run = current()
     said = ""

@@ -1,8 +1,8 @@
 """A deployed flow run belongs to the worker that started it last.
 
-Where a worker is lost, Prefect's automation (`flows/automations.py`) schedules its flow run again, and the next worker takes
-it: the server counts one more execution (`run_count`). A worker that was only cut off finds that out here, and stops
-without a word to anybody: states of the run in Prefect and MLflow are the new owner's.
+If a worker is lost, Prefect's automation (`flows/automations.py`) schedules its flow run again, the next worker takes
+it, and the server increases its `run_count`. A worker that only lost its connection detects this here, and stops
+without changing the run's state in Prefect or MLflow, which belongs to the new owner.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ from pipeline.process.signals import die_with, identity
 from pipeline.tracking.tracker import OWNER, owner
 
 LOOK = 30.0
-"""Seconds between two looks at whose the run is."""
+"""Seconds between two checks of the run's owner."""
 
 _owned: tuple[UUID, int] | None = None
 
 
 def claim(run: FlowRun) -> None:
-    """Note that this process executes a deployed flow run, for its worker, and stop its steps when another one takes it."""
+    """Make this process the owner of a deployed flow run; its steps are stopped when another worker takes the run."""
     global _owned
     _owned = run.id, run.run_count
     os.environ[OWNER] = owner(run.run_count)
@@ -54,13 +54,13 @@ def is_another_attempt() -> bool:
 
 
 def stop_if_taken() -> None:
-    """Raises Abort, by which a flow ends in the state that the server says, where another worker has taken the run."""
+    """Raises Abort, which ends the flow without changing the run's state, if another worker has taken the run."""
     if is_taken():
         raise Abort("Another worker has taken this run: it is left alone here.")
 
 
 def leave_to_another() -> None:
-    """Raises Abort where a flow is stopped that nobody has cancelled: its worker stops or is gone, and another one goes on."""
+    """Raises Abort if the flow is stopped but not cancelled: its worker has ended or stops, and another continues."""
     if _owned is None:
         return
     with contextlib.suppress(Exception), get_client(sync_client=True) as client:
@@ -71,7 +71,7 @@ def leave_to_another() -> None:
 
 
 def _say_no_more() -> None:
-    """Print to nowhere: nobody reads what a worker's flow prints any more, and Prefect would exit at the first line."""
+    """Redirect output to /dev/null: the worker that read it has ended, and Prefect would exit at the next line."""
     with open(os.devnull, "w") as nothing:
         for number in (1, 2):
             os.dup2(nothing.fileno(), number)

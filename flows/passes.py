@@ -57,7 +57,7 @@ def begin() -> Plan:
     except dvc.DamagedLock as error:
         aside = dvc.put_lock_aside()
         get_run_logger().warning(
-            "%s It lies in %s now; what it named comes back from the cache.", mask(str(error)), aside
+            "%s It was moved to %s; the results that it listed are restored from the cache.", mask(str(error)), aside
         )
         stale = dvc.stale_stages()
     first = min((STAGES.index(stage) for stage in stale), default=len(STAGES))
@@ -70,7 +70,7 @@ def begin() -> Plan:
     if run and deployed:
         claim(run)
         if is_another_attempt():
-            get_run_logger().info("This run was begun before, perhaps on a worker that is lost: it goes on.")
+            get_run_logger().info("This run was started before, perhaps on a worker that is lost: it continues.")
     os.environ[PARENT] = identity(psutil.Process())
     with suppress(OSError):  # a terminal may have no name, in a container say
         os.environ["UNFREEZE_TTY"] = os.ttyname(sys.stderr.fileno())
@@ -118,7 +118,7 @@ def finish(outcomes: Mapping[str, Outcome], plan: Plan, status: str, pushing: Pu
 
 
 def _tell_whether_better() -> None:
-    """Say how the new version does beside the one before, in the log, and to Prefect, where an automation may tell people."""
+    """Compare the new version with the previous one, in the log and in a Prefect event, for notifications."""
     try:
         registered = json.loads(artifact("register", "registration.json").read_text())
         text = compare_with_the_one_before(registered["model"], registered["version"])

@@ -29,7 +29,7 @@ def ui_address() -> str:
 
 
 def way_to_experiments() -> str:
-    """How to get to MLflow's page of experiments, on its side for trained models: it would open on the one for chatbots."""
+    """Address of MLflow's page of experiments, in the view for model training: its default is the one for chatbots."""
     address = ui_address()
     before = "make ui, then " if address == LOCAL_UI else ""
     return f"{before}{address}/#/experiments?workflowType=machine_learning"
@@ -42,7 +42,7 @@ def run_address() -> str | None:
 
 
 def publish_links(stage: str) -> None:
-    """Make Prefect artifacts of what a step leaves to look at; a server that does not answer costs only the link."""
+    """Create Prefect artifacts with links to a step's plots; logs a warning if a server does not answer."""
     if stage not in LINKED and stage != "ingest":
         return
     try:

@@ -1,4 +1,4 @@
-"""Prefect's log of what went wrong: none of its tracebacks around what is said in a sentence."""
+"""Log filter for Prefect: errors that are complete messages for users are logged without a traceback."""
 
 import logging
 import os
@@ -13,10 +13,10 @@ DEPLOYED = "PREFECT__FLOW_RUN_ID"
 
 
 def shorten(record: logging.LogRecord) -> bool:
-    """Whether to keep a record: not the traceback of an error that is a sentence, which a deployment's log gets in its
-    place, and the command line says last.
+    """Remove the traceback of a user error from a record; returns whether to log the record.
 
-    What says how a run ended loses that sentence, which it has on one long line.
+    In a deployment's log the error's message replaces the traceback. On the command line the record is dropped, because
+    the message is printed last. The record of the final state is shortened, which would repeat the message.
     """
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, StageFailed | UserError) or (isinstance(error, OSError) and disk_trouble(error)):
@@ -29,6 +29,6 @@ def shorten(record: logging.LogRecord) -> bool:
 
 
 def log_sentences() -> None:
-    """Have the logs of flow and task runs so."""
+    """Install the log filter `shorten` for flow and task runs."""
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(shorten)

@@ -1,7 +1,8 @@
 """Prefect's server: the one that is named, or a temporary one, with a database of its own in the workspace.
 
-When the one that is named is away, the pass goes on with a temporary one. Prefect asks again for about a minute (`PREFECT_CLIENT_MAX_RETRIES`), and then gives up the flow. What is done is done: DVC
-knows the steps, so the pass starts again in this process's place, without that server, and goes on at the step it was at.
+If the named server does not answer, the pass continues with a temporary one. Prefect retries for about a minute
+(`PREFECT_CLIENT_MAX_RETRIES`), and then the flow fails. This process is then replaced by a new one without that server,
+which continues at the interrupted step, because DVC skips the finished ones.
 """
 
 import logging
@@ -27,21 +28,20 @@ DATABASES = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CON
 """Environment variables that name the database of a server that is started here."""
 
 ANSWERS = 5.0
-"""Seconds within which a server that is well has answered."""
+"""Timeout of a request to the server, in seconds."""
 
 ROOT_LEVEL = "PREFECT_LOGGING_ROOT_LEVEL"
-"""How much a server logs of its libraries: SQLAlchemy would print a traceback where the temporary one is stopped in the
-middle of something."""
+"""Log level of a server's libraries: SQLAlchemy would print a traceback when the temporary server is stopped."""
 
 TALK = ("prefect.client", "prefect.events", "prefect.logging", "prefect._internal", "EventsWorker", "APILogWorker")
-"""Prefect's loggers that tell what has not reached a server yet, or could not."""
+"""Prefect's loggers that report records which were not sent to a server."""
 
 
 def check_api() -> None:
-    """See that what answers at the address of Prefect's server, if one is named, is its API; it may be away.
+    """Check that the address of Prefect's server, if one is set, is that of its API; the server may be unreachable.
 
     Raises:
-        UserError: it is something else; says what to write.
+        UserError: something else answers there; says what to write.
     """
     from prefect.settings import PREFECT_API_URL
 
@@ -78,8 +78,8 @@ def _is_api(url: str) -> bool | None:
 
 @contextmanager
 def prefect_server() -> Iterator[None]:
-    """Have a Prefect server for the flow in the block: the one that is named, or a temporary one, which ends after the flow
-    has told it everything.
+    """Provide a Prefect server for the flow in the block: the named one, or a temporary one, which is stopped when it
+    has received all of the flow's records.
 
     Raises:
         UserError: the temporary server does not start.
@@ -114,15 +114,15 @@ def prefect_server() -> Iterator[None]:
 
 
 def hush() -> None:
-    """Say no more of a temporary server: whoever ends the flow may have ended it as well."""
+    """Silence errors about a temporary server, which may have been ended together with the flow."""
     for name in TALK:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def prepare_database() -> None:
-    """Give the temporary server a database of its own: that of the account may be another version's, broken or closed.
+    """Give the temporary server its own database: the user's may be of another version, damaged or unreadable.
 
-    One for each version of Prefect; where it is damaged, it begins anew. What the user names stays.
+    There is one for each version of Prefect; a damaged one is replaced. A database named in the environment is kept.
     """
     from prefect import __version__
 
@@ -157,7 +157,7 @@ def _not_started() -> UserError:
 
 
 def is_away(error: BaseException) -> bool:
-    """Whether an error of a flow says that the Prefect server which the user has named does not answer."""
+    """Whether a flow failed because the Prefect server named by the user does not answer."""
     from httpx import HTTPStatusError, TransportError
     from prefect.settings import PREFECT_API_URL
 
@@ -191,7 +191,7 @@ def go_on_without(overrides: Sequence[str], until: str) -> NoReturn:
         flush=True,
     )
     environment = os.environ | {"PREFECT_API_URL": ""}
-    environment.pop(PARENT, None)  # this process is nobody's
+    environment.pop(PARENT, None)  # this process has no parent run
     if key := os.environ.get(PASS):
         environment[SAME_PASS], overrides = key, ()
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""`unfreeze publish`: MLflow and DVC's remote get what they were not there to take."""
+"""`unfreeze publish`: send queued results to MLflow and DVC's remote."""
 
 import sys
 import time
@@ -13,13 +13,13 @@ BUSY = 60.0
 
 
 def publish(anyway: bool) -> int:
-    """Send what waits, and say so.
+    """Send queued results, and print what was sent.
 
     Args:
-        anyway: send also what was meant for another tracking server.
+        anyway: send also results queued for another tracking server.
 
     Returns:
-        the exit code: 0 when nothing waits any more.
+        the exit code: 0 when everything is sent.
     """
     before, pushed = waiting(), dvc.to_push()
     if not before and not pushed:
@@ -40,7 +40,7 @@ def publish(anyway: bool) -> int:
 
 
 def what_waits() -> str:
-    """Sentences that say what waits, and who sends it; nothing where nothing waits."""
+    """Sentences on queued results, and how they are sent; empty if there are none."""
     sentences = []
     if count := len(waiting_here()):
         sentences.append(f"MLflow at {address()} has not got everything: {_wait(count)}.")
@@ -52,7 +52,7 @@ def what_waits() -> str:
 
 
 def _elsewhere() -> list[str]:
-    """A sentence that says what waits for other servers than the one of the environment, where something does."""
+    """A sentence on results queued for other servers than that of the environment; none if there are none."""
     others = [server for folder in waiting() if (server := meant_for(folder)) != address()]
     if not others:
         return []

@@ -1,6 +1,6 @@
-"""DVC's remote gets what a step has made while the next one is at work.
+"""Push a step's results to DVC's remote while the next step runs.
 
-Where the worker is lost, another one has all but the step that was interrupted.
+If the worker is lost, another one has the results of all steps but the interrupted one.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +18,7 @@ class Pushing:
         self._done: set[str] = set()
 
     def after(self, stage: str) -> None:
-        """Push what a step has made, soon. A push that has not begun yet takes it along."""
+        """Queue a push of a step's results; a push that has not started yet includes them."""
         self._done.add(stage)
         if self._last is None or self._last.running() or self._last.done():
             self._last = self._thread.submit(self._push)

@@ -60,10 +60,10 @@ def recipe(
     """Run the recipe; a step whose inputs, settings and code have not changed is not run again.
 
     Args:
-        settings: values to change in `params.yaml` first, for example ``{"train_full.cycles": 2}``; or as `unfreeze run -S`
-            takes them, which has checked them. Where the run cannot begin, they are put back. A run of the deployment has a
-            `params.yaml` of its own, so that no other run sees them.
-        settings_file: a file of such values, beneath them: ``settings/photographs.yaml``.
+        settings: values to change in `params.yaml` first, for example ``{"train_full.cycles": 2}``; or a list in the
+            form of `unfreeze run -S`, already checked. They are undone if the run cannot start. A run of the
+            deployment has its own `params.yaml`, so that other runs are not affected.
+        settings_file: a file of such values, which ``settings`` overrides: ``settings/photographs.yaml``.
         until: the last step to run.
         sweep: name of the search that this pass is a trial of, for a tag in MLflow.
 
@@ -81,7 +81,7 @@ def recipe(
         raise UserError(f"until is {until!r}, and must be one of the steps: {', '.join(names)}.")
     if sweep:
         os.environ[SWEEP] = sweep
-    # A run that computes the same, was waited for, and has ended for Prefect may be about to end.
+    # An equal run that this one waited for (`at_work`) may have ended in Prefect, while its process is still ending.
     with at_work(), alone("run", GRACE), ExitStack() as until_the_end:
         with put_back_on_error("params.yaml"):
             if settings or settings_file:
@@ -98,10 +98,10 @@ def recipe(
                     pushing.after(step.name)
             stop_if_taken()
             status = "FINISHED"
-        except Abort:  # how the pass ends is for another worker to say
+        except Abort:  # the pass belongs to another worker, which sets its final state
             status = ""
             raise
-        # The second: Prefect's own handler of SIGTERM; the third: its log, when the worker is gone that read it.
+        # Prefect's SIGTERM handler raises TerminationSignal, its log SystemExit if the worker that read it has ended.
         except (KeyboardInterrupt, TerminationSignal, SystemExit):
             status = "KILLED"
             hush()

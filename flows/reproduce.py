@@ -1,4 +1,4 @@
-"""`unfreeze reproduce`: the model of an earlier run again, in a worktree of its own, and what of it is equal.
+"""`unfreeze reproduce`: reproduce the model of an earlier run in a worktree, and compare weights and metrics.
 
 The run's commit is checked out beside this project, its `params.yaml` and `dvc.lock` are put there, and what `dvc.lock`
 names is fetched from the cache and the remote. Only what neither has is computed.
@@ -25,14 +25,14 @@ WEIGHTS = "artifacts/retrain/model.safetensors"
 
 
 def reproduce(named: str, into: Path | None) -> int:
-    """Have the model of an earlier run again; returns the exit code: 0 where its weights are equal, else 1.
+    """Reproduce the model of an earlier run; returns the exit code: 0 if its weights are equal, else 1.
 
     Args:
         named: id of an MLflow run, or ``models:/<name>/<version>``.
         into: folder of the worktree; by default beside this one, named after the run.
 
     Raises:
-        UserError: MLflow, git or DVC lacks what it takes; says what.
+        UserError: the run, its commit or its files are missing, or a step failed; says which.
     """
     recorded = find_recorded(named)
     here = Path.cwd()
@@ -84,7 +84,7 @@ def _fetched(into: Path) -> bool:
 
 
 def _compute(into: Path) -> list[str]:
-    """Have DVC make what cannot be fetched; returns the steps that were run."""
+    """Compute the results that cannot be fetched; returns the steps that were run."""
     settings = yaml.safe_load((into / "params.yaml").read_text(encoding="utf-8"))
     link_sample(settings["data"]["source"], into)
     pull = ["--pull"] if dvc.find_remote()[0] else []

@@ -24,11 +24,11 @@ from pipeline.tracking.tracker import PASS
 
 @dataclass(frozen=True)
 class Plan:
-    """What a pass has to look at.
+    """Stages to check, and whether to use the remote.
 
     Attributes:
-        ask: the stages to ask DVC for: the first stale one and all that come after it, whose inputs may change.
-        pull: whether to look in DVC's remote for what the cache lacks.
+        ask: the stages to call DVC for: the first stale one and all later ones, whose inputs may change.
+        pull: whether to fetch results that are missing in the cache from DVC's remote.
         push: whether there is a remote, to push to at the end.
     """
 
@@ -39,18 +39,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a step: whether its command ran (otherwise its outputs were there, or in the cache), and the seconds
-    that it took."""
+    """Outcome of a step: whether its command ran (otherwise its outputs were up to date, or in the cache), and its
+    duration in seconds."""
 
     ran: bool
     seconds: float = 0.0
 
 
 _without_remote: set[str] = set()
-"""Passes on whose way the remote went away: that is said once, and not tried again."""
+"""Passes during which the remote stopped answering; this is logged once, and the remote is not tried again."""
 
-KILLED = f"It was killed, as the system does when memory runs out. {LESS_MEMORY}"
-"""What to say of a step that got SIGKILL."""
+KILLED = f"It was killed (SIGKILL), as the system does when memory runs out. {LESS_MEMORY}"
+"""Message for a step that got SIGKILL."""
 
 
 class StageFailed(Exception):
@@ -62,7 +62,7 @@ class StageFailed(Exception):
 
 
 def worth_a_retry(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """Whether a failure may go away by itself: not when the user has to mend something, nor here when the run is another's."""
+    """Whether to retry a failed task: not after a user error, nor if another worker has taken the run."""
     if is_taken():
         return False
     try:
@@ -105,7 +105,7 @@ def stage_task(stage: str, description: str, gpu: bool = False) -> Task[[Plan], 
 
 
 def run_stage(task: Task[[Plan], Any], plan: Plan) -> Outcome:
-    """Run a stage's task and say what became of it. Raises what made it fail, and Abort where the run is another worker's."""
+    """Run a stage's task; returns its outcome. Raises the task's error, or Abort if another worker owns the run."""
     stop_if_taken()
     start = time.monotonic()
     state = task(plan, return_state=True)

@@ -1,8 +1,8 @@
 """`unfreeze sweep`: a search over settings with Optuna.
 
-Each trial is a run of the recipe up to `evaluate`, judged on validation images; its steps share DVC's cache, so that what no
-setting of the search changes is computed once. The study is kept in a database: killed and started again, the search goes on,
-and so do the trials that were at work.
+Each trial is a run of the recipe up to `evaluate`, judged on validation images. Trials share DVC's cache, so that
+steps that do not depend on a searched setting run once. The study is kept in a database: after a restart, the search
+and its interrupted trials continue.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ PAUSE = 2.0
 PATIENCE = 60.0
 """Seconds after a trial's end in which MLflow gets its last metrics."""
 SAME = 20
-"""Suggestions in a row that have been tried, after which there is nothing left to try."""
+"""Consecutive suggestions of already tried settings, after which the search ends."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ Space = dict[str, list[Any] | Range]
 
 @dataclass
 class AtWork:
-    """A trial that is being run: Optuna's, ours, in which worktree, and the cycles that Optuna has been told of."""
+    """A running trial: Optuna's trial, our process or flow run, its worktree, and the number of reported cycles."""
 
     optuna: "optuna.trial.Trial"
     trial: Trial
@@ -96,7 +96,7 @@ def read_sweep(path: Path) -> tuple[SweepSettings, Space]:
     space = {str(key): _space(str(key), value, path) for key, value in content["settings"].items()}
     if chosen.sampler == "grid" and (ranges := [key for key, values in space.items() if isinstance(values, Range)]):
         raise UserError(f"{path}: sampler grid takes lists of values, and {', '.join(ranges)} is a range.")
-    for values in space.values():  # a value that is refused later would cost the trials before it
+    for values in space.values():  # check all values now: one that is refused later would waste the trials before it
         for value in values if isinstance(values, list) else (values.low, values.high):
             key = next(key for key, those in space.items() if those is values)
             parse_text(with_overrides("params.yaml", as_overrides({key: value})), f"params.yaml with {key}={value}")
@@ -143,7 +143,7 @@ def sweep(path: Path) -> int:
         _search(study, chosen, space, trials, at_work)
     except BaseException:
         for one in at_work:
-            if not chosen.deployment:  # a deployment's goes on without us, and is taken up again
+            if not chosen.deployment:  # a deployment's trial continues, and is found again after a restart
                 one.trial.stop()
         raise
     trials.close()
@@ -225,7 +225,7 @@ def _suggest(study: "optuna.Study", space: Space) -> "optuna.trial.Trial | None"
 
 
 def _begin(study: "optuna.Study", id_: int, trials: LocalTrials | DeployedTrials, at_work: list[AtWork]) -> None:
-    """Start a trial of Optuna's, or go on with it where it was."""
+    """Start one of Optuna's trials, or resume it."""
     import optuna
 
     trial = optuna.trial.Trial(study, id_)

@@ -60,7 +60,7 @@ class LocalTrial:
 class LocalTrials:
     """Runs trials on this machine, each in one of some worktrees of the committed code that share DVC's cache.
 
-    What steps before the changed ones have made stays in a worktree, or comes from the cache: it is computed once.
+    Results of steps that do not depend on the changed settings stay in the worktree, or come from the cache.
     """
 
     def __init__(self, study: str, folder: Path, settings: Settings) -> None:

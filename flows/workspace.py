@@ -58,11 +58,11 @@ if not own.is_symlink():
     shutil.rmtree(own, ignore_errors=True)
     own.symlink_to(hashes)
 """
-"""Has DVC share its cache, and its notes of which file has which hash: else each run would read all images anew to hash them."""
+"""Makes DVC share its cache and its table of file hashes: else each run would read all images again to hash them."""
 
 
 def prepare(repository: str, branch: str) -> dict[str, str]:
-    """Make the workspace of this flow run, or find the one that an interrupted run with the same commit and settings left.
+    """Create the workspace of this flow run, or reuse that of an interrupted run with the same commit and settings.
 
     Args:
         repository: address or folder of a Git repository.
@@ -85,9 +85,9 @@ def prepare(repository: str, branch: str) -> dict[str, str]:
 
 @contextmanager
 def at_work() -> Iterator[None]:
-    """What a run of the deployment has around it; nothing in a checkout.
+    """Context of a run of the deployment; does nothing in a checkout.
 
-    It waits for a run that computes the same, has a card of its own, and removes its workspace when all went well.
+    Waits for an equal run, reserves a GPU, and removes the workspace after success.
     """
     folder = Path.cwd()
     if not is_workspace(folder):
@@ -122,9 +122,9 @@ def fetch(repository: str, branch: str) -> str:
 
 
 def make(repository: str, commit: str, name: str) -> Path:
-    """The workspace of this name, which this process keeps from being removed; cloned if it is not there."""
+    """The workspace of this name, cloned if it does not exist; this process's lock keeps it from being removed."""
     folder = home() / "workspaces" / name
-    if LOCK not in os.environ:  # it may have been started again in another environment
+    if LOCK not in os.environ:  # set if this process was restarted in another environment
         file = hold(_lock(folder), shared=True)
         os.environ[LOCK] = str(os.dup(file.fileno()))
         os.set_inheritable(int(os.environ[LOCK]), True)  # by the flow, which takes this process over
@@ -152,7 +152,7 @@ def is_workspace(folder: Path) -> bool:
 
 
 def furnish(folder: Path) -> None:
-    """Have a workspace share this worker's cache, and what waits for servers; nothing where it does already."""
+    """Link a workspace to this worker's cache and queues, if that is not done yet."""
     if os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_TRACKING_URI) == DEFAULT_TRACKING_URI:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{home() / 'mlflow.db'}"
     with hold(folder / FOLDER / "furnish.lock"):
@@ -169,7 +169,7 @@ def _furnish(folder: Path) -> None:
         raise UserError(f"DVC cannot be set up in {folder}: {done.stderr.strip().splitlines()[-1]}")
     with suppress(FileNotFoundError):
         shutil.copyfile(_lock_file(folder), folder / "dvc.lock")
-    if (folder / "dvc.lock").exists():  # what is not in the cache is computed
+    if (folder / "dvc.lock").exists():  # outputs that are missing in the cache will be computed
         subprocess.run([sys.executable, "-m", "dvc", "checkout", "--quiet"], cwd=folder, stderr=subprocess.DEVNULL)
     for link, name in OUTLIVES.items():
         (home() / name).mkdir(exist_ok=True)
@@ -190,7 +190,7 @@ def is_shared() -> bool:
 
 
 def leave(folder: Path) -> None:
-    """Remove this run's workspace, unless another run is in it: all that it has computed is in the cache."""
+    """Remove this run's workspace, whose results are in the cache, unless another run uses it."""
     try:
         fcntl.flock(int(os.environ[LOCK]), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -203,7 +203,7 @@ def leave(folder: Path) -> None:
 
 
 def forget_old() -> None:
-    """Remove workspaces in which nobody has been for a long time, what was known of runs like theirs, and environments."""
+    """Remove workspaces, `dvc.lock` files and environments that have not been used for `FORGET` seconds."""
     forget_old_environments(FORGET)
     for file in (home() / "locks").glob("*"):
         if time.time() - file.stat().st_mtime > FORGET:
@@ -216,7 +216,7 @@ def forget_old() -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a workspace whose lock is held; at once, as half of one would be taken for a whole."""
+    """Remove a workspace whose lock is held. It is renamed first, so that no run finds a partly removed one."""
     gone = folder.with_name(f".gone-{folder.name}")
     shutil.rmtree(gone, ignore_errors=True)
     with suppress(OSError):  # it is only in the way
@@ -226,7 +226,7 @@ def _remove(folder: Path) -> None:
 
 
 def _lock_file(folder: Path) -> Path:
-    """The `dvc.lock` of the last run with a workspace's settings that went well: by it DVC knows at once what is up to date."""
+    """The `dvc.lock` of the last successful run with a workspace's settings, by which DVC skips finished steps."""
     return home() / "locks" / f"{folder.name.partition('-')[2]}.lock"
 
 

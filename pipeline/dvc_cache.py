@@ -1,8 +1,8 @@
-"""What DVC has taken is made to survive a loss of power, and after one what did not is found.
+"""Flush DVC's cache to disk, and remove incomplete files from it after a power loss.
 
-DVC waits for no disk. Of what it took shortly before the power failed, its cache may have the name and the rights and not
-the content; and it takes what has a name there for whole, puts it over an output that is right, and `dvc status` sees
-nothing wrong.
+DVC does not call fsync. A file that it cached shortly before a power loss may have its name and permissions but not its
+content. DVC takes every file in the cache for complete: it would replace a correct output with it, and `dvc status`
+would report nothing.
 """
 
 import hashlib
@@ -22,22 +22,22 @@ from pipeline.process.lock import ABOUT_CACHE
 from pipeline.process.signals import identity
 
 NOTE = ABOUT_CACHE / "on-disk.json"
-"""Up to which moment all that was written is on the disk, and the boot that this was noted in."""
+"""Time of the last flush to disk, and the ID of the boot in which it happened."""
 
 RWLOCK = Path(".dvc/tmp/rwlock")
-"""Where DVC notes by number which processes are at which files: after another boot the numbers are those of others."""
+"""DVC's locks, by process ID. After a reboot these IDs may belong to other processes."""
 
 PATIENCE = 10.0
-"""Seconds to wait for the disks: one that is slow, or a network's that is gone, holds up no step."""
+"""Seconds to wait for the flush, so that a slow disk or an unreachable network drive does not block a step."""
 
-TORN = "%s was not on the disk yet when the machine stopped: it is removed from DVC's cache, and made again."
+TORN = "%s is incomplete after a power loss: it is removed from DVC's cache, and will be computed again."
 
 MARGIN = 60.0
 """Seconds by which the clock may have been set back meanwhile."""
 
 
 def settle() -> None:
-    """Wait until what has been written is on the disk, and note that it is. To be called after `drop_torn`."""
+    """Flush all written data to disk, and record the time. Call after `drop_torn`."""
     now = time.time()
     waiting = threading.Thread(target=os.sync, daemon=True)
     waiting.start()
@@ -48,10 +48,10 @@ def settle() -> None:
 
 
 def drop_torn() -> list[Path]:
-    """After another boot, remove from DVC's cache what was not on the disk yet and is not what its name says, and its locks.
+    """After a reboot, remove DVC's locks, and files of its cache that were not flushed and do not match their hash.
 
     Returns:
-        What was removed from the cache. DVC restores it from its remote, or has it made again.
+        The files removed from the cache. DVC restores them from its remote, or computes them again.
     """
     try:
         noted = json.loads(NOTE.read_text(encoding="utf-8"))
@@ -68,7 +68,7 @@ def drop_torn() -> list[Path]:
 
 
 def _cached() -> Iterator[Path]:
-    """All that DVC's cache has; nothing where a step runs without DVC."""
+    """All files of DVC's cache; none if the step runs without DVC."""
     found = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], capture_output=True, text=True)
     if found.returncode == 0:
         yield from Path(found.stdout.strip(), "files", "md5").glob("??/*")
@@ -81,10 +81,10 @@ def _whole(path: Path) -> bool:
 
 
 def _boot() -> str:
-    """The boot, or the start of a container on a machine that runs on, in a word that no other has.
+    """Unique ID of this boot, or of this start of a container.
 
-    A container's processes get the numbers of those before its restart, so it counts as a boot; its first process says
-    when it started.
+    A container reuses process IDs after a restart, so its restart counts as a reboot. It is told apart by the start
+    time of the container's first process.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -31,7 +31,7 @@ else:
     described = json.loads(fs.fs.to_json(include_password=True))
 print(json.dumps([described, path]))
 """
-"""Of S3 and SSH the file system is not made here: that takes seconds, connects (SSH), and asks people for passwords."""
+"""S3 and SSH file systems are only described: creating one takes seconds, connects (SSH), and prompts for passwords."""
 
 
 def default_remote() -> str | None:

@@ -1,22 +1,24 @@
-"""How a step says with its exit code why it ended."""
+"""Exit codes of a step."""
 
 USER_ERROR = 2
-"""Exit code of a step that ended with a `UserError`: nothing that a retry would mend."""
+"""Exit code of a step that ended with a `UserError`, which a retry would not fix."""
 
 WORTH_A_RETRY = 1
-"""Exit code of a step that ended with what may go away by itself."""
+"""Exit code of a step that ended with a transient error."""
 
 STOPPED = 143
 """Exit code of a step that was asked to stop."""
 
 LESS_MEMORY = (
-    "A smaller batch_size or data.image_size takes less, and the steps that see it begin anew; with the settings as they "
-    "are it goes on from its last checkpoint."
+    "A smaller batch_size or data.image_size needs less, and restarts the steps that depend on it; with unchanged "
+    "settings the step continues from its last checkpoint."
 )
-"""What to do where there is not enough of it."""
+"""What to do when memory runs out."""
 
 NO_MEMORY = ("out of memory", "not enough memory", "allocate memory", "_alloc_failed")
-"""How the system, torch and CUDA's libraries say it, in small letters; torch raises a bare RuntimeError on a processor."""
+"""Out-of-memory messages of the system, torch and CUDA's libraries, in lower case.
+
+On a CPU torch raises a bare RuntimeError."""
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -1,10 +1,10 @@
-"""Checkpoints of a training in a shared place, where another machine goes on from them when this one is lost.
+"""Copies of a training's checkpoints in a shared place, for another machine to resume from if this one is lost.
 
     <checkpoint.share>/<stage>/<fingerprint>/training.safetensors   the newest checkpoint of each training of the step
                                              cycles/1.safetensors   what else the step keeps
 
-They are copied while the training goes on. What a checkpoint needs is there before it, and each file is moved to its name
-when it is whole. They are removed once DVC's remote has what the step made.
+They are copied while the training runs. Files that a checkpoint refers to are copied before it, and each file is
+renamed to its final name when it is complete. They are removed once DVC's remote has the step's output.
 """
 
 import contextlib
@@ -35,11 +35,11 @@ NOWHERE = "none"
 PATIENCE = 10.0
 """Seconds that a step waits at its end for what is still being copied."""
 ANSWERS = 60.0
-"""Seconds in which a place that is well says whether it has a checkpoint."""
+"""Timeout in seconds for asking the shared place whether it has a checkpoint."""
 UNFIT = ("http", "https", "webdav", "webdavs", "gdrive", "file")
-"""Kinds of DVC's remotes that cannot be written to, or have no place beside them."""
+"""Kinds of DVC remotes that cannot be written to, or cannot have a folder beside them."""
 FORGET = 7 * 24 * 3600
-"""Seconds after which the checkpoints of a step that nobody has gone on with are removed."""
+"""Age in seconds at which the checkpoints of an abandoned step are removed."""
 FINGERPRINT = re.compile("[0-9a-f]{16}")
 NOTE = Path(".unfreeze/shared.json")
 """Which folders of the shared place this workspace has written to."""
@@ -62,9 +62,9 @@ def shared_place(share: str | None) -> str | None:
 
 
 def check_share(share: str | None) -> None:
-    """Raises UserError where `checkpoint.share` names no place that can be opened, without looking whether it is there.
+    """Raises UserError if `checkpoint.share` is not a valid address or lacks its driver; does not connect to it.
 
-    A place beside DVC's remote is DVC's to judge.
+    The default, beside DVC's remote, is not checked: DVC does that.
     """
     if share is not None and (place := shared_place(share)):
         try:
@@ -106,10 +106,10 @@ class Mirror:
         self._thread: threading.Thread | None = None
 
     def fetch(self, checkpoint: "Checkpoint") -> bool:
-        """Take a training's checkpoint from the shared place, where it is further than the one that is here.
+        """Fetch a training's checkpoint from the shared place if it has more progress than the local one.
 
         Returns:
-            Whether it was taken.
+            Whether it was fetched.
         """
         with self._saying():
             fs, folder = self._found(checkpoint.path.name)
@@ -127,14 +127,14 @@ class Mirror:
         return False
 
     def changed(self) -> None:
-        """Have the checkpoints copied, soon."""
+        """Request a copy of the checkpoints in the background."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, daemon=True)
             self._thread.start()
         self._waiting.set()
 
     def close(self) -> None:
-        """Wait until what has changed is copied, but not for a place that does not answer."""
+        """Wait until changed files are copied, at most `PATIENCE` seconds."""
         if self._thread:
             self._ended.set()
             self._waiting.set()
@@ -195,7 +195,7 @@ class Mirror:
 
     @contextlib.contextmanager
     def _as_they_are(self) -> Iterator[dict[Path, Path]]:
-        """The checkpoints under second names, which the training does not write to: a newer one may need what is not copied."""
+        """Hard links to the current checkpoints; a newer one, whose other files are not copied yet, is not sent."""
         names: dict[Path, Path] = {}
         kept = self._scratch / ".sharing"
         shutil.rmtree(kept, ignore_errors=True)
@@ -205,7 +205,7 @@ class Mirror:
                 names[file] = kept / file.name
                 try:
                     os.link(file, names[file])
-                except OSError:  # a disk that knows no second names
+                except OSError:  # a file system without hard links
                     shutil.copy2(file, names[file])
             yield names
         finally:
@@ -213,7 +213,7 @@ class Mirror:
 
     @contextlib.contextmanager
     def _saying(self) -> Iterator[None]:
-        """Say once what went wrong with the shared place in the block: it costs no training."""
+        """Log the first error of the shared place in the block, and suppress all: the training goes on without it."""
         try:
             yield
         except Exception as error:
@@ -225,9 +225,12 @@ class Mirror:
 
 
 def forget(stages: set[str]) -> None:
-    """Remove what this workspace has shared of steps whose results are safe, and what nobody has touched for a week.
+    """Remove this workspace's shared checkpoints of these steps, and all checkpoints that are unchanged for a week.
 
-    A place that does not answer keeps it.
+    Nothing is removed from a place that does not answer.
+
+    Args:
+        stages: steps whose results are in DVC's remote.
     """
     noted = read_json(NOTE)
     for address in [address for address, stage in noted.items() if stage in stages]:
@@ -243,7 +246,7 @@ def forget(stages: set[str]) -> None:
 
 
 def _forget_old(place: str) -> None:
-    """In a place that others may use for other things: only what has the name of a step and a fingerprint is looked at."""
+    """Remove old checkpoints; only folders ``<step>/<fingerprint>`` are examined, as the place may have other files."""
     fs, folder = _open(place)
     for step in STAGES:
         for run in fs.ls(f"{folder}/{step}", detail=False) if fs.isdir(f"{folder}/{step}") else ():

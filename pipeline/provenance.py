@@ -13,7 +13,7 @@ from unfreeze.settings.schema import flatten
 from unfreeze.settings.yaml_loader import read_yaml
 
 CODE = ("unfreeze", "pipeline", "tasks", "flows", "dvc.yaml")
-"""What decides what a run computes, beside its settings and images."""
+"""Files that determine a run's results, beside its settings and images."""
 NAMED = ("data.source", "backbone.name", "data.image_size")
 """Settings that a run is called by, whether or not they differ."""
 LONGEST = 200

@@ -1,4 +1,4 @@
-"""What judging leaves behind: predictions and the confusion matrix."""
+"""Files that an evaluation writes: predictions and the confusion matrix."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from unfreeze.evaluation.evaluating import Predictions
 from unfreeze.evaluation.metrics import Labels, confusion
 
 MANY, LIKELIEST = 100, 20
-"""With more classes than the first, only so many probabilities of an image are written: 1,000 classes took 18 kB for each."""
+"""With more classes than the first number, only so many probabilities are written: 1,000 took 18 kB an image."""
 
 
 def write_predictions(path: Path, packed: PackedImages, predictions: Mapping[str, Predictions]) -> None:

@@ -1,8 +1,7 @@
 """Where a step keeps its checkpoints, and what they depend on.
 
-They lie outside of DVC's outputs, which DVC removes before it runs a step. A training that has finished leaves its last
-ones, and a file that grew there stays beside the output that it became: only when a later step begins is it certain that
-DVC has taken what was written.
+They are kept outside of DVC's outputs, because DVC removes these before it runs a step. They are not removed when the
+step has finished: DVC has certainly stored the outputs only when a later step begins.
 """
 
 import hashlib

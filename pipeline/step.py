@@ -41,10 +41,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("unfreeze")
 
 CHANGED = (
-    "Its settings, its code or what it reads changed while it was at work, and DVC would note what it made as made from "
-    "what is there now. Start again to have it made anew; or put back what was changed, and what was computed is used."
+    "Its settings, code or inputs changed while the step ran, so its result is discarded: DVC would record it as "
+    "computed from the changed ones. Start again to compute it anew; or undo the change and start again, to use what "
+    "was computed."
 )
-"""What to say of a step that has other settings, code or inputs at its end than it had at its beginning."""
+"""Message of a step whose settings, code or inputs at its end differ from those at its start."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,9 @@ class Run:
     Attributes:
         stage: name of the step.
         tracker: tells MLflow.
-        key: a word that changes with all that the step depends on: settings, images and code.
+        key: hash of all that the step depends on: settings, images and code.
         often: when to write checkpoints.
-        interruption: a wish to stop.
+        interruption: stop-request flag.
         wanted: the device that the settings ask for.
     """
 
@@ -77,7 +78,7 @@ class Run:
 
     @cached_property
     def scratch(self) -> Path:
-        """A folder that an interrupted execution leaves to the next one with the same settings, images and code."""
+        """Folder of checkpoints, kept for the next execution with the same settings, images and code."""
         folder = scratch.ROOT / self.stage / self.key
         scratch.clear_foreign(folder)
         return folder
@@ -99,13 +100,13 @@ class Run:
 
     @property
     def _computed(self) -> str:
-        """What results depend on beside settings, images and code, to the last bit: kind of device, version of torch."""
+        """Kind of device and version of torch, which affect the last bits of a result."""
         import torch
 
         return f"{self.device.type} {torch.__version__}"
 
     def checkpoint(self, name: str = "training") -> "Checkpoint":
-        """Where a training of this step notes how far it has come."""
+        """The checkpoint of a training of this step."""
         from unfreeze.training.checkpoints import Checkpoint
 
         path, key = self.scratch / f"{name}.safetensors", f"{self.key} {self._computed}"
@@ -117,17 +118,22 @@ class Run:
         return checkpoint
 
     def predictions(self, name: str, *depends: str) -> "ResumableFile":
-        """As `resumable`, of what a network computes: it depends on the kind of device and on torch's version as well."""
+        """A `resumable` file of network outputs, which also depends on the kind of device and the version of torch."""
         return self.resumable(name, self._computed, *depends)
 
     def resumable(self, name: str, *depends: str) -> "ResumableFile":
-        """A file of this name that grows, and on what it depends beside settings, images and code; to be used as a context."""
+        """A file that is written piece by piece and resumed after an interruption, as a context manager.
+
+        Args:
+            name: name of the file.
+            depends: further values that its content depends on, beside settings, images and code.
+        """
         from unfreeze.persistence.resumable import ResumableFile
 
         return ResumableFile(self.scratch / name, " ".join((self.key, *depends)), self.often.seconds)
 
     def close(self) -> None:
-        """Wait until the last checkpoint is where other machines find it."""
+        """Wait until the last checkpoint is copied to the shared place, if there is one."""
         if mirror := vars(self).get("mirror"):  # only trainings begin one
             mirror.close()
 
@@ -145,7 +151,7 @@ class Step:
     sections: tuple[str, ...]
 
     def main(self) -> None:
-        """Run the step in this process, which ends with code 2 and a sentence when the user has to mend something."""
+        """Run the step in this process. A user error ends it with code 2 and a message (`pipeline.exit_codes`)."""
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
         logging.getLogger().handlers[0].addFilter(masked)
         logger.setLevel(logging.INFO)
@@ -153,7 +159,7 @@ class Step:
         stop_when_asked(interruption)
         die_with(step_works_for())
         try:
-            # Started again at once, it finds the one that was stopped at its last checkpoint.
+            # After an immediate restart, the stopped execution may still be writing its last checkpoint.
             with alone("step", GRACE):
                 self._run(interruption)
         except (TransientError, Unreachable) as error:
@@ -181,8 +187,8 @@ class Step:
             logger.warning(TORN, path)
         settle()
         if torn:
-            # In a flow, whose first act this is, there are none left.
-            self._end("DVC may have put it where this step would read it: start again.", WORTH_A_RETRY)
+            # Only `dvc repro` alone comes here: a flow has already called `drop_torn`.
+            self._end("DVC may have restored incomplete files as this step's inputs: start again.", WORTH_A_RETRY)
         artifact(self.name, "").mkdir(parents=True, exist_ok=True)
         link_source(settings.data.source)
         tracker = Tracker(self.name, flatten(settings), flatten(chosen))
@@ -191,7 +197,7 @@ class Step:
         status, metrics, start = "FAILED", {}, time.perf_counter()
         try:
             metrics = {k: float(v) for k, v in self.function(run, **chosen).items()}
-            if self._depends()[2] != key:  # DVC is about to note what there is now as what the step has read
+            if self._depends()[2] != key:  # DVC would record the current files as the step's inputs
                 raise UserError(CHANGED)
             write_json(artifact(self.name, "metrics.json"), metrics)
             status = "FINISHED"

@@ -9,20 +9,22 @@ from unfreeze.training.history import History
 from unfreeze.training.loop import Callbacks
 
 POINTS = 1000
-"""Points of a curve in MLflow, at most: it shows no more, and each of them is sent and stored."""
+"""Largest number of points of a curve in MLflow, which shows no more; each point is sent and stored."""
 
 
 def callbacks(
     run: Run, epochs: int, batches: int, phase: str = "", cycle: Callable[[int], None] = lambda number: None
 ) -> Callbacks:
-    """Tells people of every epoch, and MLflow of every epoch and of up to `POINTS` batches, also of those before an
-    interruption. The table `batches.csv` has all of them.
+    """Training callbacks: log a line per epoch, and send every epoch and up to `POINTS` batches to MLflow.
+
+    When a training is resumed, the epochs and batches before the interruption are sent as well. The table `batches.csv`
+    has all batches.
 
     Args:
         run: the step's execution.
-        epochs: how many there are at most, for the line.
-        batches: how many an epoch has.
-        phase: which part of the step this is, where it has several.
+        epochs: largest number of epochs, for the log.
+        batches: number of batches in an epoch.
+        phase: name of this part of the step, if it has several.
         cycle: what to do at the end of each cycle.
     """
     prefix = f"{phase}/" if phase else ""

@@ -1,7 +1,7 @@
-"""Whether DVC can watch the images of a source: what it cannot read, and what it would not look into.
+"""Check whether DVC can watch the images of a source: which files it cannot read, and which folders it skips.
 
-DVC reads every file of the folder that `data.source` names, and some it would wait for, or fail at with a traceback. `ingest`
-sets such things aside; DVC does not get that far. What it does not look into is worse: a change there would go unnoticed.
+DVC reads every file of the folder that `data.source` names, before `ingest` runs. It hangs at some files, and fails at
+others with a traceback, which `ingest` would set aside. Changes in folders that DVC skips would go unnoticed.
 """
 
 import errno
@@ -27,18 +27,20 @@ for above in reversed(folder.parents):
 for path in repo.dvcignore.find(repo.fs, str(folder)):
     sys.stdout.buffer.write(os.fsencode(path) + b"\\0")
 """
-"""Lists the files that DVC sees in a folder, as its `.dvcignore` and projects within this one decide it. DVC learns of the latter as
-it comes down from its root: `dvc status` does, `dvc repro` does not, and so the folder is stale for ever."""
+"""Lists the files that DVC sees in a folder: those that no `.dvcignore` excludes, outside of nested DVC projects.
+
+DVC finds nested projects while it walks down from its root. `dvc status` does so and `dvc repro` does not, so that a
+folder with such a project is always stale."""
 
 
 def check_readable(source: str) -> None:
-    """Make sure that DVC can read all that is in a folder of images; opens none of it.
+    """Check that DVC can read every file in a folder of images, without opening any.
 
     Args:
-        source: as `data.source` names it; what is no folder is fine.
+        source: value of `data.source`; ignored if it is not a folder.
 
     Raises:
-        UserError: names the first things that it cannot read, and what to do.
+        UserError: names the first files that it cannot read, and what to do.
     """
     if not _is_watched_folder(source):
         return
@@ -61,13 +63,13 @@ def check_readable(source: str) -> None:
 
 
 def check_watched(source: str, files: Iterable[str]) -> None:
-    """Make sure that DVC notices when one of the images in a folder changes.
+    """Check that DVC notices when one of the images in a folder changes.
 
-    It does not look behind links to folders, nor, within its own project, into what `.dvcignore` names and into other
-    projects of DVC.
+    DVC does not follow links to folders. Within its own project it also skips what `.dvcignore` lists, and nested DVC
+    projects.
 
     Args:
-        source: as `data.source` names it; what is no folder is fine.
+        source: value of `data.source`; ignored if it is not a folder.
         files: where the images are, as `unfreeze.data.sources.read_source` gives them.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Run a step: ``python -m tasks <step>``, in the warm process of the flow where there is one."""
+"""Run a step: ``python -m tasks <step>``, in the flow's forkserver if there is one."""
 
 import sys
 

@@ -1,8 +1,8 @@
 """How good the result is and where it goes wrong: predictions with and without TTA, confusion matrix, report.
 
 Logistic regression, head, augmented head, full network and the average of its cycles' weights (a model soup) are compared on
-the validation split, each at its best, with TTA and calibrated, and the best is handed on: beyond chance, what a user gets is
-never worse there than the frozen network. The test split is looked at last, with the model that was chosen.
+the validation split, with TTA and calibrated, and the best is selected. It is not significantly less accurate there
+than the frozen network's logistic regression. The test split is used last, for the selected model only.
 """
 
 import copy
@@ -120,7 +120,7 @@ def write_report(
     reason: str,
     seed: int,
 ) -> None:
-    """Write `report.html` and the pictures in it, from what was measured and what the steps before left."""
+    """Write `report.html` and its plots, from the measured predictions and the outputs of earlier steps."""
     trainings = ("train_head", "train_augmented", "train_full")
     course = Course(
         {

@@ -1,8 +1,8 @@
 """Read every source image once; validate, split, pack pixels.
 
-The only step that touches a JPEG: every later one reads packed pixels. Images that cannot be read are
-set aside with a reason. Backbone and weights are looked for here already, before work that would end at a typo; they
-are no parameters of this step, as another backbone needs no other pixels.
+The only step that reads image files: later steps read packed pixels. Images that cannot be read are set aside with a
+reason. Backbone and weights are checked here already, so that a typo is found before the long work. They are not
+parameters of this step, because its result does not depend on them.
 """
 
 from pipeline.step import Run, step

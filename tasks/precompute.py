@@ -1,8 +1,8 @@
 """Activations of the frozen backbone for every image, without augmentation.
 
-The head then trains in seconds. The backbone's weights are kept beside the activations: later steps start from exactly
-these, whatever becomes of the hub or file they came from. scikit-learn's logistic regression on the activations is the
-honest baseline that stands beside every accuracy of the recipe.
+The head then trains in seconds. The backbone's weights are stored beside the activations, so that later steps do not
+depend on the hub or file that they came from. scikit-learn's logistic regression on the activations is the baseline
+that every accuracy of the recipe is compared with.
 """
 
 import io
@@ -58,7 +58,7 @@ def precompute(run: Run, seed: int, batch_size: int, backbone: Backbone) -> dict
 
 
 def _header(images: int, features: int) -> bytes:
-    """What a file in NumPy's format begins with, whose rows then follow one by one."""
+    """Header of a ``.npy`` file, to which rows are then appended."""
     header = io.BytesIO()
     array = np.empty((0, features), np.float32)
     described = np.lib.format.header_data_from_array_1_0(array) | {"shape": (images, features)}

@@ -1,11 +1,11 @@
-"""Hand the retrained model to MLflow: a model that can be served, registered under a name, with a version.
+"""Register the retrained model in MLflow, as a version of a model that can be served.
 
-The version belongs to the pass's parent run, which carries the metrics, the reports, `params.yaml` and `dvc.lock` that
-it takes to build the same model again. Where a pass was killed right after it had registered its model, the version is the
-next pass's as well, whose parent names it (``register/version``).
+The version belongs to the pass's parent run, which has the metrics, the reports, `params.yaml` and `dvc.lock`, with
+which the same model can be built again. If a pass is killed right after it has registered its model, the next pass
+uses that version, and its parent run names it (``register/version``).
 
-A version's number is the server's to give, so this is the one step that needs it. While it is away the step fails with a
-sentence and nothing is lost: tried again, it takes up what the first attempt has left there.
+The server assigns a version's number, so this is the only step that needs the server. Without it the step fails with an
+error message. A retry continues with what the first attempt has created on the server.
 """
 
 import hashlib
@@ -41,7 +41,9 @@ def register(run: Run, register: Register) -> dict[str, float]:
 
 
 def _confusion(path: Path) -> tuple[NDArray[np.int64], list[str]]:
-    """The confusion matrix (C, C) and the names of the classes, as they were written: pandas would rename a class `true`,
-    as the corner of the table is called."""
+    """The confusion matrix (C, C) and the names of the classes, read without pandas.
+
+    pandas would rename a class `true`, because the first column of the table has the same name.
+    """
     table = pd.read_csv(path, header=None, dtype=str, keep_default_na=False)
     return table.iloc[1:, 1:].to_numpy().astype(np.int64), list(table.iloc[0, 1:])

@@ -1,8 +1,8 @@
-"""The same recipe with the rates, cycles and epochs that were found, on train + valid; measured on test.
+"""Train on train + valid, with the rates, cycles and epochs found before, and evaluate on the test split.
 
-It replays head, augmented head and full training up to the one that `evaluate` chose, averages the weights of the same cycles
-where an average was chosen, or fits the logistic regression anew, and keeps the temperature that was found. No validation split
-is left, so only the test split can judge; where there is none, nobody can, and the log says so.
+Depending on the model that `evaluate` has selected, this repeats the trainings up to that model, averages the weights
+of the same cycles, or fits the logistic regression again. The temperature is kept. No validation split is left, so the
+model is evaluated on the test split only; if there is none, the log says so.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Train the head on augmented images through the frozen backbone: with precomputed activations nothing can be augmented.
+"""Train the head on augmented images through the frozen backbone; precomputed activations cannot be augmented.
 
 Two or three short cycles, each annealing the rate that the finder picked.
 """

@@ -1,7 +1,7 @@
 """Train the whole network: SGDR with growing cycles and differential rates, until it overfits.
 
-Warm restarts lead to wide valleys, which generalize. The weights at the end of every cycle are kept; the best cycle's
-are what the step hands on.
+Warm restarts lead to wide minima, which generalize better. The weights at the end of every cycle are kept; the step's
+output is those of the best cycle.
 """
 
 import shutil
@@ -23,7 +23,7 @@ def train_full(
 ) -> dict[str, float]:
     seed_everything(seed)
     model, loader = frozen_classifier("train_augmented", batch_size, run.device)
-    cycles = run.scratch / "cycles"  # DVC removes what is in artifacts before an interrupted step goes on
+    cycles = run.scratch / "cycles"  # not in artifacts/, which DVC clears before an interrupted step is restarted
     data = Images(loader, loader.packed.rows("train"), loader.packed.rows("valid"), augment, seed)
     rate = run.read_metrics("unfreeze_lr_find")["rate"]
     batches = batches_per_epoch(len(data.train), batch_size)

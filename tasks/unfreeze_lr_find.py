@@ -1,4 +1,4 @@
-"""Unfreeze, then look for the rate again: with differential rates over the layer groups the best one has moved."""
+"""Unfreeze the network, and search for the rate again: with differential rates another one is best."""
 
 from collections.abc import Iterator
 

@@ -29,9 +29,9 @@ def cards() -> list[str]:
 
 @contextmanager
 def one_card() -> Iterator[None]:
-    """Have one card, which no other run of this user's workers has, while the block runs; wait for one where all are taken.
+    """Reserve one GPU among all runs of this user's workers while the block runs; wait if all GPUs are in use.
 
-    To be called before torch is imported. Where there are no cards, nothing happens.
+    Call before torch is imported. Without GPUs, nothing happens.
     """
     names = cards()
     held = None

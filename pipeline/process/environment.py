@@ -34,23 +34,23 @@ DEFAULTS = {
 
 
 def start_in_utf8() -> None:
-    """Start this command again in Python's UTF-8 mode, where the locale has another encoding: names of files are UTF-8,
-    and would be read as other names, also by DVC and the steps."""
+    """Restart this command in Python's UTF-8 mode if the locale has another encoding: file names are UTF-8, and would
+    be decoded wrongly, also by DVC and the steps."""
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def set_environment() -> None:
-    """Set what the user has not set, and that MLflow asks once. Call before Prefect, DVC or MLflow are imported.
+    """Set the defaults of environment variables that are unset or empty, and turn off MLflow's own retries.
 
-    A variable that is empty counts as not set.
+    Call before Prefect, DVC or MLflow are imported.
     """
     open_standard_streams()
     for name, value in DEFAULTS.items():
         os.environ[name] = os.environ.get(name) or value
-    # MLflow's client would ask again by itself when an answer is lost, for minutes, and what it asks to be created would
-    # be there twice. We ask again, after looking whether it is there.
+    # MLflow's client would repeat a request whose answer was lost, for minutes, and so create duplicates. Our own retry
+    # (pipeline/tracking/sender.py) first looks whether the object exists.
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
     # A notebook names its own backend to every command that is started from it, and matplotlib cannot be imported where that
     # is not installed. Plots are written to files.
@@ -63,7 +63,7 @@ def set_environment() -> None:
 
 
 def open_standard_streams() -> None:
-    """Have what is printed go nowhere where output is closed (`2>&-`): the next file to be opened would get it."""
+    """Redirect closed standard streams (`2>&-`) to /dev/null: the next opened file would get their descriptors."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -74,7 +74,7 @@ def open_standard_streams() -> None:
 
 
 def name_user() -> None:
-    """Give a user id without a name (`docker run --user 1234`) one, and a home: libraries ask for both, and fail."""
+    """Set a name and a home for a user ID without an account (`docker run --user 1234`): libraries need both."""
     try:
         pwd.getpwuid(os.getuid())
     except KeyError:
@@ -96,7 +96,7 @@ def home() -> Path:
     """Where a worker keeps what outlives its runs: the folder that `UNFREEZE_HOME` names, or ``~/.unfreeze``.
 
     Raises:
-        UserError: the path is relative, and would be another in every folder that a run goes through.
+        UserError: the path is relative, so that it would change with a run's working directory.
     """
     folder = Path(os.environ.get("UNFREEZE_HOME") or "~/.unfreeze").expanduser()
     if not folder.is_absolute():

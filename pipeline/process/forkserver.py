@@ -2,10 +2,10 @@
 
 Importing torch, timm and MLflow takes longer than many a step's own work, and eleven steps would do it eleven times. A
 flow keeps one such process beside it; ``python -m tasks <step>``, which DVC starts, finds it by the environment variable
-``UNFREEZE_WARM`` and hands over its arguments, environment and output. The step is a process of its own all the same: its
-crash is its own, its memory is given back, it starts from no module of this project, and it dies with whoever waits for
-it. CUDA is not touched before the fork, and the threads that imports start (OpenBLAS's, Arrow's) are begun anew after it
-by their libraries.
+``UNFREEZE_WARM`` and hands over its arguments, environment and output. Each step is still a separate process: a crash
+affects no other step, its memory is freed at its end, no module of this project is imported beforehand, and it ends
+when the process that waits for it ends. CUDA is not initialized before the fork. Threads that imports start
+(OpenBLAS's, Arrow's) are restarted after it by their libraries.
 """
 
 import contextlib
@@ -46,19 +46,19 @@ LONGEST = 108
 
 @contextlib.contextmanager
 def warm_process() -> Iterator[None]:
-    """Keep a warm process while the block runs; where the system cannot fork like Linux, do without."""
+    """Run the forkserver while the block runs; on Linux only."""
     if not sys.platform.startswith("linux"):
         yield
         return
     with tempfile.TemporaryDirectory(prefix="unfreeze-") as folder:
         address = str(Path(folder) / "warm")
         with socket.socket(socket.AF_UNIX) as listener:
-            # Listening before the process is there: a step that comes early waits for it, and does not start cold.
+            # Listen before the process starts: an early step waits for it, instead of importing everything itself.
             with _short(address) as path:
                 listener.bind(path)
             listener.listen()
             number = listener.fileno()
-            # It ends when its standard input does: with the block, and with this process, however that ends.
+            # It ends when its standard input is closed: at the end of the block, or of this process.
             command = [sys.executable, "-m", "pipeline.process.forkserver", str(number)]
             process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[number])
         os.environ[ADDRESS] = address
@@ -88,9 +88,9 @@ def hand_over(step: str) -> int | None:
     with socket.socket(socket.AF_UNIX) as connection:
 
         def pass_on(number: int, frame: object) -> None:
-            connection.shutdown(socket.SHUT_WR)  # which the warm process takes for a wish to stop the step
+            connection.shutdown(socket.SHUT_WR)  # the forkserver takes this as a stop request for the step
 
-        # Ctrl-C reaches the step by itself, which ends after a checkpoint.
+        # The terminal sends Ctrl-C to the step as well, which ends after a checkpoint.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, pass_on)
         try:
@@ -103,7 +103,7 @@ def hand_over(step: str) -> int | None:
             return None
         answer = connection.recv(4)
     if not answer:
-        return 1  # it is gone, and the step with it
+        return 1  # the forkserver has ended, and the step with it
     code = int.from_bytes(answer, "big", signed=True)
     if code < 0:
         with contextlib.suppress(OSError):  # SIGKILL is always at its default
@@ -134,13 +134,13 @@ def serve(listening: int) -> None:
                         waiting.register(ended, selectors.EVENT_READ, (pid, ended, connection))
                 elif key.fd == key.data[1]:
                     _finish(waiting, *key.data)
-                elif key.fd in waiting.get_map():  # whoever waited for the step is gone, and the step not yet
+                elif key.fd in waiting.get_map():  # the process that waited for the step has ended, the step has not
                     waiting.unregister(key.fileobj)
                     os.kill(key.data[0], signal.SIGTERM)
 
 
 def _stop_all(waiting: selectors.BaseSelector) -> None:
-    """Ask the steps under way to stop, and give them time for a checkpoint; who needs longer is killed with this process."""
+    """Ask running steps to stop, and wait for their checkpoints; slower ones are killed when this process ends."""
     steps = {key.data[0]: key.data[1] for key in waiting.get_map().values() if key.data}
     for pid in steps:
         os.kill(pid, signal.SIGTERM)
@@ -161,7 +161,7 @@ def _finish(waiting: selectors.BaseSelector, pid: int, ended: int, connection: s
 
 
 def _fork(connection: socket.socket) -> int | None:
-    """Fork and run the step that the connection asks for; returns its process id, None where nothing sound was asked."""
+    """Fork and run the step that the connection asks for; returns its process ID, or None for an invalid request."""
     try:
         size, outputs, _, _ = socket.recv_fds(connection, 4, 2)
         request = json.loads(_receive(connection, int.from_bytes(size, "big")))

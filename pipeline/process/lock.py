@@ -1,4 +1,4 @@
-"""Locks: one run at a time in one workspace, and files that whoever locks them holds until its process ends."""
+"""File locks, released when the process ends: one run at a time in a workspace, and locks on any file."""
 
 import fcntl
 import os
@@ -12,23 +12,23 @@ from unfreeze.errors import UserError
 
 FOLDER = Path(".unfreeze")
 ABOUT_CACHE = FOLDER / "about-cache"
-"""What is noted about DVC's cache: workspaces that share it share this folder, too."""
+"""Notes about DVC's cache; all workspaces that share the cache share this folder."""
 
 _held: set[str] = set()
 
 
 @contextmanager
 def alone(name: str, patience: float = 0.0) -> Iterator[None]:
-    """Be the only process in this workspace that does what is named while the block runs.
+    """Hold this workspace's lock of this name while the block runs.
 
-    The system gives the lock back when the process ends, however it ends. Who has it already, keeps it.
+    The system releases the lock when the process ends, also if it is killed. A process may acquire it repeatedly.
 
     Args:
-        name: what is done: ``run`` or ``step``.
+        name: ``run`` or ``step``.
         patience: seconds to wait for another process, which may be about to end.
 
     Raises:
-        UserError: another process is at it; says which.
+        UserError: another process holds the lock; names it.
     """
     if name in _held:
         yield
@@ -63,11 +63,11 @@ def _lock(file: int) -> bool:
 
 
 def hold(path: Path, shared: bool = False) -> IO[str]:
-    """Lock a file, when those who hold it let go, until what is returned is closed, or the process ends, however it ends.
+    """Wait for the lock of a file, and hold it until the returned file is closed or the process ends.
 
     Args:
-        path: made where it is not there.
-        shared: others may hold it as well, if they share it.
+        path: created if it does not exist.
+        shared: take a shared lock instead of an exclusive one.
 
     Returns:
         The open file.

@@ -1,7 +1,7 @@
-"""What a run that was killed leaves behind is ended.
+"""End the processes that a killed run leaves behind.
 
-The steps see by themselves that nobody is left that they work for. Prefect's temporary server does not: the flow stops it,
-and a flow that gets SIGKILL stops nothing.
+A step notices that its parent process has ended. Prefect's temporary server does not: the flow stops it, unless the
+flow gets SIGKILL.
 """
 
 import contextlib
@@ -17,15 +17,15 @@ from pipeline.process.signals import GRACE, PARENT, identity
 
 
 def leave_none() -> None:
-    """Have a process of its own wait for the end of this one, however it ends, and then for that of all that it started.
+    """Fork a watcher that ends the remaining child processes when this process has ended or was killed.
 
-    What is still there after the time that a step has to end in order is asked to end, and then killed. Call before threads are started; where the
-    system cannot fork, nothing happens.
+    It waits for as long as a step may take to end, then sends them SIGTERM, and later SIGKILL. Call before threads are
+    started. Without `os.fork`, nothing happens.
     """
     if not hasattr(os, "fork"):
         return
     run = os.getpid()
-    word = os.environ[PARENT] = identity(psutil.Process())  # which marks what is started from now on
+    word = os.environ[PARENT] = identity(psutil.Process())  # child processes inherit it and are found by it
     sys.stdout.flush()
     sys.stderr.flush()
     if os.fork():
@@ -39,7 +39,7 @@ def leave_none() -> None:
 def _wait(run: int, word: str) -> None:
     os.setsid()  # signals from the terminal are not for this process
     os.chdir("/")
-    with open(os.devnull, "r+b") as nothing:  # and nobody who reads the run's output is to wait for it
+    with open(os.devnull, "r+b") as nothing:  # readers of the run's output must not wait for this process
         for number in range(3):
             os.dup2(nothing.fileno(), number)
     os.closerange(3, 256)

@@ -1,4 +1,4 @@
-"""How a step ends before its time: when it is asked to, and when nobody is left that it works for."""
+"""How a step ends early: on a stop request, or when its parent process has ended."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ import psutil
 from unfreeze.persistence.interruption import Interrupted, Interruption
 
 PARENT = "UNFREEZE_PARENT"
-"""Environment variable that names the process a step works for, as `identity` writes it."""
+"""Environment variable with the `identity` of the step's parent process, the flow."""
 
 INTERRUPTED = 130
 """Exit code of a run that was interrupted, as shells have it."""
@@ -24,9 +24,9 @@ GRACE = 20.0
 
 
 def stop_when_asked(interruption: Interruption) -> None:
-    """Have SIGTERM and Ctrl-C end the step: a training after the batch it is at and a checkpoint, all else at once.
+    """Install handlers of SIGTERM and Ctrl-C: a training ends after its batch and a checkpoint, other code at once.
 
-    A second one does not wait for the training.
+    A second signal ends a training at once.
     """
 
     def handler(number: int, frame: FrameType | None) -> None:
@@ -46,9 +46,9 @@ def interrupt_in_time(number: int, frame: FrameType | None) -> None:
 
 
 def end_in_time() -> None:
-    """End this process and all that it started where what it does to end in order takes too long.
+    """Kill this process and its child processes if an orderly end takes too long.
 
-    Prefect tells its server of every end, again and again for minutes where that is away.
+    Prefect reports every end to its server, and retries for minutes if the server does not answer.
     """
 
     def end() -> None:
@@ -62,10 +62,10 @@ def end_in_time() -> None:
 
 
 def identity(process: psutil.Process) -> str:
-    """A process in a word that no later process will have.
+    """Process ID plus start time, which no later process has.
 
-    When it started is the kernel's own count since the boot, where there is one: the time of day is another after the clock
-    has been set, and whoever compares would take the process for gone.
+    On Linux the start time is the kernel's tick count since the boot. The time of day would change when the clock is
+    set, and the process would seem to have ended.
     """
     try:
         stat = Path(f"/proc/{process.pid}/stat").read_bytes()
@@ -97,9 +97,9 @@ def alive(word: str) -> bool:
 
 
 def die_with(words: Iterable[str], before: Callable[[], None] = lambda: None) -> None:
-    """End this process, softly if it can be, soon after any of these processes (`identity`) is gone.
+    """End this process by SIGTERM, then SIGKILL, soon after any of these processes (`identity`) has ended.
 
-    The kernel's own way (PR_SET_PDEATHSIG) knows only the direct parent, which may be a shell that outlives DVC.
+    The kernel's mechanism (PR_SET_PDEATHSIG) covers only the direct parent, which may be a shell that outlives DVC.
 
     Args:
         words: the processes.
@@ -121,7 +121,7 @@ def die_with(words: Iterable[str], before: Callable[[], None] = lambda: None) ->
 
 
 def step_works_for() -> list[str]:
-    """The processes without which a step has nobody to work for: the flow that named itself, and DVC."""
+    """The processes that a step must end with: the flow of `PARENT`, and DVC."""
     found = [os.environ[PARENT]] if os.environ.get(PARENT) else []
     above = dvc_above()
     return found + ([identity(above)] if above else [])

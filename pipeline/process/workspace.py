@@ -1,4 +1,4 @@
-"""The folder that what lasts is kept in: MLflow's records outlive the copies of it that DVC runs experiments in."""
+"""The workspace, which keeps permanent files such as MLflow's records, also those of DVC's temporary copies of it."""
 
 import os
 from contextlib import suppress
@@ -21,10 +21,10 @@ def workspace() -> Path:
 
 
 def link_source(source: str) -> None:
-    """Have DVC's copies of this workspace find images that lie outside of it at a relative path, by a link beside them.
+    """Link images at a relative path outside of this workspace into DVC's temporary folder, for the copies there.
 
     Args:
-        source: as `data.source` names it; what is no such path is fine.
+        source: value of `data.source`; any other kind of source is ignored.
     """
     parts = Path(os.path.normpath(source)).parts
     up = parts.count("..")

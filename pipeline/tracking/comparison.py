@@ -3,7 +3,7 @@
 from pipeline.tracking.sender import client
 
 JUDGED = {"retrain/test_tta_accuracy": "test", "evaluate/valid_tta_accuracy": "validation"}
-"""Metrics that versions are judged by, the first that both have, and the images that they are of."""
+"""Metrics for comparing versions, with their splits. The first metric that both versions have is used."""
 
 
 def compare_with_the_one_before(name: str, version: int) -> str:

@@ -1,12 +1,12 @@
-"""What is to be logged waits on disk: a folder per execution of a step, until the tracking server has taken it.
+"""Journal: a queue on disk of records for the tracking server, one folder per execution of a step.
 
-    .unfreeze/tracking/<pass>/<when>-<stage>/head.json      what the runs are to be called, their parameters and tags
-                                             records.jsonl  what is to be logged, one record a line, in order
-                                             files/         copies: a later pass may write over the originals
-                                             sent.json      how far the server has taken it
+    .unfreeze/tracking/<pass>/<when>-<stage>/head.json      names of the runs, their parameters and tags
+                                             records.jsonl  records to be logged, one a line, in order
+                                             files/         copies: a later pass may overwrite the originals
+                                             sent.json      position up to which the server has received records
 
-Whoever writes a journal holds a lock on its records, which the system lets go of when that process ends, however it
-ends. So a journal that nobody holds is to be sent to its end, and one without an end belongs to a step that was killed.
+The process that writes a journal holds a lock on its records. The system releases the lock when that process ends,
+also if it is killed. So an unlocked journal is complete and can be sent; without an end record, its step was killed.
 """
 
 import fcntl
@@ -29,7 +29,7 @@ from unfreeze.persistence.atomic import sync
 ROOT = Path(".unfreeze/tracking")
 """Where the journals lie, in the workspace."""
 FORGET = 24 * 3600
-"""Seconds after which the folder of a pass from which nothing waits is removed."""
+"""Age in seconds at which the folder of a pass without unsent records is removed."""
 
 Record = dict[str, Any]
 
@@ -39,7 +39,7 @@ class Busy(Exception):
 
 
 class Journal:
-    """The writing end of a journal. What a full disk does not take is written with what comes next."""
+    """Writer of a journal. If the disk is full, records are kept in memory and written with the next ones."""
 
     def __init__(self, head: Mapping[str, Any]) -> None:
         """Begin a journal.
@@ -58,10 +58,10 @@ class Journal:
             self._file = (new / "records.jsonl").open("ab", buffering=0)
             fcntl.flock(self._file, fcntl.LOCK_EX)
             write_json(new / "head.json", self.head)
-            self.folder = new.rename(new.with_name(name))  # from now on it is seen
-            sync(self.folder.parent)  # before a server knows of it: nobody else would end the run there
+            self.folder = new.rename(new.with_name(name))  # now visible to other processes
+            sync(self.folder.parent)  # before the run is created on a server: without the journal, nothing would end it
         except OSError as error:
-            raise UserError(f"What MLflow is to be told cannot be written to {new.parent}: {error.strerror}.") from None
+            raise UserError(f"Records for MLflow cannot be written to {new.parent}: {error.strerror}.") from None
         self._size, self._left = 0, b""
 
     def describe(self, **more: Any) -> None:
@@ -70,7 +70,7 @@ class Journal:
         write_json(self.folder / "head.json", self.head)
 
     def write(self, *records: Record) -> None:
-        """Append records, all or, until the next time, none."""
+        """Append records: all of them, or none until the next call."""
         self._left += b"".join(json.dumps(record).encode() + b"\n" for record in records)
         written = 0
         with suppress(OSError):
@@ -81,7 +81,7 @@ class Journal:
             self._file.truncate(self._size)
 
     def keep(self, path: Path, text: bool = False) -> str:
-        """Copy a file into the journal; returns its name there. Of text only what everybody may see is copied."""
+        """Copy a file into the journal; returns its name there. In text files secrets are masked."""
         number = len(list((self.folder / "files").iterdir()))
         copy = self.folder / "files" / str(number) / path.name
         copy.parent.mkdir()
@@ -92,14 +92,14 @@ class Journal:
         return str(copy.relative_to(self.folder))
 
     def close(self) -> None:
-        """End writing; what is written can be sent by anyone, also after a loss of power."""
+        """End writing, flush to disk and unlock: any process can send the journal now, also after a power loss."""
         with suppress(OSError):
             os.fsync(self._file.fileno())
-        fcntl.flock(self._file, fcntl.LOCK_UN)  # closing would not do where a forked process has inherited it
+        fcntl.flock(self._file, fcntl.LOCK_UN)  # closing alone does not unlock if a forked process has inherited it
         self._file.close()
 
     def sync(self) -> None:
-        """Have what waits survive a loss of power, as far as the system can tell."""
+        """Flush the journal to disk; errors are ignored."""
         for path in (*self.folder.rglob("*"), self.folder, self.folder.parent):
             with suppress(OSError):
                 sync(path)
@@ -111,12 +111,12 @@ def root() -> Path:
 
 
 def pass_folder(key: str) -> Path:
-    """Where the journals of a pass lie, and what is known of it."""
+    """Folder of a pass: its journals, and notes such as the id of its parent run."""
     return root() / quote(key, safe="")
 
 
 def waiting() -> list[Path]:
-    """The journals that are not sent to their end, the oldest first."""
+    """The journals that are not completely sent, the oldest first."""
     return sorted((path.parent for path in root().glob("*/[!.]*/head.json")), key=lambda folder: folder.name)
 
 
@@ -150,16 +150,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def remove(folder: Path) -> None:
-    """Remove a journal that is sent to its end, at once: half of one would be taken for a whole."""
+    """Remove a journal that is completely sent. It is renamed first, so that no process reads a partly removed one."""
     shutil.rmtree(folder.rename(folder.with_name(f".sent-{folder.name}")))
 
 
 @contextmanager
 def sending(patience: float) -> Iterator[None]:
-    """Be the one who sends while the block runs.
+    """Hold the lock for sending journals while the block runs.
 
     Raises:
-        Busy: another process is, and has not ended in so many seconds.
+        Busy: another process still holds it after `patience` seconds.
     """
     root().mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + patience
@@ -179,7 +179,7 @@ def sending(patience: float) -> Iterator[None]:
 
 
 def forget_old_passes() -> None:
-    """Remove the folders of passes from which nothing has come for a day and nothing waits."""
+    """Remove the folders of passes that are unchanged for a day and have no unsent records."""
     busy = {folder.parent for folder in waiting()}
     for folder in root().glob("*/"):
         with suppress(OSError):

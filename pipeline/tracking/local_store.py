@@ -1,7 +1,7 @@
-"""Where MLflow is, and the folder of files beside a database: it belongs to the workspace, wherever that was moved or copied.
+"""MLflow's address, and the folder of files beside a local database, whose paths follow a moved or copied workspace.
 
-MLflow notes absolute folders. A copy of a workspace would write its files into the original, and a workspace that was moved
-would find none of its own.
+MLflow stores absolute paths. Without the adjustment, a copied workspace would write its files into the original, and a
+moved workspace would not find its own.
 """
 
 import os
@@ -44,10 +44,10 @@ def tracking_uri() -> str:
 
 
 def check_tracking_uri() -> None:
-    """See that MLflow can be at the address that the environment names, without asking whether it is there.
+    """Check the form of MLflow's address in the environment, without connecting to it.
 
     Raises:
-        UserError: it can be no server's or database's address, or lacks the database's driver.
+        UserError: it is not a valid address of a server or a database, or the database's driver is missing.
     """
     uri = os.environ["MLFLOW_TRACKING_URI"]
     scheme, _, rest = uri.partition("://")
@@ -100,10 +100,10 @@ def files_of(experiment: str) -> str | None:
 
 
 def adopt_files() -> None:
-    """Have the database of a workspace that was moved or copied note the folder of files that is in this workspace.
+    """Rewrite the paths in the database of a moved or copied workspace to this workspace's folder of files.
 
-    Runs whose files are in the original, and were not copied, stay where they are. A database that lies outside of the
-    workspace may be that of several, and is left alone.
+    Paths of files that exist only in the original workspace are kept. A database outside of the workspace may be
+    shared by several workspaces, and is not changed.
     """
     file = database()
     if file is None or not file.is_file() or workspace().resolve() not in file.resolve().parents:

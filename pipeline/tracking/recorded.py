@@ -1,4 +1,4 @@
-"""What MLflow has of a pass: what it takes to have the same model again and to compare it, and how far it has come."""
+"""A pass as recorded in MLflow: what is needed to reproduce and compare its model, and its progress so far."""
 
 import hashlib
 import os
@@ -40,7 +40,7 @@ def find_recorded(named: str) -> Recorded:
     """Find a pass by an id of its parent run or of one of its steps' runs, or by ``models:/<name>/<version or alias>``.
 
     Raises:
-        UserError: MLflow does not know it, or does not have what it takes.
+        UserError: MLflow does not know it, or lacks its commit or files.
         Unreachable: MLflow does not answer.
     """
     from mlflow.exceptions import MlflowException
@@ -104,7 +104,7 @@ def prepare_experiment() -> None:
 
 @dataclass(frozen=True)
 class Course:
-    """How far a pass has come: its validation losses of the whole network's epochs so far, and its final metrics so far."""
+    """Progress of a pass: validation losses of `train_full`'s epochs so far, and final metrics of finished steps."""
 
     valid_losses: list[float]
     metrics: dict[str, float]

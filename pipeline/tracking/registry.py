@@ -19,26 +19,28 @@ REQUIREMENTS = (
 """Packages that a served model is installed with."""
 
 EXTRAS = ("pillow-heif",)
-"""Packages that it is installed with as well where they are here: they may have read what it was trained on."""
+"""Packages that are added to these if they are installed here: the training images may have been read with them."""
 
 KEY_TAG = "unfreeze.key"
 """Tag of a model and its version that says what they were made of: weights, the code that serves them, and the name."""
 
 
 def register_model(weights: Path, name: str, parent: str, key: str) -> Any:
-    """Log the model to the parent run as an MLflow pyfunc and register it, if that is not done, perhaps by an earlier pass
-    that was killed before DVC had noted it; returns the version."""
+    """Log the model to the parent run as an MLflow pyfunc and register it; returns the version.
+
+    If a version with this key exists, it is returned: an earlier pass may have been killed right after registering it.
+    """
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     import mlflow
 
     named = os.environ["MLFLOW_TRACKING_URI"]
     mlflow.set_tracking_uri(tracking_uri())
-    os.environ["MLFLOW_TRACKING_URI"] = named  # which MLflow has just set: journals are compared by it
+    os.environ["MLFLOW_TRACKING_URI"] = named  # MLflow has just changed it, and journals are compared by it
     client = mlflow.MlflowClient()
     if versions := client.search_model_versions(f"tags.`{KEY_TAG}` = '{key}'"):
         return versions[0]
-    # MLflow says on stderr what it did; what goes wrong it raises.
+    # MLflow prints progress on stderr; errors are raised.
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         model = _logged(client, parent, key) or _log(client, weights, parent, key)
@@ -48,8 +50,8 @@ def register_model(weights: Path, name: str, parent: str, key: str) -> Any:
 def _log(client: Any, weights: Path, parent: str, key: str) -> str:
     """Log the model to the parent run, with the metrics that are its own; returns its id.
 
-    As `mlflow.pyfunc.log_model` does it, which asks for the history of each of the run's metrics: behind a password, where a
-    request takes a second, that took two minutes.
+    Replaces `mlflow.pyfunc.log_model`, which requests the history of each of the run's metrics: with a server behind a
+    password, where a request takes a second, that took two minutes.
     """
     import mlflow
     from mlflow.entities import LoggedModelOutput, Metric

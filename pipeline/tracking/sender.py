@@ -1,8 +1,8 @@
-"""From the journals to MLflow: every record once, however often the server goes away in between.
+"""Send the journals to MLflow: every record exactly once, despite server outages.
 
-A request whose answer was lost is made again, so every request is one that changes nothing the second time: runs carry a
-tag by which they are found before they are created, points keep the time at which they were measured (MLflow drops a point
-that it has), and files, tags and states are put in the place of themselves.
+A request whose answer was lost is repeated, so every request is idempotent: runs have a tag by which an existing one is
+found before one is created, points keep the time at which they were measured (MLflow drops a duplicate point), and
+files, tags and states overwrite themselves.
 """
 
 import contextlib
@@ -36,12 +36,12 @@ logger = logging.getLogger("unfreeze")
 PASS_TAG, EXECUTION_TAG, STAGE_TAG = "unfreeze.pass", "unfreeze.execution", "unfreeze.stage"
 SWEEP_TAG, OWNER_TAG = "unfreeze.sweep", "unfreeze.owner"
 PATIENCE = 5.0
-"""Seconds within which a server that is well has answered."""
+"""Timeout of a request, in seconds."""
 SPEED = 1e6
-"""Bytes of a file that it has taken in a second."""
+"""Bytes a second that an upload is expected to reach; its timeout is longer accordingly."""
 REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"}
 REFUSING = {400, 413, 415, 422}
-"""How MLflow, and whoever stands before it, says that it will never take something."""
+"""Error codes of MLflow, and HTTP status codes of MLflow or a proxy, of requests that will never succeed."""
 DELETED = (
     "MLflow's experiment {} was deleted: what is logged to it waits until it is there again "
     "(`mlflow experiments restore --experiment-id {}`)."
@@ -122,20 +122,20 @@ def send(
     own: Journal | None = None,
     anyway: bool = False,
 ) -> Iterator[float]:
-    """Send what waits, the oldest first, and remove what has been sent to its end.
+    """Send the queued journals, the oldest first, and remove those that are completely sent.
 
     Args:
         client: an MLflow client.
         own: the journal that this process writes; those of other processes are sent when these have ended.
-        anyway: send also what was meant for another address than that of the environment.
+        anyway: send also journals for another server than that of the environment.
 
     Yields:
-        before each request, the seconds after which a server that is well will have answered.
+        before each request, its timeout in seconds.
 
     Raises:
         Busy: another process is sending.
-        Exception: what MLflow's client raises for a server that does not answer, or not well; what it has not taken waits.
-            Trouble of another journal than the own one alone is for whoever sends the rest.
+        Exception: an error of MLflow's client for a server that does not answer, or answers with an error; unsent
+            records stay queued. With `own`, an error that affects only another journal is not raised.
     """
     yield PATIENCE
     trouble: Exception | None = None
@@ -156,7 +156,7 @@ def send(
 
 
 class _OfOne(Exception):
-    """Trouble of one journal, while the server is well and may take the others."""
+    """An error that affects one journal only; the others can still be sent."""
 
     def __init__(self, trouble: Exception) -> None:
         super().__init__(str(trouble))
@@ -164,7 +164,7 @@ class _OfOne(Exception):
 
 
 def _send(client: Any, folder: Path, is_written: bool) -> Iterator[float]:
-    """Send what is new of a journal, which is still written or has been before this began."""
+    """Send a journal's unsent records; `is_written` says whether this process still writes it."""
     head, sent = read_json(folder / "head.json"), read_json(folder / "sent.json")
     yield PATIENCE
     experiment = client.get_experiment_by_name(head["experiment"])
@@ -173,7 +173,7 @@ def _send(client: Any, folder: Path, is_written: bool) -> Iterator[float]:
     if "runs" not in sent:
         sent = {"offset": 0, "runs": (yield from _open(client, head, experiment))}
         _note(folder, sent)
-    ended = sent.get("ended", False)  # and yet there: the power failed before its removal was on the disk
+    ended = sent.get("ended", False)  # True if a power loss has undone the removal of a sent journal
     taken: bool | None = None
     for record, end in _batches(read(folder, sent["offset"])):
         run = sent["runs"].get(record.get("run"))
@@ -181,7 +181,7 @@ def _send(client: Any, folder: Path, is_written: bool) -> Iterator[float]:
             yield PATIENCE
             taken = is_taken(client, head, run)
         if record.get("run") == "parent" and taken:
-            pass  # it is for the new owner to say how the pass went
+            pass  # only the new owner writes to the parent run
         elif "metrics" in record:
             yield PATIENCE
             _ask("metrics", client.log_batch, run, metrics=_metrics(record["metrics"]))
@@ -208,7 +208,7 @@ def _send(client: Any, folder: Path, is_written: bool) -> Iterator[float]:
 
 
 def _note(folder: Path, sent: Mapping[str, Any]) -> None:
-    """Write down how far the server has taken a journal; no waiting for the disk, as what is sent again changes nothing."""
+    """Record which part of a journal is sent. No flush to disk: requests are idempotent and can be repeated."""
     partial = folder / "sent.partial"
     partial.write_text(json.dumps(sent), encoding="utf-8")
     partial.replace(folder / "sent.json")
@@ -243,15 +243,18 @@ def _open(client: Any, head: Mapping[str, Any], experiment: Any) -> Generator[fl
 def _run(
     client: Any, experiment: str, tag: tuple[str, str], head: Mapping[str, Any], kind: str, tags: dict[str, str]
 ) -> Generator[float, None, str]:
-    """Find a run by its tag, or create it; returns its id. It has its parameters then, and is running, unless all that is
-    to come is the end of its pass: killed in between, one that had ended would seem to run until something is sent again."""
+    """Find a run by its tag, or create it, with its parameters; returns its id.
+
+    An existing run is set to RUNNING, except for a pass's closing journal: if the process were killed while sending
+    it, a finished run would be left RUNNING.
+    """
     from mlflow.entities import Param
 
     yield PATIENCE
     found = client.search_runs([experiment], f"tags.`{tag[0]}` = '{tag[1]}'", max_results=10)
     noted = read_json(pass_folder(head["pass"]) / "parent.json").get("run")
     found.sort(key=lambda run: (run.info.run_id != noted, not run.data.params, run.info.run_id))
-    for extra in found[1:]:  # a server that hung has taken a request late
+    for extra in found[1:]:  # duplicates, from a request that a hanging server has processed late
         if not extra.data.params and not extra.data.metrics:
             client.delete_run(extra.info.run_id)
     yield PATIENCE

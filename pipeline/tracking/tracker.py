@@ -5,7 +5,7 @@ processes of its steps find their parent by themselves, whoever started them.
 
 What is to be logged is written to a journal on disk first (`pipeline/tracking/journal.py`), and sent from there by a thread about
 once a second (`pipeline/tracking/sender.py`): importing MLflow takes seconds, and training neither waits for the tracking server
-nor fails because of it. What the server has not taken when a step ends is sent by whichever process comes next.
+nor fails because of it. Records that are unsent when a step ends are sent by the next process of any pass.
 """
 
 import json
@@ -33,17 +33,17 @@ from unfreeze.errors import UserError
 logger = logging.getLogger("unfreeze")
 
 PASS, DOOR, SWEEP = "UNFREEZE_PASS", "UNFREEZE_DOOR", "UNFREEZE_SWEEP"
-"""Environment variables: the key of the pass, the door it came through, and the search that it is a trial of, if any."""
+"""Environment variables: the key of the pass, its entry point, and the search that it is a trial of, if any."""
 ADDRESS, OWNER = "UNFREEZE_FLOW_RUN", "UNFREEZE_OWNER"
 """Environment variables: the page of Prefect's flow run, and who executes the pass, as `owner` writes it."""
 SHOWN = ("*.png", "*.html", "confusion_matrix.csv", "predictions.csv")
-"""Files of a step that a person wants beside its numbers."""
+"""Files of a step that are logged beside its metrics."""
 LONGEST_PAUSE = 30.0
-"""Seconds between two attempts to reach a server that stays away."""
+"""Longest pause in seconds between two attempts to reach the server."""
 
 
 def current_pass() -> tuple[str, str]:
-    """The key of the pass that this process belongs to, and the door it came through.
+    """The key of the pass that this process belongs to, and its entry point.
 
     The flow names both in the environment. Without it the nearest `dvc` among the parent processes is the pass; without
     that, a step started by hand is a pass of its own.
@@ -82,7 +82,8 @@ def begin_journal(stage: str, params: Mapping[str, Any], step_params: Mapping[st
 
 
 class Delivery:
-    """A thread that sends a journal while it is written, and before it what earlier steps have left, or only these (None)."""
+    """Thread that sends the unsent journals of earlier steps, then the given one while it is written (None: only
+    those)."""
 
     def __init__(self, journal: Journal | None, warn: Callable[..., None] = logger.warning) -> None:
         self._journal, self._warn = journal, warn
@@ -93,7 +94,7 @@ class Delivery:
         self._thread.start()
 
     def close(self) -> bool:
-        """Send the rest, once the journal is closed, unless the server keeps us waiting; returns whether nothing waits."""
+        """After the journal is closed, send the rest, with a timeout; returns whether everything is sent."""
         self._closing.set()
         while self._thread.is_alive() and time.monotonic() < self._until:
             self._thread.join(0.05)
@@ -137,7 +138,7 @@ class Delivery:
 class Tracker:
     """Takes one step's curves, metrics and files, for MLflow.
 
-    The tracking server is no part of the training: when it cannot be reached that is said once, and the step goes on.
+    If the tracking server cannot be reached, this is logged once, and the step continues.
     """
 
     def __init__(self, stage: str, params: Mapping[str, Any], step_params: Mapping[str, Any]) -> None:
@@ -156,7 +157,7 @@ class Tracker:
 
         Raises:
             Unreachable: MLflow does not answer.
-            UserError: another worker has taken the pass up, and the run is its own.
+            UserError: another worker has taken over the pass, and owns the run.
         """
         folder = pass_folder(self._journal.head["pass"])
         with reaching():
@@ -173,7 +174,7 @@ class Tracker:
     def close(self, status: str, final: Mapping[str, float], seconds: float) -> None:
         """End the child run as FINISHED, FAILED or KILLED, with the step's final metrics and how long it took.
 
-        Of what has a curve the final value is no further point of it; the parent has it as ``<step>/<metric>``.
+        A metric with a curve gets no further point in the child run; the parent run has it as ``<step>/<metric>``.
         """
         now = time.time()
         own = {name: value for name, value in final.items() if name not in self._curves}
@@ -191,7 +192,7 @@ class Tracker:
 
 
 def conclude(journal: Journal, stages: Sequence[str], status: str, before: Sequence[Record] = ()) -> None:
-    """Put everything that a person compares on the parent run, end it until another step takes it up; close the journal.
+    """Log metrics and files to the parent run, end the run until another step resumes it, and close the journal.
 
     Args:
         journal: of the step or the pass that has ended.
@@ -204,7 +205,7 @@ def conclude(journal: Journal, stages: Sequence[str], status: str, before: Seque
     records, files = list(before), list[Record]()
 
     def is_new(path: Path) -> bool:
-        """Whether the pass has not noted it as it is: each step would note what all before it have left."""
+        """Whether a file is new or changed since an earlier step of the pass logged it."""
         state = [path.stat().st_mtime_ns, path.stat().st_size]
         is_new, noted[str(path)] = noted.get(str(path)) != state, state
         return is_new
@@ -230,9 +231,9 @@ def conclude(journal: Journal, stages: Sequence[str], status: str, before: Seque
             fingerprint = json.loads(dataset.read_text())["fingerprint"]
             records.append({"run": "parent", "tag": ["unfreeze.data", fingerprint]})
     except OSError as error:
-        logger.warning("Not everything can be kept for MLflow: %s", error)
+        logger.warning("Some files cannot be copied for MLflow: %s", error)
     records.append({"run": "parent", "status": status, "when": int(time.time() * 1000)})
-    # Files come last: their place may be away while the server is well.
+    # Files come last: the artifact store may be unreachable while the server answers.
     journal.write(*records, *files, {"closed": True})
     journal.close()
     with suppress(OSError):
@@ -240,7 +241,7 @@ def conclude(journal: Journal, stages: Sequence[str], status: str, before: Seque
 
 
 def shown(stage: str) -> list[Path]:
-    """The files of a step that a person wants to see."""
+    """The files of a step that are logged to MLflow (`SHOWN`)."""
     return sorted(path for pattern in SHOWN for path in artifact(stage, "").glob(pattern))
 
 
