@@ -90,9 +90,9 @@ def autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 def seed_everything(seed: int) -> None:
-    """Make the rest of this process repeat itself bit for bit on the same machine.
+    """Make the rest of this process deterministic, bit for bit, on the same machine.
 
-    Python, NumPy and torch are seeded; on a GPU all is told to use deterministic algorithms (`deterministically`).
+    Python, NumPy and torch are seeded; on a GPU, deterministic algorithms are required (`deterministically`).
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -106,11 +106,11 @@ def seed_everything(seed: int) -> None:
 
 
 def deterministically(work: Callable[[], T]) -> T:
-    """Do work as `seed_everything` has asked for, and return its result.
+    """Run a function with the deterministic algorithms that `seed_everything` has required; returns its result.
 
-    Where an operation has no deterministic form, which torch says by an error, it is named, and the rest of this process
-    goes on without the promise to repeat itself. Only the strict mode makes attention deterministic; where torch only warns
-    of what is not, the backward of flash, memory-efficient and cuDNN attention is left free to differ.
+    If torch raises an error because an operation has no deterministic implementation, the operation is logged, and the
+    rest of this process runs with ``warn_only``, not guaranteed to be deterministic. The strict mode is tried first:
+    with ``warn_only`` the backward pass of flash, memory-efficient and cuDNN attention is not deterministic.
     """
     try:
         return work()
@@ -131,8 +131,8 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 def keep_memory() -> None:
     """Keep the memory that one batch frees for the next one, instead of handing it back to the system.
 
-    Activations of a batch are megabytes, which glibc asks the system for one by one and returns at once; clearing and
-    mapping their pages anew took a quarter of an epoch's time on a CPU. Elsewhere than on glibc this does nothing.
+    glibc allocates the activations of a batch, which are megabytes each, from the system and returns them at once.
+    Mapping and clearing their pages again took a quarter of an epoch's time on a CPU. Without glibc this does nothing.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)

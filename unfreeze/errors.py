@@ -1,4 +1,4 @@
-"""Errors that are told in a sentence, and the sentence for a disk that takes or gives no file."""
+"""Errors with a complete message for users, and the message for files that cannot be written or read."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ class UserError(Exception):
 
 
 class TransientError(UserError):
-    """Something that may have gone away when the work is tried again, which is worth it; a step ends with code 1."""
+    """A temporary error, for which a retry may help; a step ends with code 1."""
 
 
 def disk_trouble(error: OSError, where: Path | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Faster forms of a network that compute the same: frozen layers as inference, faster training of the others.
+"""Faster versions of a network with the same output: inference for frozen layers, faster training for the others.
 
 It knows PyTorch modules only, and imports nothing of the project but `unfreeze.device`; evaluation and training may import it.
 """

@@ -1,4 +1,4 @@
-"""How a network's convolutions work: what follows each, and the zeros around what it sees."""
+"""Analyse a network's convolutions: the operations that follow each one, and its padding."""
 
 import dataclasses
 import operator
@@ -15,11 +15,10 @@ POST_OPS: dict[type[nn.Module], tuple[str, list[float]]] = {
     nn.SiLU: ("swish", []),
     nn.Hardswish: ("hardswish", []),
 }
-"""Activations that oneDNN computes within a convolution, under its names and with its scalars."""
+"""Activations that oneDNN can fuse into a convolution, with oneDNN's name and scalars for each."""
 
 TOLERANCE = 1e-3
-"""Largest difference from the network's own activations in full precision that a faster way may make, as a share of the
-largest."""
+"""Largest error of a faster version, relative to the largest of the network's activations in full precision."""
 
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 """Functions and methods that a residual block may call."""
@@ -27,7 +26,7 @@ ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 @dataclasses.dataclass
 class Chain:
-    """Calls of a `traced` network that follow one another, where nothing else sees what is between them.
+    """Consecutive calls of a `traced` network whose intermediate results are used nowhere else.
 
     Attributes:
         calls: a convolution's, and of what follows, each at most once and in this order: a BatchNorm, the addition of a
@@ -46,7 +45,7 @@ class Chain:
 
     @property
     def inputs(self) -> list[fx.Node]:
-        """What goes in: what is convolved and, if anything, what is added."""
+        """Inputs: the convolution's input and, if there is an addition, the tensor that is added."""
         given = [node for call in self.calls for node in call.all_input_nodes]
         return [node for node in given if node not in self.calls]
 
@@ -67,7 +66,7 @@ def traced(network: nn.Module, images: torch.Tensor, trains: bool) -> fx.GraphMo
         graph = fx.GraphModule(network, _Tracer().trace(network))
         seen = _Seen(graph)
         seen.run(images)
-    except Exception:  # of any kind, as the network's own code runs, on what is no tensor
+    except Exception:  # of any kind: the network's own code runs on proxies instead of tensors
         return None
     for call in seen.idle:
         if not trains or type(called(graph, call)) is nn.Identity:
@@ -77,7 +76,7 @@ def traced(network: nn.Module, images: torch.Tensor, trains: bool) -> fx.GraphMo
 
 
 class _Tracer(fx.Tracer):
-    """Looks into modules that have others inside; how the others compute is their own affair."""
+    """Tracer that enters modules with submodules, and treats all others as leaves."""
 
     def __init__(self) -> None:
         from timm.layers import get_notrace_functions, get_notrace_modules
@@ -90,7 +89,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Seen(fx.Interpreter):
-    """Notes what calls make, and which give back what they were given."""
+    """Records the shapes of calls' results, and which calls return their input unchanged."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
@@ -126,7 +125,7 @@ def chains(graph: fx.GraphModule) -> list[Chain]:
 
 
 def _lengthened(chain: Chain, graph: fx.GraphModule, others: list[Chain]) -> bool:
-    """Whether the call that alone sees what a chain makes could become its last."""
+    """Append the only user of a chain's result to the chain, if possible; returns whether it was."""
     users = list(chain.calls[-1].users)
     if len(users) != 1:
         return False

@@ -1,8 +1,8 @@
-"""Depthwise convolutions whose gradients a processor computes in a fraction of the time.
+"""Depthwise convolutions with faster gradients on a CPU.
 
 oneDNN has fast kernels for the forward pass, and for the gradient of weights that are at most three columns wide. For wider
 ones, and in bfloat16 for the gradient of a strided convolution's input, it falls back to plain loops: ten to fifty times
-the time of the forward pass. Both gradients can be had from what it does well.
+the time of the forward pass. Here both gradients are computed with its fast kernels.
 """
 
 from typing import Any

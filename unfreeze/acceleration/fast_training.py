@@ -1,8 +1,9 @@
 """Train the same network in less time on a CPU: kept statistics, frozen layers, depthwise convolutions.
 
-A BatchNorm with kept statistics multiplies and adds per channel. Where the weights of the convolution before it are
-multiplied instead, what was work on every pixel and back is work on a few numbers, and the gradients of its scale and shift
-follow by the chain rule. Layers that are frozen whole are inference (`unfreeze.acceleration.frozen`).
+A BatchNorm with kept statistics is one multiplication and one addition per channel. They are folded into the weights of
+the convolution before it, so that the work is on the weights instead of on every pixel, in both passes. The gradients
+of its scale and shift follow by the chain rule. Completely frozen layers run as inference
+(`unfreeze.acceleration.frozen`).
 """
 
 import copy
@@ -28,18 +29,19 @@ Layer = tuple[nn.Conv2d, _BatchNorm | None, nn.Module | None, tuple[int, ...]]
 
 @contextmanager
 def fast_training(network: nn.Module, images: torch.Tensor) -> Iterator[None]:
-    """While it lasts, the network computes the same faster, and so do its gradients.
+    """Speed up a network's forward and backward pass on a CPU while the block runs, with the same results.
 
-    Modules keep their parameters, buffers and names, so an optimizer or a checkpoint knows nothing of it; a copy is made by
-    `frozen_copy`, as one by `copy.deepcopy` would go on with the weights of the original. On a processor with native
-    bfloat16, frozen layers compute in it: the network is to be run under `unfreeze.device.autocast`.
+    Modules keep their parameters, buffers and names, so optimizers and checkpoints are not affected. To copy the
+    network in the block use `frozen_copy`: a copy by `copy.deepcopy` would compute with the weights of the original.
+    On a CPU with native bfloat16, frozen layers compute in it: run the network under `unfreeze.device.autocast`.
 
-    Which modules follow one another is seen by running the network once. Where its output differs all the same, only
-    depthwise convolutions are faster. On other devices than a CPU nothing changes, as nobody has measured that it helps.
+    The network is run once to find which modules follow one another. If its output differs afterwards, only
+    depthwise convolutions are accelerated. On other devices nothing changes, because no benefit was measured there.
 
     Args:
-        network: ready to train: what is frozen is frozen, and BatchNorms that keep their statistics are in eval mode.
-        images: (B, 3, S, S) normalised, on the network's device: a batch as it will be trained on. Two are computed.
+        network: ready to train: frozen parameters require no gradient, BatchNorms with kept statistics are in eval
+        mode. images: (B, 3, S, S) normalised, on the network's device: a typical training batch. Two of them are
+        computed.
     """
     forwards = _forwards(network, images) if images.device.type == "cpu" else {}
     with _replaced(forwards):
@@ -58,7 +60,7 @@ def _replaced(forwards: dict[nn.Module, Forward]) -> Iterator[None]:
 
 
 def _forwards(network: nn.Module, images: torch.Tensor) -> dict[nn.Module, Forward]:
-    """What each module is to compute with instead of its own way."""
+    """The replacement of each module's ``forward``."""
     batch, images = len(images), images[:2].float()
     alone: dict[nn.Module, Forward] = {conv: _convolution(conv, None) for conv in network.modules() if plain(conv)}
     training = {module for module in network.modules() if module.training}
@@ -76,14 +78,14 @@ def _forwards(network: nn.Module, images: torch.Tensor) -> dict[nn.Module, Forwa
         finite = bool(expected.isfinite().all())
         same = finite and torch.allclose(seen, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()))
         forwards = _joined(frozen, forwards, batch) if same else alone
-    network.train()  # and not by the flag alone: some attention keeps what it computed in eval mode until then
+    network.train()  # not by the flag alone: some attention modules cache results in eval mode, which `train` clears
     for module in network.modules():
         module.training = module in training
     return forwards
 
 
 def _layers(network: nn.Module, images: torch.Tensor) -> list[Layer]:
-    """The layers of the network whose modules are called nowhere else, as a module computes the same wherever it is called."""
+    """The layers of the network whose modules are called only once: a replaced ``forward`` would affect all calls."""
     graph = traced(network, images, trains=True)
     if graph is None:
         return []
@@ -97,7 +99,10 @@ def _layers(network: nn.Module, images: torch.Tensor) -> list[Layer]:
 
 @contextmanager
 def _loud(network: nn.Module) -> Iterator[None]:
-    """With other norms and biases: one that does nothing yet, or a branch scaled by nothing, would hide what training changes."""
+    """Randomize norms and biases while the block runs.
+
+    Identity norms, and branches scaled by zero, would hide differences that appear only during training.
+    """
     parameters = [p for p in network.parameters() if p.ndim < 2]
     kept = [p.data for p in parameters]
     own = torch.Generator().manual_seed(0)
@@ -118,7 +123,7 @@ def _joined(frozen: list[Layer], forwards: dict[nn.Module, Forward], batch: int 
 
 
 def _convolution(conv: nn.Conv2d, norm: _BatchNorm | None) -> Forward:
-    """What a convolution computes, and a BatchNorm with kept statistics after it, by scaled weights."""
+    """``forward`` of a convolution with the BatchNorm after it, if any, folded into its weights."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         weight, bias = (conv.weight, conv.bias) if norm is None else _folded(conv.weight, conv.bias, norm)
@@ -133,7 +138,7 @@ def _convolution(conv: nn.Conv2d, norm: _BatchNorm | None) -> Forward:
         if (left, top) != (right, bottom):
             x, padding = F.pad(x, around), (0, 0)
         if conv.kernel_size == (1, 1) and padding == (0, 0):
-            # Of eight channels or fewer, the gradient of strided weights that see one pixel is a segmentation fault.
+            # With eight channels or fewer, the weight gradient of a strided 1 x 1 convolution crashes (SIGSEGV).
             x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
         if trained and half and slow_in_half(conv):
             with torch.autocast("cpu", enabled=False):
@@ -152,12 +157,15 @@ def _folded(weight: torch.Tensor, bias: torch.Tensor | None, norm: _BatchNorm) -
 
 
 def _after(norm: Any) -> Forward:
-    """What is left of a BatchNorm: nothing, or the activation that timm puts into it."""
+    """``forward`` of a folded BatchNorm: the identity, or the activation that timm puts into it."""
     return (lambda x: norm.act(norm.drop(x))) if _has_act(norm) else _same
 
 
 def _frozen(layer: Layer, forwards: dict[nn.Module, Forward], batch: int | None) -> dict[nn.Module, Forward]:
-    """A layer that is frozen whole as one operation of oneDNN, which has no gradient; without a batch size, the same slowly."""
+    """Replacements for a completely frozen layer, as one oneDNN operation without gradient.
+
+    Without a batch size the same is computed by separate, slower operations.
+    """
     conv, norm, act, (_, *shape) = layer
     parts = [conv] if norm is None else [conv, norm]
     if any(part not in forwards or any(p.requires_grad for p in part.parameters()) for part in parts):
@@ -172,7 +180,7 @@ def _frozen(layer: Layer, forwards: dict[nn.Module, Forward], batch: int | None)
     if batch is not None:
         folded = conv if norm is None else fuse_conv_bn_eval(conv, norm)
         fast = OneDNNConvAct(ConvAct(folded, last), (batch, *shape))
-        # Something before it may train after all, in a network that is no simple line.
+        # In a network with branches, an earlier layer may still be trained, and then the input needs a gradient.
         found = {conv: lambda x: last(slow(x)) if x.requires_grad else fast(x)}
     return found if emptied is None else found | {emptied: _same}
 

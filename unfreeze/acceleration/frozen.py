@@ -1,8 +1,8 @@
-"""Frozen work is inference: a copy of a network that computes the same in less time.
+"""Faster inference of frozen networks: a copy of a network with the same output.
 
-BatchNorm with kept statistics is one multiplication and one addition per channel, which the convolution before it does as
-well when its weights are scaled (Jacob et al., 2018, section 3.2). On a processor with native bfloat16, oneDNN then
-computes convolution and activation in one pass over memory, with weights laid out for it once.
+BatchNorm with kept statistics is one multiplication and one addition per channel, which is folded into the weights of
+the convolution before it (Jacob et al., 2018, section 3.2). On a CPU with native bfloat16, oneDNN then computes
+convolution and activation in one pass over memory, with weights that are reordered for it once.
 """
 
 import copy
@@ -26,7 +26,7 @@ from unfreeze.device import deterministically, native_bf16
 logger = logging.getLogger("unfreeze")
 
 FROZEN = "frozen copy"
-"""Where a copy has its `Sources`, in its ``meta``."""
+"""Key of a copy's `Sources` in its ``meta``."""
 Sources = dict[str, tuple[str, str | None]]
 """By the name of a `ConvAct` or `OneDNNConvAct`, the convolution and the BatchNorm, if any, that it does the work of."""
 
@@ -35,7 +35,7 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclasses.dataclass(eq=False)
 class StandIn:
-    """What a module computes with for a while, and the ``forward`` that it alone had before, if any."""
+    """A temporary replacement of a module's ``forward``, with the instance's own earlier ``forward``, if any."""
 
     compute: Forward
     before: Forward | None
@@ -85,8 +85,8 @@ class ConvAct(nn.Module):
 class OneDNNConvAct(nn.Module):
     """`ConvAct` in bfloat16 as a single operation of oneDNN, for batches of one shape (B, C, H, W).
 
-    The weights lie as oneDNN wants them for that shape; for others it may lay them out anew on every call, which with AMX
-    took longer than the convolutions.
+    The weights are reordered once for that shape. For other shapes oneDNN may reorder them on every call, which with
+    AMX took longer than the convolutions.
     """
 
     def __init__(self, of: ConvAct, shape: tuple[int, ...]) -> None:
@@ -96,7 +96,7 @@ class OneDNNConvAct(nn.Module):
         self.edges = edges(conv, shape[2:])
         before, after = self.edges[::2][::-1], self.edges[1::2][::-1]  # of height and width
         if conv.dilation == (1, 1) and all(0 <= b <= a for b, a in zip(before, after, strict=True)):
-            # Rows of zeros before the kernel's make uneven edges even, which oneDNN adds without a copy of the image.
+            # Zeros before the kernel's own rows make the padding symmetric, so that oneDNN does not copy the image.
             (top, left), padding = (a - b for b, a in zip(before, after, strict=True)), list(after)
             self.zeros, self.edges = (left, 0, top, 0), (0, 0, 0, 0)
         else:
@@ -133,12 +133,13 @@ class OneDNNConvAct(nn.Module):
 def frozen_copy(network: nn.Module, images: torch.Tensor, earlier: nn.Module | None = None) -> nn.Module:
     """A copy of a network that predicts the same, faster, and cannot be trained.
 
-    The copy makes the network's calls, of which those that follow one another are one. A copy whose output differs all the
-    same is discarded.
+    In the copy each chain of calls (`unfreeze.acceleration.conv_chains`) is fused into one. A copy whose output
+    differs from the network's is discarded.
 
     Args:
-        network: maps the images to one tensor; as it stands in eval mode is what the copy predicts.
-        images: (B, 3, S, S) normalised, on the network's device: a batch as the copy is for. Two of them are computed.
+        network: maps the images to one tensor; the copy predicts what the network predicts in eval mode.
+        images: (B, 3, S, S) normalised, on the network's device: a batch of the size that the copy is for. Two of them
+            are computed.
         earlier: a copy that this function made of the same network, for batches of the same size. Its weights are updated
             to the network's, which takes less time than a new copy, and it is returned.
 
@@ -169,7 +170,7 @@ def frozen_copy(network: nn.Module, images: torch.Tensor, earlier: nn.Module | N
             joined: Any = folded.get_submodule(name)
             folded.set_submodule(name, OneDNNConvAct(joined, (count * batch // len(images), *shape)))
     for module in folded.modules():
-        if type(module) in (nn.Conv2d, nn.Linear):  # and nothing that has reasons of its own for full precision
+        if type(module) in (nn.Conv2d, nn.Linear):  # but no subclass, which may need full precision
             module.weight.data = module.weight.data.bfloat16()  # as autocast would, but once
     return folded
 
@@ -197,12 +198,12 @@ def _refreshed(copied: nn.Module, network: nn.Module) -> bool:
 
 
 def _full_precision() -> AbstractContextManager[None]:
-    """Without TF32, with which convolutions of a deep network differ by as much as is held against the copy."""
+    """Disable TF32, with which the convolutions of a deep network differ by more than the copy may."""
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 def _eval_copy(network: nn.Module) -> nn.Module:
-    # By way of training mode, as some attention keeps what it computed in eval mode, with weights of that time, until then.
+    # Switch to training mode first: some attention modules cache results of earlier weights in eval mode until then.
     plain = copy.deepcopy(network).train().eval().requires_grad_(False)
     for name, module in list(plain.named_modules()):
         StandIn.take_back(module)
@@ -238,8 +239,13 @@ def _fold(graph: fx.GraphModule) -> tuple[dict[str, tuple[int, ...]], Sources]:
 
 
 def _overwrite(graph: fx.GraphModule, turns: dict[fx.Node, int]) -> None:
-    """Let a sum take the memory of what is added, where a `ConvAct` or a pooling made that, and none sees it later; by the
-    turns of their calls."""
+    """Let an addition write into the memory of the added tensor, if a `ConvAct` or a pooling made the tensor and no
+    later call uses it.
+
+    Args:
+        graph: the traced copy.
+        turns: position of each call in the order of execution.
+    """
     modules = dict(graph.named_modules())
     made = {node for node in graph.graph.nodes if isinstance(modules.get(str(node.target)), ConvAct | nn.MaxPool2d)}
     for call in turns:

@@ -77,7 +77,7 @@ class Loader:
 
     @property
     def wide(self) -> int:
-        """Images in a batch that leaves no gradients: twice those of a training batch, in less than twice the time."""
+        """Batch size without gradients: twice that of training, which takes less than twice the time."""
         return 2 * self.batch_size
 
     def plain(self, rows: NDArray[np.int64]) -> Iterator[Batch]:
@@ -98,8 +98,8 @@ class Loader:
     ) -> Iterator[Batch]:
         """One epoch of ``rows``, shuffled and augmented, from the batch number ``first`` on.
 
-        Chance is a function of seed, epoch and batch alone, so that any batch of any epoch can be made again.
-        So many batches as ``together`` says come as one. ``probabilities`` as for `shuffled`.
+        The random state depends on seed, epoch and batch only, so that any batch of any epoch can be made again.
+        ``together`` batches are joined into one. ``probabilities`` as for `shuffled`.
         """
         chunks = shuffled(rows, self.batch_size, seed, epoch, probabilities)
 
@@ -128,11 +128,11 @@ class Loader:
         for start in range(0, 3 * count, PIECE):
             some = piece[: 3 * count - start]
             self.packed.read(start, some.numpy())
-            pixels[start : start + len(some)] = some  # waits, so that the piece can be filled again
+            pixels[start : start + len(some)] = some  # a blocking copy, so that the buffer can be filled again
         return pixels.view(-1, 3)
 
     def _rendered(self, batches: Iterable[Views]) -> Iterator[tuple[Views, torch.Tensor]]:
-        if self.device.type == "cpu":  # which has no time to spare that a thread could use
+        if self.device.type == "cpu":  # a thread would not help: computing already uses all cores
             for views in batches:
                 yield views, render_here(self.packed, views, self.norm, precision(self.device))
             return

@@ -1,9 +1,9 @@
 """From packed pixels to the batch that a network sees: one warp and one multiply-add for each view.
 
-On a GPU everything (mirroring, turning, zooming, cropping, lighting, normalising) happens for the whole batch at once. The
-bytes that it needs, of each image the rectangle that its view touches, lie on the card already where all packed pixels have
-room there; else the processor copies them, one byte per value. On a processor OpenCV warps image by image, in half the time that it takes to warp them as one batch. The views are
-the same; what OpenCV rounds to whole steps of 255 is not.
+On a GPU everything (mirroring, turning, zooming, cropping, lighting, normalising) is computed for the whole batch at
+once. It needs of each image the rectangle that its view touches. These bytes are on the GPU already if all packed
+pixels fit there; else the CPU copies them, one byte per value. On a CPU, OpenCV warps image by image, in half the time
+of warping one batch. The views are the same, but OpenCV rounds pixel values to whole steps of 255.
 """
 
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ from unfreeze.data.packed import PackedImages
 
 LINEAR = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
 PIECE = 400_000
-"""Values that are lit together on a processor: a core's cache holds them as floats."""
+"""Values per block for lighting on a CPU, so that a block of floats fits into a core's cache."""
 ROUNDING = 1e-3
-"""Pixels by which a view that touches its image's edge may be said to go beyond it. No more: beside a smaller image its
-batch's canvas is empty."""
+"""Pixels by which rounding may place a view beyond the edge of its image. Not more: the batch's canvas has no pixels
+outside of a smaller image."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def render_here(packed: PackedImages, views: Views, norm: Normalisation, dtype: 
         else:
             image = packed.crop(row, first, behind)
             cv2.warpAffine(image, map_, (size, size), target, LINEAR, cv2.BORDER_REFLECT_101)
-    # Not image by image with the warp: OpenCV's threads and torch's would wait for one another. And whole rows, in which the
-    # channels lie side by side: they take half the time of pixels of three values.
+    # Not together with the warp of each image: OpenCV's threads and torch's would wait for one another. Whole rows,
+    # with interleaved channels, take half the time of pixels of three values.
     scale, offset = (torch.from_numpy(np.tile(v, size))[:, None] for v in _lighting(views, norm))
     images = torch.empty((count, size, size * 3), dtype=dtype)
     few = max(1, PIECE // (size * size * 3))
@@ -124,7 +124,7 @@ def render(
     width = canvas.pixels.shape[2]
     lit = upload(torch.from_numpy(np.stack(_lighting(views, norm))), device)
     scale, offset = lit.repeat(1, 1, width)[:, :, None]
-    # Lit before it is warped, which comes to the same, as a warp averages.
+    # Lighting before the warp gives the same result, because a warp averages pixels linearly.
     rows = torch.addcmul(offset, upload(canvas.pixels, device).flatten(2).float(), scale)
     images = rows.unflatten(2, (width, 3)).permute(0, 3, 1, 2)
     if not views.plain:

@@ -122,11 +122,10 @@ def random_views(
 def tta_views(size: NDArray[np.int64], image_size: int, augment: Augment, count: int) -> tuple[Floats, Floats]:
     """The augmented views of one image that test-time augmentation averages with the plain one.
 
-    Squares spread evenly over the longer side, all in one symmetry, then all in the next; as many as asked for,
-    more where it takes more squares to cover the whole image. Once each symmetry has had its turn, each round looks
-    a little closer than the one before, the last as close as training did and none closer: a network is at a loss with
-    views unlike those it was trained on. Without zoom no symmetry has a second turn, which would add nothing; there is
-    always one view at least.
+    Squares are spread evenly over the longer side, first all in one symmetry, then all in the next. There are more
+    views than asked for if the whole image needs more squares. When all symmetries are used, each further round zooms
+    in a little more than the round before, the last one by the largest zoom of the training: a network predicts badly
+    on views unlike those it was trained on. Without zoom there is only one round. There is always at least one view.
 
     Args:
         size: (2,) width and height in pixels.

@@ -1,7 +1,8 @@
-"""From a file to pixels: any image that Pillow reads, as people see it.
+"""Decode image files: any format that Pillow reads.
 
-The EXIF orientation is honoured, transparency is shown on white unless it hides the picture, greys of more than 8 bits are shown by a range that is
-given, of an animation the first frame counts. What cannot be read raises `BrokenImage` with a reason that says so in a few words.
+The EXIF orientation is applied. Transparent pixels become white, unless the whole image is transparent. Greys of more
+than 8 bits are scaled by a given range. Of an animation the first frame is used. An image that cannot be read raises
+`BrokenImage` with a short reason.
 """
 
 import contextlib
@@ -29,13 +30,13 @@ T = TypeVar("T")
 FULL_RANGE = (0.0, 65535.0)
 """Black and white, where greys of 16 bits take all of them."""
 MAX_ASPECT = 20
-"""Longer side over shorter side; beyond it, no square says anything about the image."""
+"""Largest ratio of the longer to the shorter side; beyond it, no square crop represents the image."""
 MAX_HELD = 2**28
 """Bytes of a file that a decoder may read as a whole; of a larger one (pages and pages of a TIFF) it maps what it needs."""
 FAINT = 16
-"""Opacity, of 255, below which nothing is to be seen; colours that differ by less make no picture either."""
+"""Opacity, of 255, below which a pixel counts as invisible; also the smallest range of colours that is a picture."""
 EDGE = 1 / 16
-"""Share of the width and of the height on each side in which something may be opaque that does not count."""
+"""Width of the border that is ignored when looking for opaque pixels, as a share of width and height."""
 HIDDEN = "transparent all over: its colours are shown, as if it were opaque"
 """Remark on an image whose transparency hides it."""
 PROGRAMS = ("EPS", "WMF")
@@ -67,8 +68,8 @@ PASSING = (
     errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED,
 )
 # fmt: on
-"""What the system says of its own trouble, disks and shares that are away included: an image that was set aside for it would
-be missing for good."""
+"""Error codes of the system (disk, network, resources). They are raised as `TransientError`: an image set aside
+because of them would be missing permanently."""
 
 
 class BrokenImage(Exception):
@@ -90,8 +91,8 @@ def decode(
 ) -> tuple[tuple[int, int], Image.Image]:
     """Read an image as RGB, with its width and height in the file (upright, as people see it).
 
-    Where its greys have more than 8 bits, its ``info["greys"]`` is the image on the same scale, 0 to 255, not rounded. What
-    people should know of how it was read is in ``info["remark"]``.
+    If its greys have more than 8 bits, ``info["greys"]`` has its unrounded values, scaled to 0 to 255.
+    ``info["remark"]`` has a remark on how it was read, for the report.
 
     Args:
         file: path, or bytes in memory.
@@ -140,7 +141,7 @@ def _opened(file: str | Path | io.BytesIO, max_megapixels: float, read: Callable
         raise
     except Image.DecompressionBombError:
         raise BrokenImage(f"more than {max_megapixels:g} megapixels") from None
-    except Exception as error:  # whatever a decoder trips over, it is this one image that is at fault
+    except Exception as error:  # any other error of a decoder is due to this image
         if isinstance(error, OSError) and error.errno in PASSING:
             raise TransientError(
                 f"{file} cannot be read now: {error.strerror}. That is the system's trouble and not the image's: "
@@ -162,13 +163,15 @@ def _check_file(file: str | Path) -> os.stat_result:
 
 
 def _state(status: os.stat_result) -> tuple[int, int]:
-    """What is another when a file was written meanwhile."""
+    """Values that differ if the file was written meanwhile."""
     return status.st_size, status.st_mtime_ns
 
 
 class _Stream(io.FileIO):
-    """A file that decoders have to read: Pillow and libtiff would map one into memory that has a name or a descriptor,
-    and whoever then makes it shorter ends this process without a word (SIGBUS)."""
+    """A file without name and descriptor, so that decoders read it instead of mapping it into memory.
+
+    If another process shortens a mapped file, this process is killed by SIGBUS.
+    """
 
     def fileno(self) -> int:
         raise io.UnsupportedOperation("fileno")
@@ -255,8 +258,10 @@ def _as_rgb(image: Image.Image, grey_range: tuple[float, float] | None) -> tuple
 
 
 def _hides_a_picture(image: Image.Image) -> bool:
-    """Whether the transparency of an RGBA image hides all of it, but perhaps for its edges, and there is a picture beneath:
-    masks, sprites and exports of tiles are written so, and other readers drop their transparency."""
+    """Whether an RGBA image is transparent everywhere except perhaps at its edges, but has a picture in its colours.
+
+    Masks, sprites and exports of tiles are written so; other readers ignore their alpha channel.
+    """
     width, height = image.size
     x, y = int(width * EDGE), int(height * EDGE)
     extrema: Any = image.crop((x, y, width - x, height - y)).getextrema()  # of an RGBA image, a pair for each band

@@ -1,6 +1,6 @@
 """Folders of images: which are classes, which are splits, which are masks, and what is not read.
 
-What is certain is understood and said in a note; what may be meant one way or the other is refused in a sentence.
+Unambiguous layouts are recognised, with a note in the report; ambiguous ones raise a UserError.
 """
 
 import fnmatch
@@ -51,7 +51,7 @@ FILLERS = frozenset(
         "seg",
     ]
 )
-"""Words that say nothing beside a split's name, as in ``seg_train``, ``test_set`` and ``train_images``."""
+"""Words that are ignored beside a split's name, as in ``seg_train``, ``test_set`` and ``train_images``."""
 # fmt: off
 NO_IMAGES = frozenset((
     ".txt", ".rst", ".md", ".csv", ".tsv", ".xls", ".xlsx", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".toml", ".html",
@@ -213,7 +213,7 @@ def _splits_then_classes(tree: Tree, splits: dict[str, str], notes: list[str]) -
 
 
 def _unwrapped(tree: Tree, folder: str, split: str) -> str:
-    """The folder with the classes of a split, which archives like to wrap: ``train/train/<class>``, ``train/images/<class>``."""
+    """The folder with a split's classes, without wrapper folders: ``train/train/<class>``, ``train/images/<class>``."""
     while (
         len(inner := tree.subfolders(folder)) == 1
         and (split_of(inner[0]) == split or inner[0].lower() in FILLERS)

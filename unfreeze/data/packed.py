@@ -167,8 +167,8 @@ def _packed(part: pd.DataFrame) -> pd.DataFrame:
 def _reader(path: Path) -> Read:
     """Reads a file piece by piece.
 
-    A memory map would count all that is near what was touched as this process's memory, some 100 MB for a batch, and end the
-    process by a signal where the file has been cut short meanwhile.
+    With a memory map, readahead would count as this process's memory, some 100 MB for a batch, and a file that is
+    truncated meanwhile would kill the process by a signal.
     """
     descriptor = os.open(path, os.O_RDONLY)
 

@@ -69,7 +69,7 @@ def pack(
         folder.mkdir(parents=True, exist_ok=True)
         _clear(folder)
         with pixels or ResumableFile(folder / "pixels.bin.partial", "", math.inf) as file:
-            # A rehearsal without knowledge of duplicates: what cannot be split is refused before hours of decoding.
+            # A first split without duplicates, to find classes that cannot be split before hours of decoding.
             assign_splits(table.assign(digest=""), data.valid, data.test, seed)
             _check_space(file, folder, len(table), data.image_size)
             rows, greys = _pack_pixels(table, file, data)
@@ -116,8 +116,8 @@ def pack(
 def _pack_pixels(table: pd.DataFrame, file: ResumableFile, data: Data) -> tuple[list[Row], Greys | None]:
     """Write all pixels.
 
-    The first image with greys of more than 8 bits makes us look at all images for their range; where there is none, none
-    is read twice.
+    At the first image with greys of more than 8 bits, all images are scanned for the range of values. Without such
+    images, each image is read once.
 
     Returns:
         A row for each image, in the table's order, and the greys of more than 8 bits, if there are any.
@@ -171,14 +171,14 @@ def _near_duplicates(packed: PackedImages) -> list[tuple[int, int]]:
 
 
 def _keep_unchanged(table: pd.DataFrame, file: ResumableFile, data: Data) -> None:
-    """Go back to the last of the first images that are packed already, and are as they were then."""
+    """Keep the packed images up to the first one whose file has changed since."""
 
     def same(note: dict[str, Any], path: str, name: str) -> bool:
         if note["path"] != path or note["stamp"] != _stamp(name):
             return False
         if note["grey_range"] not in (None, _known_range(data)):
             return False
-        # What could not be read may have been the disk's fault, or that of somebody who has mended it.
+        # Images that could not be read are tried again: the cause may have been the disk, or may have been fixed.
         try:
             return not note["row"]["reason"] or _read(name, data)[0] == note["row"]
         except UnknownGreyRange:

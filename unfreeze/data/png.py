@@ -1,4 +1,4 @@
-"""PNG files without their texts: where one is large, Pillow refuses the image, of which no text changes a pixel."""
+"""Remove text chunks from PNG files: Pillow refuses an image with large ones, which do not affect its pixels."""
 
 import io
 import struct

@@ -1,7 +1,7 @@
-"""Splits: who trains, who validates, who tests.
+"""Train, validation and test splits, stratified by class and seeded.
 
-Stratified by class and seeded. Images that must not be separated (exact duplicates, near ones, one ``group``) form a
-cluster, and clusters are dealt out whole.
+Images that must not be separated (exact duplicates, near ones, one ``group``) form a cluster, and each cluster is
+assigned to one split as a whole.
 """
 
 from collections import Counter
@@ -21,9 +21,9 @@ def assign_splits(
 ) -> pd.Series:
     """The split of every image.
 
-    What the source says stands. Where it gives no validation images they are taken from the images without a split (from
-    the training images where every image has one); test images too, where it gives neither. An image without a split
-    that is tied to one of a given split goes there.
+    Splits given by the source are kept. If it gives no validation images, they are taken from the images without a
+    split, or from the training images if every image has a split. If it gives neither validation nor test images, test
+    images are taken as well. An image without a split gets the split of the images in its cluster, if they have one.
 
     Args:
         table: columns ``label``, ``split`` (may be empty), ``group`` (may be empty) and ``digest`` (empty: no

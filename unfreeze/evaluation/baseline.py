@@ -1,4 +1,4 @@
-"""The honest baseline: scikit-learn's logistic regression on the frozen backbone's activations."""
+"""The baseline: scikit-learn's logistic regression on the frozen backbone's activations."""
 
 import warnings
 from typing import Any, cast

@@ -1,7 +1,7 @@
-"""Calibration: of the images that a model is 90 % sure of, 90 % should be right.
+"""Calibration by temperature scaling: of the predictions with a confidence of 90 %, 90 % should be correct.
 
-Networks are mostly surer than they are right. One number, the temperature, mends most of that: logits are divided by it,
-which changes no prediction (Guo et al., On Calibration of Modern Neural Networks, 2017).
+Networks are usually overconfident. Dividing the logits by one number, the temperature, corrects most of that without
+changing the predicted class (Guo et al., On Calibration of Modern Neural Networks, 2017).
 """
 
 import math
@@ -10,17 +10,17 @@ from unfreeze.evaluation.metrics import Labels, score
 from unfreeze.evaluation.predicting import ViewPredictions
 
 LIMITS = (0.1, 10.0)
-"""Between these a temperature is looked for."""
+"""Bounds of the search for a temperature."""
 SPREAD = 0.5
 """Standard deviation of the prior of a temperature's logarithm, whose mean is 0: most are between 0.6 and 1.6."""
 
 
 def fit_temperature(found: ViewPredictions, labels: Labels) -> float:
-    """The temperature that fits images which the model was not trained on: its posterior's maximum.
+    """The maximum a posteriori temperature, fitted on images that the model was not trained on.
 
-    The likelihood is that of the plain predictions and of those with TTA, by half each, as both are used. The prior counts
-    for something only where images are few, or nearly all right: without it, the best temperature for images that are all
-    right is 0, which says that no image ever will be wrong.
+    The likelihood is the mean of that of the plain predictions and that with TTA, because both are used. The prior
+    matters only if there are few images, or nearly all predictions are correct: without it, the best temperature for
+    correct predictions only is 0, which means a confidence of 1 for every image.
 
     Args:
         found: what the model predicts for N images without a temperature.

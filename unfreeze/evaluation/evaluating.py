@@ -1,4 +1,4 @@
-"""Evaluating a model on a split: its predictions with and without TTA, calibrated, and how good they are."""
+"""Evaluate a model on a split: its calibrated predictions with and without TTA, and their metrics."""
 
 from dataclasses import dataclass
 

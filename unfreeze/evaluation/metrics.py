@@ -51,7 +51,7 @@ def measure(labels: Labels, probabilities: NDArray[Any]) -> dict[str, float]:
 
 
 def reliability(probabilities: NDArray[Any], labels: Labels, bins: int = BINS) -> pd.DataFrame:
-    """How sure predictions are and how many of them are right, by confidence.
+    """Reliability table: confidence and accuracy of predictions, binned by confidence.
 
     Args:
         probabilities: (N, C).

@@ -1,4 +1,4 @@
-"""Choose the candidate to hand on: of those as accurate as the best, the one with the lowest log loss."""
+"""Model selection: the lowest log loss among the candidates that are not significantly less accurate than the best."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from unfreeze.evaluation.metrics import Scores, score
 from unfreeze.evaluation.predicting import Probabilities
 
 SIGNIFICANT = 0.05
-"""Probability below which a difference between candidates is not put down to chance."""
+"""Significance level of a difference in accuracy between candidates."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Candidate:
 
 
 def choose(candidates: list[Candidate]) -> tuple[Candidate, str]:
-    """The candidate to hand on: of those that are as accurate as the best, the one with the lowest log loss.
+    """Select the candidate with the lowest log loss among those not significantly less accurate than the best.
 
-    On a few hundred validation images two or three more right ones are chance, and the candidate that chance favours most
-    would win. As accurate as the best are those that are not significantly less accurate by McNemar's exact test at 5 %
-    (McNemar, 1947; Dietterich, 1998); log loss then compares what each makes of every image, not only of those on the border.
+    On a few hundred validation images a difference of two or three correct predictions is not significant, so
+    selecting by accuracy alone would select at random. Significance is tested by McNemar's exact test at 5 % (McNemar,
+    1947; Dietterich, 1998). Log loss compares the probabilities of all images, not only of borderline ones.
 
     Returns:
         The candidate, and the reason in a sentence.
@@ -51,7 +51,7 @@ def choose(candidates: list[Candidate]) -> tuple[Candidate, str]:
 
 
 def _worse(candidate: Candidate, top: Candidate) -> bool:
-    """Whether a candidate is less accurate than the most accurate one beyond chance, by McNemar's exact test, one-sided."""
+    """Whether a candidate is significantly less accurate than the best (McNemar's exact test, one-sided)."""
     from scipy.stats import binomtest
 
     mine, its = (c.probabilities.argmax(1) == c.labels for c in (candidate, top))

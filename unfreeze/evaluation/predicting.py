@@ -30,7 +30,7 @@ Probabilities = NDArray[np.float32]
 PART = 4096
 """Views that are averaged at once: all of them may be more than memory holds."""
 TOGETHER = 8
-"""Batches whose predictions are fetched and kept at once: each time the processor waits for the device."""
+"""Batches whose predictions are fetched and stored together, because the CPU waits for the device each time."""
 
 
 def predict(model: nn.Module, batches: Iterable[Batch], fast: nn.Module | None = None) -> Probabilities:
@@ -39,7 +39,7 @@ def predict(model: nn.Module, batches: Iterable[Batch], fast: nn.Module | None =
 
 
 def infer(network: nn.Module, batches: Iterable[Batch], fast: nn.Module | None = None) -> Iterator[Batch]:
-    """What a network makes of batches, as inference.
+    """Run a network on batches, as inference.
 
     Args:
         network: maps inputs to one tensor; left in eval mode.
@@ -164,7 +164,7 @@ def _predict_views(
         return Views(rows[owner[part]], linear[part], centre[part], ones, zeros)
 
     def batches(first: int) -> Iterator[Batch]:
-        # The views come first: of them there are most, and the first batch says how weights are laid out.
+        # The views come first: they are the majority, and the first batch determines the memory layout of the weights.
         seen = track(loader.views(map(chunk, starts[first:])), "views", len(starts), first)
         return chain(seen, loader.plain(rows[max(0, first - len(starts)) * loader.wide :]))
 
@@ -180,7 +180,7 @@ def _predict_on(model: nn.Module, batches: Callable[[int], Iterator[Batch]], kep
     done, fast = sum(kept.notes), None
     if done:
         logger.info("%d batches were predicted before an interruption", done)
-        fast = frozen_copy(model, next(batches(0))[0])  # what is left may not fill a batch
+        fast = frozen_copy(model, next(batches(0))[0])  # a full batch, which the remaining ones may not be
     outputs = infer(model, batches(done), fast)
     while some := list(islice(outputs, TOGETHER)):
         kept.append(torch.cat([logits.softmax(-1) for logits, _ in some]).cpu().numpy().tobytes(), len(some))
@@ -199,7 +199,7 @@ def backbone_activations(backbone: Backbone, loader: Loader, first: int = 0) -> 
         (B, F) in the order of the images; the same whatever image it begins with.
     """
     rows = np.arange(len(loader.packed))
-    [(whole, _)] = loader.plain(rows[: loader.wide])  # what is left may not fill a batch
+    [(whole, _)] = loader.plain(rows[: loader.wide])  # a full batch, which the remaining ones may not be
     outputs = infer(backbone, loader.plain(rows[first:]), frozen_copy(backbone, whole))
     yield from _fetched(activations for activations, _ in outputs)
 

@@ -1,4 +1,4 @@
-"""Predict images with nothing but a file of weights: what `unfreeze predict` and a served model do."""
+"""Predict images from a file of weights alone, for `unfreeze predict` and the served model."""
 
 import io
 import threading
@@ -23,7 +23,7 @@ from unfreeze.models.weights import load_classifier
 CHUNK = 256
 """Images in memory at once."""
 MAX_MEGAPIXELS = 400.0
-"""Larger images are refused by what their header says: decoded they would take more than a gigabyte."""
+"""Larger images are refused by their header, before they are decoded, which would take more than a gigabyte."""
 BATCH = 64
 """Images or views per batch."""
 

@@ -1,8 +1,8 @@
 """A model soup: one network whose weights are the average of those at the ends of several cycles.
 
-Snapshots of one training lie in one valley of the loss, and their average often generalizes better than the best of them, at
-the cost of one network (Izmailov et al., Averaging Weights Leads to Wider Optima and Better Generalization, 2018). Which
-of them are averaged is decided as in the greedy soup of Wortsman et al. (Model soups, 2022).
+Snapshots of one training are in the same basin of the loss, and their average often generalizes better than the best
+of them, at the cost of one network (Izmailov et al., Averaging Weights Leads to Wider Optima and Better Generalization,
+2018). The snapshots to average are selected as in the greedy soup of Wortsman et al. (Model soups, 2022).
 """
 
 from collections.abc import Callable, Mapping, Sequence

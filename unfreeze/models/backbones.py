@@ -52,16 +52,16 @@ class Backbone(nn.Module):
 
 
 def check_backbone(name: str, weights: str, image_size: int) -> None:
-    """See that there is such a network with such weights, and that it takes images of this size: it is shown one.
+    """Check that a network and its weights exist, and run it on an image of this size.
 
-    Pretrained weights are not fetched; the library knows whether there are some, and of what shape.
+    Pretrained weights are not downloaded; the library knows whether they exist, and their shapes.
 
     Args:
         name, weights, image_size: as for `create_backbone`.
 
     Raises:
-        UserError: there is no such network (names the nearest there are), no such weights (likewise) or none that can be
-            used, or it takes other images (names sizes that would do).
+        UserError: the network or its weights do not exist (names similar ones), the weights cannot be used, or the
+            network needs another image size (names some that it accepts).
     """
     library, short = _library_and_name(name)
     _weights_file(name, weights)
@@ -120,7 +120,7 @@ def _trouble_with(name: str, weights: str, image_size: int) -> str:
 
 
 def _load_as_if(library: str, name: str, short: str, made_for: int, backbone: Backbone, image_size: int) -> None:
-    """Load random weights into a network just as its library would load those for images of another size.
+    """Load random weights into a network in the same way as its library loads weights for another image size.
 
     timm adapts the weights of many networks, for example their position embeddings; torchvision adapts none.
     """
@@ -148,7 +148,7 @@ def _made_for(library: str, short: str) -> int:
 
 
 def _sizes_near(library: str, short: str, image_size: int) -> list[int]:
-    """Sizes that networks take which do not take every size: the one they were made for, and multiples of 32 px."""
+    """Candidate sizes for a network that does not accept every size: that of its weights, and multiples of 32 px."""
     below = image_size // 32 * 32
     return sorted({_made_for(library, short), below, below + 32} - {0, image_size})
 
@@ -195,7 +195,7 @@ def create_backbone(name: str, weights: str, image_size: int) -> Backbone:
         image_size: side in pixels of the images it will see.
 
     Raises:
-        UserError: unknown name, or weights that cannot be had, read, or do not fit.
+        UserError: unknown name, or weights that cannot be downloaded or read, or do not fit.
     """
     library, short = _library_and_name(name)
     file = _weights_file(name, weights)
@@ -259,7 +259,7 @@ def _weights_file(name: str, weights: str) -> Path | None:
     if weights.startswith("package:"):
         return _package_file(name, weights.removeprefix("package:"))
     file = Path(os.path.expanduser(weights))
-    if not os.path.isfile(file):  # which takes a name that is too long, or a closed folder, for none
+    if not os.path.isfile(file):  # False also for a name that is too long, or in a folder without permission
         raise UserError(f"backbone.weights: there is no file {file}. Give a file, pretrained, package:<name> or none.")
     return file
 

@@ -83,8 +83,8 @@ def freeze_to(model: Classifier, n: int, bn_freeze: bool = True) -> None:
 def set_train_mode(model: Classifier) -> None:
     """Training mode for what trains, eval mode for what is frozen.
 
-    Frozen means frozen: BatchNorm statistics, dropout and stochastic depth of a frozen part stay as for prediction. A
-    module without parameters of its own goes with the part that it is in.
+    BatchNorm, dropout and stochastic depth of a frozen part behave as in prediction. A module without parameters gets
+    the mode of the module that contains it.
     """
 
     def visit(module: nn.Module, inherited: bool) -> None:

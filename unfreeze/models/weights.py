@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors with what it takes to build the network again. Nothing that is read here can run code."""
+"""Weights on disk: safetensors with the metadata to build the network again. Reading them cannot execute code."""
 
 import contextlib
 import dataclasses
@@ -119,7 +119,7 @@ def _save(module: nn.Module, path: Path, meta: Mapping[str, Any]) -> None:
 
     # Copies: a tensor that several modules share has several names, which safetensors refuses.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
-    # Not by safetensors' own hand, whose errors do not say which file it was, nor that the disk is full.
+    # Not by safetensors' `save_file`, whose errors name neither the file nor a full disk.
     write_whole(path, save(tensors, {"unfreeze": json.dumps(meta)}))
 
 
@@ -145,7 +145,7 @@ def _load(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], Meta]:
 
 @contextlib.contextmanager
 def _described(path: Path) -> Iterator[None]:
-    """Says of which file it is that a description of a network lacks something, or makes no sense."""
+    """Raise a UserError that names the file if the description of a network in it is incomplete or invalid."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:

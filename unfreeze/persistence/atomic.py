@@ -1,11 +1,11 @@
-"""Files that survive a loss of power, as far as the system can tell: whole, or as they were before."""
+"""Atomic writes: after a power loss a file is either complete or unchanged, provided that fsync is reliable."""
 
 import os
 from pathlib import Path
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file, which gets its name when the disk has all of it. Raises OSError; what was there before is there then."""
+    """Write a file atomically. Raises OSError, in which case the earlier file is unchanged."""
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_bytes(content)
@@ -15,14 +15,14 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def put_in_place(partial: Path, path: Path) -> None:
-    """Give a file that was written its name, when the disk has all of it. Raises OSError."""
+    """Flush a written file to disk, then rename it to its final name. Raises OSError."""
     sync(partial)
     os.replace(partial, path)
     sync(path.parent)
 
 
 def sync(path: Path) -> None:
-    """Wait until the disk has what a file holds, or which files are in a folder. Raises OSError."""
+    """Flush a file's content, or a folder's entries, to disk (fsync). Raises OSError."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)

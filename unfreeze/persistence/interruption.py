@@ -1,22 +1,23 @@
-"""A wish to stop, from whoever runs a training to the training; and what being ready for it may cost."""
+"""The stop-request flag of a training, and the share of the time that checkpoints may take."""
 
 from dataclasses import dataclass
 
 SHARE = 0.02
-"""Making safe what was done takes at most this share of the time, however slow the disk: the interval grows with the cost."""
+"""Largest share of the time for checkpoints. On a slow disk the interval between them grows accordingly."""
 
 
 class Interrupted(BaseException):
-    """Somebody asked the work to stop; what was under way can be gone on with."""
+    """The work was stopped by request, and can be resumed."""
 
 
 @dataclass
 class Interruption:
-    """A wish to stop.
+    """Stop-request flag.
 
     Attributes:
-        asked: somebody wants the work to stop.
-        deferred: a training is under way, which will stop by itself after its next batch and a checkpoint.
+        asked: whether a stop was requested.
+        deferred: whether a training is running that checks the flag, and stops after its current batch and a
+            checkpoint.
     """
 
     asked: bool = False

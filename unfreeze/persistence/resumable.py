@@ -1,7 +1,7 @@
-"""A file that is written piece by piece, and that an interrupted process leaves to the next one to go on with.
+"""A file that is written piece by piece, and that another process can resume after an interruption.
 
-Beside it, a second file keeps a note of every piece, with a checksum of all that comes before. Pieces are flushed to the
-disk before their notes: whatever moment the power fails at, what is noted is there.
+A second file beside it has a note for every piece, with a checksum of the file up to there. Pieces are flushed to disk
+before their notes, so that after a power loss every noted piece is complete.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ logger = logging.getLogger("unfreeze")
 BLOCK = 1 << 20
 """Bytes that are read at once when a file is checked."""
 COPIES = 3
-"""Times its size that has to be free for a file to keep a second name: DVC copies it into its cache, and from there."""
+"""Free space required for keeping a hard link to a finished file, as a multiple of its size: DVC copies it twice."""
 
 
 class Piece(NamedTuple):
@@ -38,16 +38,15 @@ START = Piece(None, 0, 0)
 
 
 class ResumableFile:
-    """A file that grows, to be used as a context; whatever ends the block, what is there is kept for the next process."""
+    """A file that is written piece by piece, as a context manager; its pieces are kept also if the block raises."""
 
     def __init__(self, path: Path, key: str, seconds: float) -> None:
-        """Open a file, with what an earlier process left of it.
+        """Open a file, with the pieces that an earlier process has written.
 
         Args:
-            path: where it grows; its notes are kept in ``<path>.notes``.
-            key: what its content depends on, in a word; pieces with another key are not gone on from.
-            seconds: time between two moments at which what is there is made safe, more where that would take over 2 %
-                of the time.
+            path: the file; its notes are kept in ``<path>.notes``.
+            key: hash of what its content depends on; pieces with another key are discarded.
+            seconds: time between two flushes to disk; longer if they would take over 2 % of the time.
 
         Raises:
             OSError: it cannot be written there.
@@ -57,7 +56,7 @@ class ResumableFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         if path.stat().st_nlink > 1 or not os.access(path, os.W_OK):
-            _copy(path, path)  # what it is a second name of may not change: an output, perhaps in DVC's cache
+            _copy(path, path)  # it is a hard link to an output, perhaps in DVC's cache, which must not change
         self._file, self._noted = path.open("r+b"), _notes(path).open("a+b")
         self._pieces: list[Piece] = []
         self._safe = 0, 0  # pieces that are noted, and the bytes of their notes
@@ -66,7 +65,7 @@ class ResumableFile:
 
     @property
     def notes(self) -> list[Any]:
-        """Of the pieces that are there, in their order, those of an earlier process first."""
+        """The notes of all pieces, in their order, including those of earlier processes."""
         return [piece.note for piece in self._pieces]
 
     @property
@@ -87,7 +86,7 @@ class ResumableFile:
             self.keep()
 
     def keep(self) -> None:
-        """Make what is there safe. Interrupted anywhere, it may be done again."""
+        """Flush all pieces and their notes to disk. If interrupted, it can be called again."""
         start = time.monotonic()
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -111,10 +110,11 @@ class ResumableFile:
         self._file.truncate()
 
     def put(self, target: Path) -> None:
-        """Put the file, which is whole, in its place, or leave there what was before. Raises OSError, on a full disk say.
+        """Put the finished file at its final path, atomically. Raises OSError, for example on a full disk.
 
-        It is here as well from then on, as a second name of the same file where the disk knows such: whoever has to begin
-        again, because DVC had not taken it yet, finds it whole. Not where the disk is too full for the copies of DVC.
+        If the file system supports it, a hard link to the file stays at the old path. If the step is killed before DVC
+        has stored the output, its next execution finds the finished file there. If there is no space for DVC's copies,
+        no link is kept.
         """
         self.keep()
         self._file.close()
@@ -141,14 +141,14 @@ class ResumableFile:
     ) -> None:
         if self._file.closed:
             return
-        with contextlib.suppress(OSError):  # a full disk, say: what was safe already is kept
+        with contextlib.suppress(OSError):  # for example a full disk: pieces that were flushed already are kept
             self.keep()
         for file in (self._file, self._noted):
             with contextlib.suppress(OSError):
                 file.close()
 
     def _restore(self) -> None:
-        """Go back to the last moment at which file and notes agree."""
+        """Keep the pieces up to the first whose note or checksum is wrong, and discard the rest."""
         self._noted.seek(0)
         size = 0
         for line in self._noted:
@@ -162,13 +162,13 @@ class ResumableFile:
             self._pieces += pieces
             size += len(line)
         if size < self._noted.seek(0, os.SEEK_END):
-            logger.warning("%s is damaged, or of other settings: it is used as far as it is sound.", self.path)
+            logger.warning("%s is damaged, or of other settings: only its valid beginning is used.", self.path)
         self._safe = len(self._pieces), size
         self._file.seek(self.size)
         self._file.truncate()
 
     def _reaches(self, piece: Piece) -> bool:
-        """Whether the file is sound from the last piece to the end of this one."""
+        """Whether the checksum of the file up to the end of this piece is correct."""
         left, checksum = piece.end - self.size, self._end.checksum
         self._file.seek(self.size)
         while left > 0 and (block := self._file.read(min(left, BLOCK))):
@@ -177,14 +177,14 @@ class ResumableFile:
 
 
 def _link(path: Path, target: Path) -> None:
-    """Give a file a second name."""
+    """Create a hard link to a file."""
     partial = _partial(target)
     partial.unlink(missing_ok=True)
     os.link(path, partial)
     try:
         os.replace(partial, target)
     finally:
-        partial.unlink(missing_ok=True)  # it is still there where the second name was the target's already
+        partial.unlink(missing_ok=True)  # `replace` leaves it if both names are links to the same file already
 
 
 def _copy(path: Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""The evaluation report: how good the model is, how it got there, and where it goes wrong."""
+"""The evaluation report: accuracy and calibration, the course of the training, and misclassified images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ NAMES = {
 }
 GALLERIES = {
     "most_wrong": ("Most wrong", "Sure, and mistaken."),
-    "most_uncertain": ("Most uncertain", "The first two classes are nearly level."),
+    "most_uncertain": ("Most uncertain", "The first two classes are nearly equally probable."),
     "random_wrong": ("Wrong, at random", ""),
     "random_right": ("Right, at random", ""),
     "most_right": ("Most right", "Sure, and right."),
@@ -77,11 +77,11 @@ def evaluate_report(
     Args:
         packed: the images.
         predictions: of the chosen model, per split.
-        metrics: ``<split>_accuracy`` and its kin, as the step evaluate writes them.
+        metrics: ``<split>_accuracy`` and the others that the step evaluate writes.
         candidates: the models that were compared on the validation split.
-        chosen: name of the one that is handed on.
-        reason: why, in a sentence.
-        course: how training went.
+        chosen: name of the selected model.
+        reason: the reason for the selection, in a sentence.
+        course: curves and tables of the trainings.
         seed: of the random galleries.
     """
     split = "test" if "test" in predictions else "valid"

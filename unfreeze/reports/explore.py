@@ -11,7 +11,7 @@ from unfreeze.reports.html import Section, cards, folded, gallery, heading, page
 from unfreeze.reports.plots import balance_plot, greys_plot, sizes_plot
 
 FEW_LEVELS = 16
-"""Greys of 256 in which 99 % of the pixels lie, below which the range of greys is perhaps that of a few odd pixels."""
+"""If 99 % of the pixels fall into fewer of the 256 greys than this, a few outliers may determine the range of greys."""
 SHOWN_CLASSES, SHOWN_SAMPLES, SHOWN_PAIRS, SHOWN_BROKEN, SHOWN_ROWS, FEW = 30, 6, 12, 200, 20, 30
 
 
@@ -108,7 +108,7 @@ def _glance(packed: PackedImages, metrics: dict[str, float], found: Sequence[str
             "and set data.grey_range to [low, high] of what matters."
         )
     if "test" not in splits:
-        notes.append("There is no test split: nothing will be able to judge the retrained model.")
+        notes.append("There is no test split: the retrained model cannot be evaluated.")
     if not notes:
         return text + paragraph("Nothing here asks for attention.", "note fine")
     return text + "".join(paragraph(note, "note") for note in notes)
@@ -152,7 +152,7 @@ def _greys(greys: Greys) -> str:
 
 
 def _levels(greys: Greys | None) -> int | None:
-    """Of the 256 greys that are shown, how many hold 99 % of the pixels; None where nobody has counted."""
+    """Number of the 256 greys that hold 99 % of the pixels; None without a histogram."""
     if greys is None or not sum(greys.counts):
         return None
     centres = np.linspace(*greys.found, 2 * len(greys.counts) + 1)[1::2]

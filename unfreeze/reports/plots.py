@@ -44,7 +44,7 @@ def _calm(axes: Axes) -> None:
 
 
 def _fonts() -> list[str]:
-    """The font of every plot, then installed ones that know the scripts that it lacks: class names come in all of them."""
+    """The font of every plot, and installed fallback fonts, as class names may be in any script."""
     installed = set(fontManager.get_font_names())
     return ["DejaVu Sans", *(name for name in OTHER_SCRIPTS if name in installed)]
 
@@ -56,7 +56,7 @@ def _short(name: str, most: int) -> str:
 def save_png(figure: Figure, path: Path | io.BytesIO) -> None:
     """Write a figure as PNG; the same figure gives the same bytes."""
     with warnings.catch_warnings():
-        # A letter that no installed font has becomes a box: no reason to trouble whoever reads the log.
+        # A character that no installed font has is drawn as a box, which needs no warning in the log.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(path, format="png", metadata={"Software": None})
 

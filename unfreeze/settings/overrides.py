@@ -24,7 +24,7 @@ from unfreeze.settings.schema import Settings, flatten, parse_text, read_text
 from unfreeze.settings.yaml_loader import read_yaml
 
 UNSEEN = re.compile(r"[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-"""What JSON writes as it is, and YAML takes for a line break, or for no character at all."""
+"""Characters that JSON does not escape, but that YAML reads as a line break, or rejects."""
 
 
 def apply_overrides(
@@ -35,7 +35,7 @@ def apply_overrides(
     Args:
         path: the file.
         overrides: for example ``["train_full.cycles=2", "lr_find.rate=null"]``; values are YAML 1.2.
-        check: raises UserError where the settings, as they would be, are not to be kept; not asked where nothing changes.
+        check: raises UserError if the changed settings must not be saved; not called if nothing changes.
 
     Raises:
         UserError: there is no such key, or the settings would be wrong with these values; nothing is written then.
@@ -49,7 +49,7 @@ def apply_overrides(
 
 @contextlib.contextmanager
 def put_back_on_error(path: str | Path) -> Iterator[None]:
-    """Have a file of settings be as it was where the block ends with an error. Raises UserError where it cannot be read."""
+    """Restore a file of settings if the block ends with an error. Raises UserError if it cannot be read."""
     read_text(path)
     file = Path(path).resolve()
     before = file.read_bytes()

@@ -145,8 +145,7 @@ class Register:
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """How often a training notes how far it has come, and where other machines find that; not a part of the recipe, so it
-    makes no step stale."""
+    """Checkpoint interval, and where checkpoints are shared with other machines. Changing it makes no step stale."""
 
     seconds: Annotated[float, In(0, 86_400)]
     batches: Annotated[int, In(1, 1_000_000)] | None

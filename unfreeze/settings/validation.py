@@ -1,4 +1,4 @@
-"""What a setting may be, and whether what somebody wrote is that: limits, types and the sentences about what is wrong.
+"""Validate settings: their types and limits, and the error messages.
 
 Settings are dataclasses: a field per key, annotated with its type and its limit, a section being a dataclass of its own.
 """
@@ -28,7 +28,7 @@ EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 @dataclass(frozen=True)
 class In:
-    """A number between two ends; the ends count unless they are said to be open."""
+    """A number in an interval, which includes its ends unless they are marked as open."""
 
     low: float
     high: float
@@ -100,7 +100,7 @@ def check_section(kind: type[S], content: object, prefix: str, known: Collection
         kind: the section's dataclass.
         content: what was written: a mapping of keys to values.
         prefix: what the names of its keys begin with in a message, such as ``augment.``.
-        known: every key of all sections, for one that stands in the wrong place.
+        known: every key of all sections, to recognise a key in the wrong section.
         problems: gets a sentence for every key that is missing, unknown or has a wrong value.
     """
     what = prefix.rstrip(".") or "the file"

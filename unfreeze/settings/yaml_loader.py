@@ -1,5 +1,7 @@
-"""Reads YAML as DVC does, with ruamel.yaml's safe loader: what stands in `params.yaml` must mean the same to the step that runs as to
-DVC, which decides whether it has to run. Files that no one writes by hand are refused: aliases that multiply, deep nesting.
+"""Read YAML with ruamel.yaml's safe loader, as DVC does.
+
+`params.yaml` must mean the same to a step as to DVC, which decides whether the step has to run. Files with nested
+aliases that expand to huge content, or with deep nesting, are refused.
 """
 
 import re
@@ -19,7 +21,7 @@ from unfreeze.errors import UserError
 LEVELS = 50
 """Levels of nesting, beyond which a file is no file of settings."""
 VALUES = 10_000
-"""Values in a file, counted as often as aliases name them: a few lines of aliases of aliases can make billions."""
+"""Largest number of values in a file after expanding aliases: a few lines of nested aliases can make billions."""
 
 
 def read_yaml(text: str, where: str) -> Any:

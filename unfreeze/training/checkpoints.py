@@ -1,9 +1,9 @@
-"""Checkpoints of a training: all that it takes to go on in the middle of an epoch as if nothing had happened.
+"""Checkpoints of a training, to resume it in the middle of an epoch with the same result, bit for bit.
 
-A checkpoint is one safetensors file: what trains, the optimizer's state, the best cycle's weights, every source of chance,
-and how far the training has come. It is written beside the last one, flushed to the disk and put in its place, and the
-one before is kept: whatever moment the power fails at, one of the two is whole. A checksum tells which. The key says what
-the training depends on, so that other settings, images or code never go on from it.
+A checkpoint is one safetensors file: trained weights, optimizer state, the best cycle's weights, the random state, and
+the progress. A new checkpoint is written beside the last one, flushed to disk and renamed, and the last one is kept:
+after a power loss at any moment, one of the two is complete, as its checksum tells. The key is a hash of what the
+training depends on, so that a checkpoint is not used with other settings, images or code.
 """
 
 import json
@@ -27,12 +27,12 @@ from unfreeze.training.state import Tensors, put, rng_state, set_rng_state
 logger = logging.getLogger("unfreeze")
 
 COLUMNS = ("rate", "loss", "starting")
-"""What a history's batches have beside their iteration; ``starting`` only in an LR range test."""
+"""Keys of a history's batches other than the iteration; ``starting`` only in an LR range test."""
 
 
 @dataclass
 class Progress:
-    """How far a training has come, beside what model and optimizer know.
+    """Progress of a training, beside the state of model and optimizer.
 
     Attributes:
         epoch: number of the epoch, from 0.
@@ -53,14 +53,14 @@ class Progress:
 
 @dataclass
 class Checkpoint:
-    """Where one training keeps its checkpoints, and when.
+    """File and interval of one training's checkpoints.
 
     Attributes:
-        path: the file; the one before it is kept as ``<path>.before``.
-        key: what the training depends on, in a word; files with another key are not read.
-        seconds: time between two checkpoints, more where they would take over 2 % of it.
-        batches: number of batches between two, or None for the time alone.
-        interruption: a wish to stop, which is granted after the next checkpoint.
+        path: the file; the previous one is kept as ``<path>.before``.
+        key: hash of what the training depends on; files with another key are not read.
+        seconds: time between two checkpoints; longer if they would take over 2 % of it.
+        batches: number of batches between two checkpoints, or None for the time alone.
+        interruption: stop-request flag; the training stops after the next checkpoint.
         written: called after each checkpoint that was written.
     """
 
@@ -87,17 +87,17 @@ class Checkpoint:
         Args:
             weights: what training changes in the model, as `trainable_state` gives it.
             optimizer: over it.
-            progress: how far the training has come.
+            progress: progress of the training.
 
         Raises:
-            Interrupted: a wish to stop was waiting for this.
+            Interrupted: a stop was requested.
         """
         start = time.monotonic()
         try:
             self._write(_tensors(weights, optimizer, progress), _numbers(progress))
             self.written()
         except OSError as error:
-            with suppress(OSError):  # half a checkpoint takes space that is missing already
+            with suppress(OSError):  # an incomplete checkpoint would only fill the disk further
                 _partial(self.path).unlink(missing_ok=True)
             logger.warning("No checkpoint: %s: %s. The training goes on.", self.path, error.strerror)
         self._last, self._since = time.monotonic(), 0
@@ -106,10 +106,10 @@ class Checkpoint:
             raise Interrupted
 
     def load(self, weights: Tensors, optimizer: torch.optim.Optimizer) -> Progress | None:
-        """Put weights, optimizer and chance into the state of the newest sound checkpoint.
+        """Restore weights, optimizer and random state from the newest valid checkpoint.
 
         Returns:
-            How far the training had come; None where there is no checkpoint to go on from.
+            Progress of the training; None if there is no valid checkpoint.
         """
         for path in (self.path, _before(self.path)):
             if not path.exists():
@@ -122,13 +122,13 @@ class Checkpoint:
         return None
 
     def take(self, other: Path) -> bool:
-        """Go on from a checkpoint that another machine has written, if it is sound, of this training, and further.
+        """Use another machine's checkpoint if it is valid, belongs to this training, and has more progress.
 
         Args:
             other: the file, on the same disk; it is moved.
 
         Returns:
-            Whether it is the newest one now.
+            Whether it is used.
         """
         if max(self._reached(self.path), self._reached(_before(self.path))) >= self._reached(other):
             return False
@@ -137,7 +137,7 @@ class Checkpoint:
         return True
 
     def _reached(self, path: Path) -> tuple[int, int, bool]:
-        """How far a file's training had come; less than nothing where it is not to be gone on from."""
+        """Progress of a checkpoint file, for comparison; lowest if the file cannot be used."""
         try:
             at = _read(path, self.key)[1]["position"]
         except _Refused:
@@ -146,7 +146,7 @@ class Checkpoint:
 
     @contextmanager
     def deferring(self, defers: bool = True) -> Iterator[None]:
-        """A wish to stop waits for the next checkpoint while the block runs; or, within such a block, is granted at once."""
+        """While the block runs, defer stop requests to the next checkpoint; with False, they interrupt at once."""
         before, self.interruption.deferred = self.interruption.deferred, defers
         try:
             yield
@@ -169,7 +169,7 @@ class Checkpoint:
 
 
 class _Refused(Exception):
-    """A checkpoint that is not to be gone on from, and why."""
+    """A checkpoint cannot be used; the message is the reason."""
 
 
 def _tensors(weights: Tensors, optimizer: torch.optim.Optimizer, progress: Progress) -> Tensors:

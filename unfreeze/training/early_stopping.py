@@ -1,18 +1,18 @@
-"""Until it overfits: when to stop adding cycles, and which one to keep."""
+"""Early stopping: when to stop adding cycles, and which cycle's weights to keep."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 PATIENCE = 1
-"""Cycles in a row that must be no better than the best. Another cycle takes as long as the first, or longer."""
+"""Number of consecutive cycles without improvement. Another cycle takes as long as the first, or longer."""
 
 
 def until_overfitting(train_losses: Sequence[float], valid_losses: Sequence[float]) -> tuple[bool, int]:
     """Whether training overfits, judged at the end of the newest cycle.
 
-    It does when the validation loss at the end of the last `PATIENCE` cycles was no better than the best before them, while
-    the training loss is still the lowest so far: the network learns the training images by heart.
+    Training overfits if the validation loss at the end of the last `PATIENCE` cycles was no better than the best before
+    them, while the training loss is still the lowest so far.
 
     Args:
         train_losses: training loss of the last epoch of each cycle so far.

@@ -1,7 +1,7 @@
-"""The training loop: one function, made of the parts it is given.
+"""The training loop.
 
-The loop knows batches, an optimizer, a schedule of rates and how to validate. Whether it trains a head on precomputed
-activations, a head through a frozen backbone or a whole network is decided by what it is handed.
+The loop is given batches, an optimizer, a schedule of rates and a validation function. The same loop trains a head on
+precomputed activations, a head through a frozen backbone, or a whole network, depending on these arguments.
 """
 
 import math
@@ -27,7 +27,7 @@ from unfreeze.training.state import Tensors, put, trainable_state
 from unfreeze.training.train_step import TrainStep
 
 REPORT_EVERY = 10
-"""Batches between two looks at the losses: each look makes the processor wait for the device."""
+"""Batches between two transfers of losses from the device, each of which makes the CPU wait."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def fit(
 
     Raises:
         Diverged: the loss became infinite or not a number.
-        Interrupted: somebody wanted the training to stop, and the checkpoint has been written.
+        Interrupted: a stop was requested, and the checkpoint has been written.
     """
     callbacks = callbacks or Callbacks()
     checkpoint, validate = callbacks.checkpoint, data.validate
@@ -141,7 +141,7 @@ def fit(
         callbacks.resumed(at)
 
     def scored() -> Scores | None:
-        """Validation may take long, and changes nothing: a wish to stop does not wait for its end."""
+        """Validate. A stop request interrupts the validation, which may take long and does not change the model."""
         if validate is None or checkpoint is None:
             return validate() if validate else None
         try:
@@ -183,7 +183,7 @@ def _judge(
     at: Progress,
     callbacks: Callbacks,
 ) -> None:
-    """At the end of an epoch: note how it went, and at the end of a cycle see whether it is the best, and the last."""
+    """Record an epoch's losses and metrics; at the end of a cycle, update the best cycle and apply early stopping."""
     rows = at.history.batches[at.iteration - at.batch :]
     cycle = sum(at.epoch >= end for end in schedule.cycle_ends)
     row = {"epoch": at.epoch, "cycle": cycle, "train_loss": float(np.mean([row["loss"] for row in rows]))}
@@ -209,7 +209,7 @@ def _judge(
 
 
 def _report(waiting: list[tuple[float, torch.Tensor]], at: Progress, callbacks: Callbacks) -> None:
-    """Fetch the losses that wait on the device, keep them, hand them to the callbacks; stop at the first that is no number."""
+    """Fetch losses from the device, record them, and call the callbacks. Raises Diverged if a loss is not finite."""
     if not waiting:
         return
     losses = torch.stack([loss for _, loss in waiting]).tolist()

@@ -16,13 +16,14 @@ from unfreeze.errors import UserError
 Floats = NDArray[np.float64]
 COLUMNS = ("rate", "loss", "change", "smoothed", "error")
 LOST = 0.7
-"""The loss has diverged when it has risen by this share of the way from its lowest to chance.
+"""The loss has diverged when it has risen by this share of the distance from its minimum to the loss of the best
+constant prediction (`unfreeze.training.balance.chance_loss`).
 
-Of all points of the curve this varies least from seed to seed and with the number of images (benchmarks/notes/choices.md):
-the rise is steep there, and many standard errors high."""
+Of all points of the curve this one varies least between seeds and with the number of images
+(benchmarks/notes/choices.md): the rise is steep there, and many standard errors high."""
 LIMITS = 0.1, 1.0
-"""The smallest and the largest such rise, in nats. A network that is hardly better than chance would have a rise of next to
-nothing; and after one of 1.0 the sweep ends."""
+"""Lower and upper limit of this rise, in nats. For a network that is hardly better than a constant prediction the rise
+would be almost 0; and at a rise of 1.0 the sweep ends."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ def make_curve(rates: Floats, losses: Floats, starting: Floats) -> pd.DataFrame:
 def _weights(batches: int) -> Floats:
     """Weights (n, n) of a Gaussian mean: row i is that around batch i, with a standard deviation of a thirtieth of the sweep.
 
-    Unlike a running mean it does not lag behind, which over a sweep of few batches would move the minimum by as much as
-    the order of magnitude that the pick is about.
+    Unlike a running mean it has no lag, which in a sweep of few batches would shift the minimum by about an order of
+    magnitude, as much as the rule of the pick.
     """
     width = max(1.0, batches / 30)
     at = np.arange(batches)

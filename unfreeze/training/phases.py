@@ -36,7 +36,7 @@ HEAD = 2
 
 
 def derive_seed(seed: int, name: str) -> int:
-    """A seed of its own for one purpose, so that no step's chance depends on another step's."""
+    """A separate seed for each purpose, so that the random state of a step does not depend on other steps."""
     return seed ^ zlib.crc32(name.encode())
 
 
@@ -151,7 +151,7 @@ def fit_augmented(
 ) -> History:
     """Train the head on augmented images through the frozen backbone. Arguments as for `fit_head`.
 
-    The backbone is inference, for two batches at a time, and sees the validation images once.
+    The backbone runs as inference, on two batches at a time, and on the validation images only once.
     """
     freeze_to(model, HEAD)
     loader, seed, head = data.loader, derive_seed(data.seed, "train_augmented"), model.head
@@ -226,7 +226,7 @@ def fit_full(
 
 @contextmanager
 def unfrozen(model: Classifier, loader: Loader, rows: Rows, unfreeze: Unfreeze) -> Iterator[list[dict[str, Any]]]:
-    """Open the network up as the settings say, ready to train on the images ``rows``; fast while it lasts.
+    """Unfreeze the network according to the settings, for training on the images ``rows`` with `fast_training`.
 
     Yields:
         The parameter groups, with differential rates, for an optimizer.

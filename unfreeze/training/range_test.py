@@ -1,6 +1,6 @@
 """The LR range test of a model: raise the rate batch by batch until the loss diverges.
 
-The sweep goes on after an interruption and leaves no trace.
+An interrupted sweep can be resumed. At its end model, optimizer and random state are restored.
 """
 
 import logging
@@ -41,16 +41,16 @@ def range_test(
     checkpoint: Checkpoint | None = None,
     loss: nn.Module | None = None,
 ) -> pd.DataFrame:
-    """LR range test: train on one batch after another, over as many epochs as it takes, and leave no trace.
+    """LR range test: train on one batch after another, over several epochs if needed, then restore model and optimizer.
 
-    Of every batch the starting weights' loss is computed as well, with the same views and the same dropout: one forward
-    pass more.
+    For every batch the loss of the starting weights is computed as well, with the same views and dropout, which takes
+    one more forward pass.
 
     Args:
         model, optimizer: what is trained, in training mode, and left as it was.
         batches: those of epoch n (from 0), from batch i (from 0) on.
         settings: the sweep's ends and its length.
-        checkpoint: where to note how far the sweep has come, and to go on from, as in `fit`.
+        checkpoint: where to save the sweep's progress, and to resume from, as in `fit`.
         loss: of logits (B, classes) and class numbers (B,); cross-entropy by default.
 
     Returns:

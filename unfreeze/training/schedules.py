@@ -1,6 +1,6 @@
 """Learning-rate schedules, as data: a factor on the top rate for every iteration.
 
-A schedule is worked out before training starts, so it can be plotted, tested and taken up again at any iteration.
+A schedule is computed before training starts, so it can be plotted, tested and resumed at any iteration.
 """
 
 import itertools

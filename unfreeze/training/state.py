@@ -1,4 +1,4 @@
-"""The state of a training: what of a model trains, every source of chance, and how to have all of it as before after a trial."""
+"""The state of a training: trained weights and random state, and how to restore them after a trial run."""
 
 import copy
 import itertools

@@ -1,7 +1,7 @@
 """A training step: forward, backward, optimizer. On a GPU it is recorded once as a CUDA graph and replayed.
 
-A network such as EfficientNet-Lite0 at batch 64 has kernels so small that a GPU waits for their launches most of the time.
-Recorded and replayed, they follow one another without a gap (`torch.cuda.CUDAGraph`). The graph reads its batch, the
+The kernels of a network such as EfficientNet-Lite0 at batch 64 are so small that a GPU waits for their launches most
+of the time. In a CUDA graph there are no gaps between them (`torch.cuda.CUDAGraph`). The graph reads its batch, the
 learning rates and the random state from memory that stays in place, and changes weights and optimizer in place.
 """
 
@@ -20,7 +20,7 @@ from unfreeze.training.state import rng_state, set_rng_state
 logger = logging.getLogger("unfreeze")
 
 WARM_UP = 3
-"""Steps before the recording: libraries choose their algorithms and allocate their workspaces in them."""
+"""Warm-up steps before the recording, in which libraries choose their algorithms and allocate their workspaces."""
 
 
 def batch_loss(model: nn.Module, batch: Batch, loss: nn.Module) -> torch.Tensor:
@@ -41,10 +41,10 @@ def train_batch(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch
 
 
 class TrainStep:
-    """`train_batch` for one model and optimizer; on a GPU as a CUDA graph where that computes the same bits.
+    """`train_batch` for one model and optimizer; on a GPU as a CUDA graph, if its results are equal bit for bit.
 
-    While it is in use, tensors of the model and of the optimizer may be changed in place, but not replaced; what trains
-    and the modules' modes must stay.
+    While it is in use, tensors of the model and of the optimizer may be changed in place, but not replaced. Which
+    parameters train, and the modules' modes, must not change.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: nn.Module) -> None:
@@ -68,7 +68,7 @@ def record(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, los
     Weights, optimizer and random state are as before afterwards.
 
     Returns:
-        The recorded step; None where the model cannot be recorded, or where a replay computes something else.
+        The recorded step; None if the model cannot be recorded, or if a replay gives another result.
     """
 
     def bits(step: Any) -> list[torch.Tensor]:
@@ -96,10 +96,10 @@ def record(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, los
 
 
 def _end_capture() -> None:
-    """Let the GPU's random generator work again after a capture that failed.
+    """Make the GPU's random generator usable again after a failed capture, by a capture that succeeds.
 
-    It is told the end of a capture only where that succeeds, and refuses to draw numbers until then (torch 2.11: "Offset
-    increment outside graph capture encountered unexpectedly"). So a capture follows that succeeds.
+    torch tells the generator about the end of a capture only if it succeeds; until then it refuses to draw numbers
+    (torch 2.11: "Offset increment outside graph capture encountered unexpectedly").
     """
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.zeros(1, device="cuda")
@@ -151,8 +151,8 @@ class GraphedStep:
 def _restored_in_place(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Restore weights, buffers, optimizer and random state when the block ends.
 
-    Unlike `unfreeze.training.state.preserved` it keeps every tensor where it is, as a graph holds their addresses. State
-    that the optimizer has only since then becomes 0, which is what it starts from.
+    Unlike `unfreeze.training.state.preserved` it keeps every tensor at its address, which a graph refers to. Optimizer
+    state that was created in the block is set to 0, its initial value.
     """
     tensors = [*model.parameters(), *model.buffers()]
     kept = [tensor.detach().clone() for tensor in tensors]
