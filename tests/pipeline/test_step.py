@@ -81,7 +81,7 @@ def test_what_changes_while_a_step_is_at_work_is_not_noted_as_what_it_read(
 
     code, said = ended(Step("explore", work, ("data",)), capsys)
     assert code == (USER_ERROR if matters else 0)
-    assert ("explore: Its settings, its code or what it reads changed" in said) == matters
+    assert ("explore: Its settings, code or inputs changed" in said) == matters
     assert artifact("explore", "metrics.json").exists() != matters
     assert ended(Step("explore", lambda run, data: {"images": 3}, ("data",)), capsys)[0] == 0
 
