@@ -18,7 +18,8 @@ from unfreeze.device import seed_everything
 from unfreeze.evaluation.baseline import baseline_probabilities, fit_baseline
 from unfreeze.evaluation.evaluating import evaluate_split
 from unfreeze.evaluation.model_choice import Candidate, choose
-from unfreeze.evaluation.predicting import backbone_activations, predict_tta
+from unfreeze.evaluation.predicting import backbone_activations, predict_tta, predict_tta_of_heads
+from unfreeze.models.classifier import Classifier
 from unfreeze.models.freezing import decay_groups
 from unfreeze.training.loop import make_optimizer
 from unfreeze.training.lr_curve import pick_rate, suggest
@@ -85,10 +86,11 @@ def recipe(scale: Scale, data: Path) -> list[Row]:
     with _timed(spent, "train_head"):
         on_activations = Activations(activations, labels, train, valid, speed.batch, ours.seed, loader.device)
         fit_head(model.head, on_activations, rate, ours.train_head, ours.train)
-    states = {"train_head": copy.deepcopy(model.state_dict())}
+    heads = {"train_head": copy.deepcopy(model.head)}
     with _timed(spent, "train_augmented"):
         fit_augmented(model, seen, rate, ours.train_augmented, ours.train)
-    states["train_augmented"] = copy.deepcopy(model.state_dict())
+    heads["train_augmented"] = copy.deepcopy(model.head)
+    frozen = copy.deepcopy(model.backbone)
     with _timed(spent, "unfreeze_lr_find"), unfrozen(model, loader, train, ours.unfreeze) as groups:
         curve = range_test(
             model,
@@ -99,17 +101,19 @@ def recipe(scale: Scale, data: Path) -> list[Row]:
         rate = pick_rate(suggest(curve, seen.chance_loss(ours.train)), ours.unfreeze_lr_find.pick)
     with _timed(spent, "train_full"):
         history = fit_full(model, seen, rate, ours.train_full, ours.unfreeze, ours.train)
-    states["train_full"] = copy.deepcopy(model.state_dict())
     with _timed(spent, "evaluate"):
-        candidates = []
-        for name, state in states.items():
-            model.load_state_dict(state)
-            views = predict_tta(model, loader, valid, ours.augment, ours.evaluate.tta_views)
-            judged = evaluate_split(views, valid, images, baseline[valid])
-            candidates.append(Candidate(name, judged.predictions.tta, labels[valid]))
+        how = (ours.augment, ours.evaluate.tta_views)
+        found = dict(
+            zip(heads, predict_tta_of_heads(frozen, list(heads.values()), loader, valid, *how), strict=True),
+            train_full=predict_tta(model, loader, valid, *how),
+        )
+        candidates = [
+            Candidate(name, evaluate_split(views, valid, images, baseline[valid]).predictions.tta, labels[valid])
+            for name, views in found.items()
+        ]
         best, _ = choose(candidates)
-        model.load_state_dict(states[best.name])
-        views = predict_tta(model, loader, test, ours.augment, ours.evaluate.tta_views)
+        chosen = Classifier(frozen, heads[best.name]) if best.name in heads else model
+        views = predict_tta(chosen, loader, test, *how)
         scores = evaluate_split(views, test, images, baseline[test]).metrics
     epochs = len(history.epochs)
     rows = [row(f"{name}, seconds", round(seconds, 2)) for name, seconds in spent.items()]

@@ -84,18 +84,18 @@ def confusion(labels: Labels, predicted: Labels, classes: int) -> Labels:
     return np.bincount(labels * classes + predicted, minlength=classes * classes).reshape(classes, classes)
 
 
-def per_class(matrix: Labels, classes: list[str]) -> pd.DataFrame:
-    """Precision, recall, F1 and support of each class, with the classes as index; 0 where there is nothing to divide."""
-    right, support, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
-    return pd.DataFrame(
-        {
-            "precision": right / np.maximum(predicted, 1),
-            "recall": right / np.maximum(support, 1),
-            "f1": 2 * right / np.maximum(predicted + support, 1),
-            "support": support,
-        },
-        index=pd.Index(classes, name="class"),
-    )
+def per_class(labels: Labels, predicted: Labels, classes: list[str]) -> pd.DataFrame:
+    """Precision, recall, F1 and support of each class, with the classes as index; 0 where there is nothing to divide.
+
+    Args:
+        labels, predicted: (N,) class numbers, N at least 1.
+        classes: names of all classes.
+    """
+    from sklearn.metrics import precision_recall_fscore_support
+
+    found = precision_recall_fscore_support(labels, predicted, labels=range(len(classes)), zero_division=0)
+    columns = dict(zip(("precision", "recall", "f1", "support"), found, strict=True))
+    return pd.DataFrame(columns, index=pd.Index(classes, name="class"))
 
 
 def most_confused(matrix: Labels, classes: list[str]) -> pd.DataFrame:

@@ -160,14 +160,15 @@ def reliability_tables(labels: NDArray[np.int64], judged: Predictions) -> tuple[
 
 
 def _confusion(packed: PackedImages, judged: Predictions, split: str) -> str:
-    labels = packed.labels[judged.rows]
-    matrix = confusion(labels, judged.tta.argmax(1), len(packed.classes))
+    labels, predicted = packed.labels[judged.rows], judged.tta.argmax(1)
+    matrix = confusion(labels, predicted, len(packed.classes))
     text = plot(confusion_plot(matrix, packed.classes), f"confusion matrix of the {split} images")
     confused = most_confused(matrix, packed.classes).head(15)
     if len(confused):
         rows = list(confused.itertuples(index=False, name=None))
         text += heading("Most confused") + table(["true", "predicted", "images"], rows)
-    rows = [(name, *row) for name, row in zip(packed.classes, _rows(per_class(matrix, packed.classes)), strict=True)]
+    each = per_class(labels, predicted, packed.classes)
+    rows = [(name, *row) for name, row in zip(packed.classes, _rows(each), strict=True)]
     header = ["class", "precision", "recall", "F1", "images"]
     if len(rows) <= SHOWN_ROWS:
         return text + heading("Each class") + table(header, rows)
