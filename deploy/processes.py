@@ -121,7 +121,7 @@ def is_free(port: int) -> bool:
 
 
 def as_user(name: str | None) -> dict[str, Any]:
-    """Arguments for `subprocess` to run a process as another user, if this one is root's; empty for None."""
+    """Arguments for `subprocess` with which a process of root's runs another as this user; empty for None."""
     import pwd
 
     return {"user": name, "group": pwd.getpwnam(name).pw_gid, "extra_groups": []} if name else {}

@@ -30,7 +30,7 @@ DATABASES = re.findall(r"CREATE DATABASE (\w+)", (Path(__file__).parent / "datab
 BUCKETS = ("mlflow", "dvc")
 ACCOUNTS = Path(__file__).parent / "mlflow-auth.ini"
 KEPT = ("PREFECT_", "MLFLOW_", "AWS_", "RCLONE_", "PG", "UNFREEZE_HOME")
-"""Environment variables that are removed, because they would direct requests to other servers."""
+"""Prefixes of environment variables that are removed, because they would name other servers or folders."""
 
 
 @dataclass(frozen=True)

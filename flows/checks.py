@@ -23,8 +23,9 @@ NETWORK = ("backbone.", "data.image_size")
 def check_images(settings: Settings) -> pd.DataFrame:
     """Check the images, the device and the place for shared checkpoints, without decoding an image.
 
-    The images can be listed, watched by DVC and split, and most of a sample have a readable header. CUDA works if it is
-    required. The place for shared checkpoints can be opened.
+    The images can be listed, watched by DVC and split, and the share of unreadable headers in a sample is not
+    significantly greater than `data.max_broken`. CUDA works if it is required. The place for shared checkpoints can be
+    opened.
 
     Returns:
         The images, as `read_source` lists them.
@@ -43,7 +44,7 @@ def check_images(settings: Settings) -> pd.DataFrame:
     check_watched(data.source, table["file"])
     assign_splits(table.assign(digest=""), data.valid, data.test, settings.seed)
     looked_at, unreadable = look_at_some(table, data)
-    chance = 0.0  # four standard deviations of the count of unreadable images in a sample
+    chance = 0.0  # allowance for a sample: four standard deviations of its count of unreadable images
     if looked_at < len(table):
         chance = 4 * math.sqrt(looked_at * data.max_broken * (1 - data.max_broken))
     if len(unreadable) > data.max_broken * looked_at + chance:

@@ -147,7 +147,7 @@ def reproduce(stage: str, pull: bool) -> Iterator[str]:
             return
         if not (empty := _forget_empty_runs()):
             raise subprocess.CalledProcessError(process.returncode, command)
-        yield f"Retrying after removing empty folders of DVC's run cache: {', '.join(map(str, empty))}."
+        yield f"DVC was killed while it wrote to its run cache: removed {', '.join(map(str, empty))}, and retrying."
 
 
 def _forget_empty_runs() -> list[Path]:

@@ -51,7 +51,7 @@ def say_what_it_computes(run: FlowRun, what: str) -> None:
 
 
 def wait_for_equal(is_shared: Callable[[], bool]) -> None:
-    """Wait for earlier running runs of the same commit and settings, whose results this run then uses.
+    """Wait until no earlier run of the same commit and settings is running; this run then uses its results.
 
     Args:
         is_shared: whether another process uses the workspace. If not, an earlier run of this host is lost.

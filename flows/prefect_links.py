@@ -42,7 +42,7 @@ def run_address() -> str | None:
 
 
 def publish_links(stage: str) -> None:
-    """Create Prefect artifacts with links to a step's plots; logs a warning if a server does not answer."""
+    """Create Prefect artifacts that link to a step's plot, or to the MLflow run (`ingest`); errors are only logged."""
     if stage not in LINKED and stage != "ingest":
         return
     try:

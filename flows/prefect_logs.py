@@ -16,7 +16,7 @@ def shorten(record: logging.LogRecord) -> bool:
     """Remove the traceback of a user error from a record; returns whether to log the record.
 
     In a deployment's log the error's message replaces the traceback. On the command line the record is dropped, because
-    the message is printed last. The record of the final state is shortened, which would repeat the message.
+    the message is printed last. The record of the final state is shortened, as it would repeat the message.
     """
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, StageFailed | UserError) or (isinstance(error, OSError) and disk_trouble(error)):

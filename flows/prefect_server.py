@@ -191,7 +191,7 @@ def go_on_without(overrides: Sequence[str], until: str) -> NoReturn:
         flush=True,
     )
     environment = os.environ | {"PREFECT_API_URL": ""}
-    environment.pop(PARENT, None)  # this process has no parent run
+    environment.pop(PARENT, None)  # it marks processes that a run has started; this one is the run
     if key := os.environ.get(PASS):
         environment[SAME_PASS], overrides = key, ()
     sys.stdout.flush()

@@ -22,7 +22,7 @@ from pipeline.process.lock import ABOUT_CACHE
 from pipeline.process.signals import identity
 
 NOTE = ABOUT_CACHE / "on-disk.json"
-"""Time of the last flush to disk, and the ID of the boot in which it happened."""
+"""Time before which all written data are on disk, and the ID of the boot in which this was recorded."""
 
 RWLOCK = Path(".dvc/tmp/rwlock")
 """DVC's locks, by process ID. After a reboot these IDs may belong to other processes."""

@@ -18,7 +18,8 @@ LESS_MEMORY = (
 NO_MEMORY = ("out of memory", "not enough memory", "allocate memory", "_alloc_failed")
 """Out-of-memory messages of the system, torch and CUDA's libraries, in lower case.
 
-On a CPU torch raises a bare RuntimeError."""
+On a CPU torch raises a bare RuntimeError, so that only its message tells.
+"""
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -62,7 +62,7 @@ def shared_place(share: str | None) -> str | None:
 
 
 def check_share(share: str | None) -> None:
-    """Raises UserError if `checkpoint.share` is not a valid address or lacks its driver; does not connect to it.
+    """Raises UserError if `checkpoint.share` is not a valid address or lacks its driver; does not check that it exists.
 
     The default, beside DVC's remote, is not checked: DVC does that.
     """
@@ -213,7 +213,7 @@ class Mirror:
 
     @contextlib.contextmanager
     def _saying(self) -> Iterator[None]:
-        """Log the first error of the shared place in the block, and suppress all: the training goes on without it."""
+        """Suppress errors of the shared place in the block, and log this mirror's first one: the training goes on."""
         try:
             yield
         except Exception as error:

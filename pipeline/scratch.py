@@ -1,7 +1,8 @@
 """Where a step keeps its checkpoints, and what they depend on.
 
-They are kept outside of DVC's outputs, because DVC removes these before it runs a step. They are not removed when the
-step has finished: DVC has certainly stored the outputs only when a later step begins.
+They are kept outside of DVC's outputs, because DVC removes these before it runs a step. Like the hard link to a
+finished file, they are not removed at the end of the step: DVC has certainly stored the outputs only when a later
+step begins.
 """
 
 import hashlib

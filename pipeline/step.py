@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("unfreeze")
 
 CHANGED = (
-    "Its settings, code or inputs changed while the step ran, so its result is discarded: DVC would record it as "
-    "computed from the changed ones. Start again to compute it anew; or undo the change and start again, to use what "
+    "Its settings, code or inputs changed while the step ran, so DVC does not store its result, which it would record "
+    "as computed from the changed ones. Start again to compute it anew; or undo the change and start again, to use what "
     "was computed."
 )
 """Message of a step whose settings, code or inputs at its end differ from those at its start."""

@@ -1,7 +1,7 @@
 """Check whether DVC can watch the images of a source: which files it cannot read, and which folders it skips.
 
 DVC reads every file of the folder that `data.source` names, before `ingest` runs. It hangs at some files, and fails at
-others with a traceback, which `ingest` would set aside. Changes in folders that DVC skips would go unnoticed.
+others with a traceback, though `ingest` could handle these. Changes in folders that DVC skips would go unnoticed.
 """
 
 import errno

@@ -41,9 +41,9 @@ def register(run: Run, register: Register) -> dict[str, float]:
 
 
 def _confusion(path: Path) -> tuple[NDArray[np.int64], list[str]]:
-    """The confusion matrix (C, C) and the names of the classes, read without pandas.
+    """The confusion matrix (C, C) and the names of the classes.
 
-    pandas would rename a class `true`, because the first column of the table has the same name.
+    The first row is read as data: as a header, pandas would rename a class `true`, because the corner cell is `true`.
     """
     table = pd.read_csv(path, header=None, dtype=str, keep_default_na=False)
     return table.iloc[1:, 1:].to_numpy().astype(np.int64), list(table.iloc[0, 1:])

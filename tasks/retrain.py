@@ -1,8 +1,8 @@
 """Train on train + valid, with the rates, cycles and epochs found before, and evaluate on the test split.
 
-Depending on the model that `evaluate` has selected, this repeats the trainings up to that model, averages the weights
-of the same cycles, or fits the logistic regression again. The temperature is kept. No validation split is left, so the
-model is evaluated on the test split only; if there is none, the log says so.
+Unless `evaluate` has selected the logistic regression, which is fitted again, this repeats the trainings up to the
+selected model; for the model soup, it then averages the weights of the same cycles. The temperature is kept. No
+validation split is left, so the model is evaluated on the test split only; if there is none, the log says so.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Unfreeze the network, and search for the rate again: with differential rates another one is best."""
+"""Unfreeze the network, and search for the rate again: differential rates over the layer groups change the best one."""
 
 from collections.abc import Iterator
 

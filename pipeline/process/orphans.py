@@ -1,7 +1,7 @@
 """End the processes that a killed run leaves behind.
 
-A step notices that its parent process has ended. Prefect's temporary server does not: the flow stops it, unless the
-flow gets SIGKILL.
+A step notices that the flow or DVC that runs it has ended. Prefect's temporary server does not: the flow stops it,
+unless the flow gets SIGKILL.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""How a step ends early: on a stop request, or when its parent process has ended."""
+"""How a step ends early: on a stop request, or when the flow or DVC that runs it has ended."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ import psutil
 from unfreeze.persistence.interruption import Interrupted, Interruption
 
 PARENT = "UNFREEZE_PARENT"
-"""Environment variable with the `identity` of the step's parent process, the flow."""
+"""Environment variable with the `identity` of the flow that runs the step."""
 
 INTERRUPTED = 130
 """Exit code of a run that was interrupted, as shells have it."""

@@ -6,7 +6,8 @@
                                              sent.json      position up to which the server has received records
 
 The process that writes a journal holds a lock on its records. The system releases the lock when that process ends,
-also if it is killed. So an unlocked journal is complete and can be sent; without an end record, its step was killed.
+also if it is killed. So an unlocked journal gets no further records, and can be sent to its end. If it has no end
+record, its step was killed.
 """
 
 import fcntl

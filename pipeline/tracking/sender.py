@@ -164,7 +164,7 @@ class _OfOne(Exception):
 
 
 def _send(client: Any, folder: Path, is_written: bool) -> Iterator[float]:
-    """Send a journal's unsent records; `is_written` says whether this process still writes it."""
+    """Send a journal's unsent records; `is_written` says whether it is this process's own journal."""
     head, sent = read_json(folder / "head.json"), read_json(folder / "sent.json")
     yield PATIENCE
     experiment = client.get_experiment_by_name(head["experiment"])

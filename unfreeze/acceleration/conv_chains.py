@@ -18,7 +18,7 @@ POST_OPS: dict[type[nn.Module], tuple[str, list[float]]] = {
 """Activations that oneDNN can fuse into a convolution, with oneDNN's name and scalars for each."""
 
 TOLERANCE = 1e-3
-"""Largest error of a faster version, relative to the largest of the network's activations in full precision."""
+"""Largest allowed error of a faster version, as a share of the network's largest activation in full precision."""
 
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 """Functions and methods that a residual block may call."""
@@ -76,7 +76,7 @@ def traced(network: nn.Module, images: torch.Tensor, trains: bool) -> fx.GraphMo
 
 
 class _Tracer(fx.Tracer):
-    """Tracer that enters modules with submodules, and treats all others as leaves."""
+    """Tracer that enters modules with submodules, except BatchNorms and those that timm marks as not traceable."""
 
     def __init__(self) -> None:
         from timm.layers import get_notrace_functions, get_notrace_modules

@@ -1,7 +1,7 @@
 """Train the same network in less time on a CPU: kept statistics, frozen layers, depthwise convolutions.
 
-A BatchNorm with kept statistics is one multiplication and one addition per channel. They are folded into the weights of
-the convolution before it, so that the work is on the weights instead of on every pixel, in both passes. The gradients
+A BatchNorm with kept statistics is one multiplication and one addition per channel. They are folded into weights and
+bias of the convolution before it, so that the work is on these instead of on every pixel, in both passes. The gradients
 of its scale and shift follow by the chain rule. Completely frozen layers run as inference
 (`unfreeze.acceleration.frozen`).
 """
@@ -36,12 +36,11 @@ def fast_training(network: nn.Module, images: torch.Tensor) -> Iterator[None]:
     On a CPU with native bfloat16, frozen layers compute in it: run the network under `unfreeze.device.autocast`.
 
     The network is run once to find which modules follow one another. If its output differs afterwards, only
-    depthwise convolutions are accelerated. On other devices nothing changes, because no benefit was measured there.
+    depthwise convolutions are accelerated. On other devices nothing changes, because the speed was not measured there.
 
     Args:
-        network: ready to train: frozen parameters require no gradient, BatchNorms with kept statistics are in eval
-        mode. images: (B, 3, S, S) normalised, on the network's device: a typical training batch. Two of them are
-        computed.
+        network: ready to train: frozen parameters require no gradient, kept BatchNorms are in eval mode.
+        images: (B, 3, S, S) normalised, on the network's device: a typical training batch. Two of them are computed.
     """
     forwards = _forwards(network, images) if images.device.type == "cpu" else {}
     with _replaced(forwards):

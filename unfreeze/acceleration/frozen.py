@@ -1,7 +1,7 @@
 """Faster inference of frozen networks: a copy of a network with the same output.
 
-BatchNorm with kept statistics is one multiplication and one addition per channel, which is folded into the weights of
-the convolution before it (Jacob et al., 2018, section 3.2). On a CPU with native bfloat16, oneDNN then computes
+BatchNorm with kept statistics is one multiplication and one addition per channel. Both are folded into weights and bias
+of the convolution before it (Jacob et al., 2018, section 3.2). On a CPU with native bfloat16, oneDNN then computes
 convolution and activation in one pass over memory, with weights that are reordered for it once.
 """
 
@@ -96,7 +96,7 @@ class OneDNNConvAct(nn.Module):
         self.edges = edges(conv, shape[2:])
         before, after = self.edges[::2][::-1], self.edges[1::2][::-1]  # of height and width
         if conv.dilation == (1, 1) and all(0 <= b <= a for b, a in zip(before, after, strict=True)):
-            # Zeros before the kernel's own rows make the padding symmetric, so that oneDNN does not copy the image.
+            # Zero rows and columns before the kernel's own make the padding symmetric: oneDNN pads without a copy.
             (top, left), padding = (a - b for b, a in zip(before, after, strict=True)), list(after)
             self.zeros, self.edges = (left, 0, top, 0), (0, 0, 0, 0)
         else:
@@ -198,12 +198,12 @@ def _refreshed(copied: nn.Module, network: nn.Module) -> bool:
 
 
 def _full_precision() -> AbstractContextManager[None]:
-    """Disable TF32, with which the convolutions of a deep network differ by more than the copy may."""
+    """Disable TF32: with it, convolutions of a deep network differ by about as much as `TOLERANCE` allows."""
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 def _eval_copy(network: nn.Module) -> nn.Module:
-    # Switch to training mode first: some attention modules cache results of earlier weights in eval mode until then.
+    # Training mode first: it clears what some attention modules cached in eval mode, with earlier weights.
     plain = copy.deepcopy(network).train().eval().requires_grad_(False)
     for name, module in list(plain.named_modules()):
         StandIn.take_back(module)
@@ -244,7 +244,7 @@ def _overwrite(graph: fx.GraphModule, turns: dict[fx.Node, int]) -> None:
 
     Args:
         graph: the traced copy.
-        turns: position of each call in the order of execution.
+        turns: position in the order of execution of each call of a `ConvAct`.
     """
     modules = dict(graph.named_modules())
     made = {node for node in graph.graph.nodes if isinstance(modules.get(str(node.target)), ConvAct | nn.MaxPool2d)}

@@ -1,9 +1,9 @@
 """From packed pixels to the batch that a network sees: one warp and one multiply-add for each view.
 
 On a GPU everything (mirroring, turning, zooming, cropping, lighting, normalising) is computed for the whole batch at
-once. It needs of each image the rectangle that its view touches. These bytes are on the GPU already if all packed
-pixels fit there; else the CPU copies them, one byte per value. On a CPU, OpenCV warps image by image, in half the time
-of warping one batch. The views are the same, but OpenCV rounds pixel values to whole steps of 255.
+once. Of each image only the rectangle that its view touches is needed. These bytes are on the GPU already if all packed
+pixels fit there; else the CPU copies them, one byte per value. On a CPU, OpenCV warps image by image, which takes half
+the time of warping all images as one batch. The views are the same, but OpenCV rounds to whole values from 0 to 255.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """Decode image files: any format that Pillow reads.
 
-The EXIF orientation is applied. Transparent pixels become white, unless the whole image is transparent. Greys of more
-than 8 bits are scaled by a given range. Of an animation the first frame is used. An image that cannot be read raises
-`BrokenImage` with a short reason.
+The EXIF orientation is applied. Transparent images are blended with white; if all but the edges is transparent and the
+colours hold a picture, transparency is ignored. Greys of more than 8 bits are scaled by a given range. Of an animation
+the first frame is used. An image that cannot be read raises `BrokenImage` with a short reason.
 """
 
 import contextlib
@@ -91,8 +91,8 @@ def decode(
 ) -> tuple[tuple[int, int], Image.Image]:
     """Read an image as RGB, with its width and height in the file (upright, as people see it).
 
-    If its greys have more than 8 bits, ``info["greys"]`` has its unrounded values, scaled to 0 to 255.
-    ``info["remark"]`` has a remark on how it was read, for the report.
+    If the greys have more than 8 bits, ``info["greys"]`` is the image with unrounded values on the scale 0 to 255.
+    ``info["remark"]``, if present, says how the image was read, for the log and the report.
 
     Args:
         file: path, or bytes in memory.
@@ -141,7 +141,7 @@ def _opened(file: str | Path | io.BytesIO, max_megapixels: float, read: Callable
         raise
     except Image.DecompressionBombError:
         raise BrokenImage(f"more than {max_megapixels:g} megapixels") from None
-    except Exception as error:  # any other error of a decoder is due to this image
+    except Exception as error:  # of any kind: unless it is one of `PASSING`, it is due to this image
         if isinstance(error, OSError) and error.errno in PASSING:
             raise TransientError(
                 f"{file} cannot be read now: {error.strerror}. That is the system's trouble and not the image's: "
@@ -168,9 +168,10 @@ def _state(status: os.stat_result) -> tuple[int, int]:
 
 
 class _Stream(io.FileIO):
-    """A file without name and descriptor, so that decoders read it instead of mapping it into memory.
+    """A file that gives decoders neither a name nor a descriptor, so that they read it.
 
-    If another process shortens a mapped file, this process is killed by SIGBUS.
+    Pillow and libtiff would otherwise map it into memory. If another process shortens a mapped file, this process is
+    killed by SIGBUS.
     """
 
     def fileno(self) -> int:

@@ -32,8 +32,8 @@ def find_duplicates(packed: PackedImages) -> pd.DataFrame:
     """Pairs of duplicate images.
 
     Near duplicates are found through the pigeonhole principle: hashes that differ in two bits agree in one of three
-    parts, so only images that share a part are compared. Hashes of similar images (cells, chest X-rays) may be equal,
-    so the pixels of every pair found are compared as well.
+    parts, so only images that share a part are compared. Different images of one kind (cells, chest X-rays) may have
+    nearly equal hashes, so the pixels of every pair found are compared as well.
 
     Args:
         packed: the images; their table holds digest, difference_hash (64-bit difference hash as hex), split and label.

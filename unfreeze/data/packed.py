@@ -167,8 +167,8 @@ def _packed(part: pd.DataFrame) -> pd.DataFrame:
 def _reader(path: Path) -> Read:
     """Reads a file piece by piece.
 
-    With a memory map, readahead would count as this process's memory, some 100 MB for a batch, and a file that is
-    truncated meanwhile would kill the process by a signal.
+    With a memory map, pages near those that are touched would count as this process's memory, some 100 MB for a batch,
+    and a file that is truncated meanwhile would kill the process by a signal.
     """
     descriptor = os.open(path, os.O_RDONLY)
 

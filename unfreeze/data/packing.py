@@ -69,7 +69,7 @@ def pack(
         folder.mkdir(parents=True, exist_ok=True)
         _clear(folder)
         with pixels or ResumableFile(folder / "pixels.bin.partial", "", math.inf) as file:
-            # A first split without duplicates, to find classes that cannot be split before hours of decoding.
+            # A first split that ignores duplicates: classes that cannot be split are refused before hours of decoding.
             assign_splits(table.assign(digest=""), data.valid, data.test, seed)
             _check_space(file, folder, len(table), data.image_size)
             rows, greys = _pack_pixels(table, file, data)
@@ -116,8 +116,8 @@ def pack(
 def _pack_pixels(table: pd.DataFrame, file: ResumableFile, data: Data) -> tuple[list[Row], Greys | None]:
     """Write all pixels.
 
-    At the first image with greys of more than 8 bits, all images are scanned for the range of values. Without such
-    images, each image is read once.
+    At the first image with greys of more than 8 bits, all images are scanned for the range of values, or a sample of
+    them if data.grey_range gives the range. Without such images, each image is read once.
 
     Returns:
         A row for each image, in the table's order, and the greys of more than 8 bits, if there are any.
@@ -171,7 +171,7 @@ def _near_duplicates(packed: PackedImages) -> list[tuple[int, int]]:
 
 
 def _keep_unchanged(table: pd.DataFrame, file: ResumableFile, data: Data) -> None:
-    """Keep the packed images up to the first one whose file has changed since."""
+    """Keep the packed images before the first one that would be packed differently now, and discard the rest."""
 
     def same(note: dict[str, Any], path: str, name: str) -> bool:
         if note["path"] != path or note["stamp"] != _stamp(name):

@@ -1,4 +1,4 @@
-"""Model selection: the lowest log loss among the candidates that are not significantly less accurate than the best."""
+"""Model selection: the lowest log loss of the candidates not significantly less accurate than the most accurate."""
 
 from dataclasses import dataclass
 
@@ -27,11 +27,12 @@ class Candidate:
 
 
 def choose(candidates: list[Candidate]) -> tuple[Candidate, str]:
-    """Select the candidate with the lowest log loss among those not significantly less accurate than the best.
+    """Select the candidate with the lowest log loss of those not significantly less accurate than the most accurate.
 
-    On a few hundred validation images a difference of two or three correct predictions is not significant, so
-    selecting by accuracy alone would select at random. Significance is tested by McNemar's exact test at 5 % (McNemar,
-    1947; Dietterich, 1998). Log loss compares the probabilities of all images, not only of borderline ones.
+    On a few hundred validation images a difference of two or three correct predictions is not significant: selecting by
+    accuracy alone would often select the candidate that chance favours. Significance is tested by McNemar's exact test
+    at 5 % (McNemar, 1947; Dietterich, 1998). Log loss compares the probabilities of all images, not only of borderline
+    ones.
 
     Returns:
         The candidate, and the reason in a sentence.
@@ -51,7 +52,7 @@ def choose(candidates: list[Candidate]) -> tuple[Candidate, str]:
 
 
 def _worse(candidate: Candidate, top: Candidate) -> bool:
-    """Whether a candidate is significantly less accurate than the best (McNemar's exact test, one-sided)."""
+    """Whether a candidate is significantly less accurate than the most accurate (McNemar's exact test, one-sided)."""
     from scipy.stats import binomtest
 
     mine, its = (c.probabilities.argmax(1) == c.labels for c in (candidate, top))

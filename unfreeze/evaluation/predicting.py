@@ -148,7 +148,7 @@ def _predict_views(
     views: int,
     kept: ResumableFile | None,
 ) -> tuple[NDArray[np.int64], Probabilities]:
-    """Whose view each is (V,), and probabilities of the views and then of the plain images (V + N, ...)."""
+    """The image that each view is of (V,); and a row of probabilities for each view, then for each plain image."""
     sizes = loader.packed.sizes[rows]
     plans = [tta_views(size, loader.packed.image_size, augment, views) for size in sizes]
     linear = np.concatenate([linear for linear, _ in plans])
@@ -169,9 +169,10 @@ def _predict_views(
         return chain(seen, loader.plain(rows[max(0, first - len(starts)) * loader.wide :]))
 
     if kept is None:
-        return owner, predict(model, batches(0))
-    _predict_on(model, batches, kept)
-    found = np.memmap(kept.path, np.float32, "r")  # views times images: more than memory may hold
+        found = predict(model, batches(0))
+    else:
+        _predict_on(model, batches, kept)
+        found = np.memmap(kept.path, np.float32, "r")  # views times images: more than memory may hold
     return owner, found.reshape(len(owner) + len(rows), -1)
 
 

@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 
 SHARE = 0.02
-"""Largest share of the time for checkpoints. On a slow disk the interval between them grows accordingly."""
+"""Largest share of the time for checkpoints, or for flushes of a `ResumableFile`.
+
+On a slow disk the interval between them grows accordingly.
+"""
 
 
 class Interrupted(BaseException):

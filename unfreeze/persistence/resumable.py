@@ -23,7 +23,10 @@ logger = logging.getLogger("unfreeze")
 BLOCK = 1 << 20
 """Bytes that are read at once when a file is checked."""
 COPIES = 3
-"""Free space required for keeping a hard link to a finished file, as a multiple of its size: DVC copies it twice."""
+"""Multiple of a finished file's size that must be free to keep a hard link to it.
+
+DVC copies the file into its cache, and from there.
+"""
 
 
 class Piece(NamedTuple):
@@ -45,7 +48,7 @@ class ResumableFile:
 
         Args:
             path: the file; its notes are kept in ``<path>.notes``.
-            key: hash of what its content depends on; pieces with another key are discarded.
+            key: identifies what its content depends on; pieces with another key are discarded.
             seconds: time between two flushes to disk; longer if they would take over 2 % of the time.
 
         Raises:
@@ -148,7 +151,7 @@ class ResumableFile:
                 file.close()
 
     def _restore(self) -> None:
-        """Keep the pieces up to the first whose note or checksum is wrong, and discard the rest."""
+        """Keep the pieces before the first damaged line of notes, wrong checksum or other key, and discard the rest."""
         self._noted.seek(0)
         size = 0
         for line in self._noted:

@@ -152,7 +152,7 @@ def _greys(greys: Greys) -> str:
 
 
 def _levels(greys: Greys | None) -> int | None:
-    """Number of the 256 greys that hold 99 % of the pixels; None without a histogram."""
+    """The smallest number of the 256 displayed greys that hold 99 % of the pixels; None without a histogram."""
     if greys is None or not sum(greys.counts):
         return None
     centres = np.linspace(*greys.found, 2 * len(greys.counts) + 1)[1::2]

@@ -1,9 +1,9 @@
 """Checkpoints of a training, to resume it in the middle of an epoch with the same result, bit for bit.
 
-A checkpoint is one safetensors file: trained weights, optimizer state, the best cycle's weights, the random state, and
-the progress. A new checkpoint is written beside the last one, flushed to disk and renamed, and the last one is kept:
-after a power loss at any moment, one of the two is complete, as its checksum tells. The key is a hash of what the
-training depends on, so that a checkpoint is not used with other settings, images or code.
+A checkpoint is one safetensors file: trained weights and buffers, optimizer state, the best cycle's weights, the random
+state, and the progress. A new checkpoint is written beside the last one, flushed to disk and renamed, and the last one is
+kept: after a power loss at any moment, one of the two is complete, and its checksum tells which. The key identifies what
+the training depends on, so that a checkpoint is not used with other settings, images or code, or on another device.
 """
 
 import json
@@ -57,7 +57,7 @@ class Checkpoint:
 
     Attributes:
         path: the file; the previous one is kept as ``<path>.before``.
-        key: hash of what the training depends on; files with another key are not read.
+        key: identifies what the training depends on; files with another key are not read.
         seconds: time between two checkpoints; longer if they would take over 2 % of it.
         batches: number of batches between two checkpoints, or None for the time alone.
         interruption: stop-request flag; the training stops after the next checkpoint.
@@ -90,7 +90,7 @@ class Checkpoint:
             progress: progress of the training.
 
         Raises:
-            Interrupted: a stop was requested.
+            Interrupted: a stop was requested; raised after the attempt to write the checkpoint.
         """
         start = time.monotonic()
         try:

@@ -5,7 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 PATIENCE = 1
-"""Number of consecutive cycles without improvement. Another cycle takes as long as the first, or longer."""
+"""Consecutive cycles without improvement that count as overfitting.
+
+Another cycle takes as long as the first, or longer.
+"""
 
 
 def until_overfitting(train_losses: Sequence[float], valid_losses: Sequence[float]) -> tuple[bool, int]:

@@ -67,8 +67,8 @@ def make_curve(rates: Floats, losses: Floats, starting: Floats) -> pd.DataFrame:
 def _weights(batches: int) -> Floats:
     """Weights (n, n) of a Gaussian mean: row i is that around batch i, with a standard deviation of a thirtieth of the sweep.
 
-    Unlike a running mean it has no lag, which in a sweep of few batches would shift the minimum by about an order of
-    magnitude, as much as the rule of the pick.
+    Unlike a running mean it has no lag. In a sweep of few batches a lag could shift the minimum by an order of magnitude,
+    which is as far as `pick_rate` goes below the minimum.
     """
     width = max(1.0, batches / 30)
     at = np.arange(batches)

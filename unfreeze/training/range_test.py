@@ -41,10 +41,10 @@ def range_test(
     checkpoint: Checkpoint | None = None,
     loss: nn.Module | None = None,
 ) -> pd.DataFrame:
-    """LR range test: train on one batch after another, over several epochs if needed, then restore model and optimizer.
+    """LR range test: train on one batch after another, over several epochs if needed, then restore the earlier state.
 
-    For every batch the loss of the starting weights is computed as well, with the same views and dropout, which takes
-    one more forward pass.
+    Model, optimizer and random state are restored. For every batch the loss of the starting weights is computed as well,
+    with the same views and dropout, which takes one more forward pass.
 
     Args:
         model, optimizer: what is trained, in training mode, and left as it was.

@@ -41,7 +41,7 @@ def train_batch(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch
 
 
 class TrainStep:
-    """`train_batch` for one model and optimizer; on a GPU as a CUDA graph, if its results are equal bit for bit.
+    """`train_batch` for one model and optimizer; on a GPU as a CUDA graph, if that gives the same bits as without one.
 
     While it is in use, tensors of the model and of the optimizer may be changed in place, but not replaced. Which
     parameters train, and the modules' modes, must not change.
