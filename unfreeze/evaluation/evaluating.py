@@ -47,9 +47,8 @@ def evaluate_split(
         temperature: that logits are divided by; where none is given, the one that fits these predictions.
 
     Returns:
-        The metrics are accuracy, macro F1, log loss and expected calibration error (ece): plain, with prefix ``tta_`` and
-        with prefix ``baseline_``; and log loss and ece of the plain predictions before calibration, with prefix
-        ``uncalibrated_``.
+        The metrics are those of `measure`: plain, with prefix ``tta_`` and with prefix ``baseline_``; and log loss and ece
+        of the plain predictions before calibration, with prefix ``uncalibrated_``.
     """
     labels = packed.labels[rows]
     temperature = fit_temperature(found, labels) if temperature is None else temperature

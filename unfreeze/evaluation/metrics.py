@@ -38,7 +38,11 @@ def score(probabilities: NDArray[Any], labels: Labels) -> Scores:
 
 
 def measure(labels: Labels, probabilities: NDArray[Any]) -> dict[str, float]:
-    """Accuracy, macro F1, log loss and expected calibration error (ece) of probabilities (N, C) for class numbers (N,)."""
+    """Metrics of probabilities (N, C) for class numbers (N,).
+
+    Accuracy, macro F1, log loss, expected calibration error (ece), and what a perfectly calibrated model would have of that
+    (ece_by_chance).
+    """
     from sklearn.metrics import f1_score
 
     scores = score(probabilities, labels)
@@ -47,6 +51,7 @@ def measure(labels: Labels, probabilities: NDArray[Any]) -> dict[str, float]:
         "macro_f1": float(f1_score(labels, probabilities.argmax(1), average="macro")),  # of classes that are there
         "log_loss": scores.loss,
         "ece": expected_calibration_error(probabilities, labels),
+        "ece_by_chance": calibration_error_by_chance(probabilities),
     }
 
 
@@ -77,6 +82,20 @@ def expected_calibration_error(probabilities: NDArray[Any], labels: Labels, bins
     """Mean difference of confidence and accuracy over the bins of `reliability`, weighted by their images, 0 to 1."""
     table = reliability(probabilities, labels, bins)
     return float(((table["confidence"] - table["accuracy"]).abs() * table["images"]).sum() / len(labels))
+
+
+def calibration_error_by_chance(probabilities: NDArray[Any], bins: int = BINS, draws: int = 200) -> float:
+    """The expected calibration error that these probabilities (N, C) would have if they were perfectly calibrated.
+
+    The fewer images are in a bin, the further its accuracy is from its confidence by chance. This is the mean over labels
+    drawn from the probabilities themselves (Bröcker and Smith, Increasing the Reliability of Reliability Diagrams, 2007).
+    """
+    confidence = probabilities.max(1).astype(float)
+    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
+    generator = np.random.default_rng(0)
+    differences = ((generator.random(len(confidence)) < confidence) - confidence for _ in range(draws))
+    errors = [np.abs(np.bincount(bin_of, difference)).sum() for difference in differences]
+    return float(np.mean(errors) / len(confidence))
 
 
 def confusion(labels: Labels, predicted: Labels, classes: int) -> Labels:

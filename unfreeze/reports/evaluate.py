@@ -144,7 +144,8 @@ def _calibration(packed: PackedImages, judged: Predictions, split: str, metrics:
     before, after = metrics[f"{split}_uncalibrated_ece"], metrics[f"{split}_ece"]
     text = (
         f"Of the {split} images, plain: the expected calibration error, which is how far confidence and accuracy are apart, "
-        f"is {after:.3f}; before calibration it was {before:.3f}. Logits are divided by the temperature "
+        f"is {after:.3f}; before calibration it was {before:.3f}. With as many images a perfectly calibrated model would have "
+        f"{metrics[f'{split}_ece_by_chance']:.3f} by chance. Logits are divided by the temperature "
         f"{metrics['temperature']:.2f}, which fits the validation images best; the model's file has it, and every "
         "prediction uses it."
     )

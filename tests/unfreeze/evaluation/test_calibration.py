@@ -6,7 +6,7 @@ import torch
 from numpy.typing import NDArray
 
 from unfreeze.evaluation.calibration import LIMITS, fit_temperature
-from unfreeze.evaluation.metrics import expected_calibration_error, reliability, score
+from unfreeze.evaluation.metrics import calibration_error_by_chance, expected_calibration_error, reliability, score
 from unfreeze.evaluation.predicting import ViewPredictions, with_temperature
 from unfreeze.models.classifier import Head
 
@@ -85,6 +85,22 @@ def test_expected_calibration_error_by_hand() -> None:
     assert table["confidence"].tolist() == pytest.approx([0.635, 0.93])
     assert table["accuracy"].tolist() == [1.0, 0.5]
     assert expected_calibration_error(probabilities, labels, bins=10) == pytest.approx((0.365 + 0.43) / 2)
+
+
+@pytest.mark.parametrize(("images", "expected"), [(300, 0.065), (30000, 0.0065)])  # in proportion to 1 / sqrt(images)
+def test_calibration_error_by_chance_is_that_of_calibrated_probabilities(images: int, expected: float) -> None:
+    # Labels that are drawn from the probabilities make these perfectly calibrated; ten such data sets.
+    generator = np.random.default_rng(1)
+    probabilities = generator.dirichlet(np.full(4, 0.5), images)
+    ranks = [(probabilities.cumsum(1) < generator.random((images, 1))).sum(1) for _ in range(10)]
+    seen = np.mean([expected_calibration_error(probabilities, labels) for labels in ranks])
+    found = calibration_error_by_chance(probabilities)
+    assert found == pytest.approx(seen, rel=0.15)
+    assert found == pytest.approx(expected, rel=0.15)
+
+
+def test_calibration_error_by_chance_of_certainty_is_zero() -> None:
+    assert calibration_error_by_chance(np.eye(3)) == 0
 
 
 def test_certainty_is_in_the_last_bin() -> None:

@@ -7,6 +7,7 @@ from sklearn import metrics
 from unfreeze.evaluation.metrics import (
     accuracy_interval,
     confusion,
+    calibration_error_by_chance,
     expected_calibration_error,
     gallery_places,
     measure,
@@ -45,6 +46,7 @@ def test_measures_are_scikit_learns(seed: int) -> None:
             "macro_f1": metrics.f1_score(labels, predicted, average="macro"),
             "log_loss": metrics.log_loss(labels, probabilities, labels=range(4)),
             "ece": expected_calibration_error(probabilities, labels),  # of which scikit-learn has none
+            "ece_by_chance": calibration_error_by_chance(probabilities),
         }
     )
 

@@ -152,6 +152,7 @@ def test_evaluation_of_many_classes(count: int) -> None:
     assert (
         f"is {metrics['test_ece']:.3f}; before calibration it was {metrics['test_uncalibrated_ece']:.3f}" in reader.text
     )
+    assert f"would have {metrics['test_ece_by_chance']:.3f} by chance" in reader.text
     assert all(word in reader.text for word in ("Most wrong", "Most uncertain", "Learning-rate finder: head"))
 
 
