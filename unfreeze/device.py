@@ -80,13 +80,27 @@ def native_bf16(device: torch.device) -> bool:
 
 
 def precision(device: torch.device) -> torch.dtype:
-    """What a network computes in there: bfloat16 where it is native, full precision elsewhere, as emulated it is slower."""
-    return torch.bfloat16 if native_bf16(device) else torch.float32
+    """The type that a network computes in on a device.
+
+    bfloat16 if the device has it; float16 on GPUs with tensor cores that have only that (V100, T4); else float32, because
+    emulation is slower.
+    """
+    if native_bf16(device):
+        return torch.bfloat16
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0):
+        return torch.float16
+    return torch.float32
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Mixed precision where it is native (`precision`)."""
-    return torch.autocast(device.type, dtype=torch.bfloat16) if native_bf16(device) else contextlib.nullcontext()
+    """Mixed precision, if the device has it (`precision`)."""
+    dtype = precision(device)
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def grad_scaler(device: torch.device) -> torch.amp.GradScaler:  # type: ignore[name-defined]
+    """The gradient scaler for training on a device: enabled with float16, in which small gradients would become zero."""
+    return torch.amp.GradScaler(device.type, enabled=precision(device) == torch.float16)  # type: ignore[attr-defined]
 
 
 def seed_everything(seed: int) -> None:

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from unfreeze.acceleration.conv_chains import POST_OPS, TOLERANCE, chains, edges, traced
-from unfreeze.device import deterministically, native_bf16
+from unfreeze.device import deterministically, precision
 
 logger = logging.getLogger("unfreeze")
 
@@ -163,15 +163,16 @@ def frozen_copy(network: nn.Module, images: torch.Tensor, earlier: nn.Module | N
     if not torch.allclose(found, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max())):
         logger.info("folded, the network predicts something else: it is used as it is, which takes longer")
         return _eval_copy(network)
-    if not native_bf16(images.device):
+    dtype = precision(images.device)
+    if dtype == torch.float32:
         return folded
-    if images.device.type == "cpu":
+    if images.device.type == "cpu" and dtype == torch.bfloat16:
         for name, (count, *shape) in shapes.items():
             joined: Any = folded.get_submodule(name)
             folded.set_submodule(name, OneDNNConvAct(joined, (count * batch // len(images), *shape)))
     for module in folded.modules():
         if type(module) in (nn.Conv2d, nn.Linear):  # but no subclass, which may need full precision
-            module.weight.data = module.weight.data.bfloat16()  # as autocast would, but once
+            module.weight.data = module.weight.data.to(dtype)  # as autocast would, but once
     return folded
 
 

@@ -1,7 +1,7 @@
 """Checkpoints of a training, to resume it in the middle of an epoch with the same result, bit for bit.
 
-A checkpoint is one safetensors file: trained weights and buffers, optimizer state, the best cycle's weights, the random
-state, and the progress. A new checkpoint is written beside the last one, flushed to disk and renamed, and the last one is
+A checkpoint is one safetensors file: trained weights and buffers, the states of the optimizer and of the gradient scaler,
+the best cycle's weights, the random state, and the progress. A new checkpoint is written beside the last one, flushed to disk and renamed, and the last one is
 kept: after a power loss at any moment, one of the two is complete, and its checksum tells which. The key identifies what
 the training depends on, so that a checkpoint is not used with other settings, images or code, or on another device.
 """
@@ -26,6 +26,7 @@ from unfreeze.training.state import Tensors, put, rng_state, set_rng_state
 
 logger = logging.getLogger("unfreeze")
 
+Scaler = torch.amp.GradScaler  # type: ignore[attr-defined]
 COLUMNS = ("rate", "loss", "starting")
 """Keys of a history's batches other than the iteration; ``starting`` only in an LR range test."""
 
@@ -81,20 +82,23 @@ class Checkpoint:
             return True
         return time.monotonic() - self._last >= max(self.seconds, self._cost / SHARE)
 
-    def save(self, weights: Tensors, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    def save(
+        self, weights: Tensors, optimizer: torch.optim.Optimizer, progress: Progress, scaler: Scaler | None = None
+    ) -> None:
         """Write a checkpoint, whole or not at all.
 
         Args:
             weights: what training changes in the model, as `trainable_state` gives it.
             optimizer: over it.
             progress: progress of the training.
+            scaler: of the gradients, if there is one.
 
         Raises:
             Interrupted: a stop was requested; raised after the attempt to write the checkpoint.
         """
         start = time.monotonic()
         try:
-            self._write(_tensors(weights, optimizer, progress), _numbers(progress))
+            self._write(_tensors(weights, optimizer, progress), _numbers(progress, scaler))
             self.written()
         except OSError as error:
             with suppress(OSError):  # an incomplete checkpoint would only fill the disk further
@@ -105,8 +109,10 @@ class Checkpoint:
         if self.interruption.asked:
             raise Interrupted
 
-    def load(self, weights: Tensors, optimizer: torch.optim.Optimizer) -> Progress | None:
-        """Restore weights, optimizer and random state from the newest valid checkpoint.
+    def load(
+        self, weights: Tensors, optimizer: torch.optim.Optimizer, scaler: Scaler | None = None
+    ) -> Progress | None:
+        """Restore weights, optimizer, gradient scaler and random state from the newest valid checkpoint.
 
         Returns:
             Progress of the training; None if there is no valid checkpoint.
@@ -116,7 +122,10 @@ class Checkpoint:
                 continue
             try:
                 tensors, numbers = _read(path, self.key)
-                return _restore(weights, optimizer, tensors, numbers)
+                progress = _restore(weights, optimizer, tensors, numbers)
+                if scaler is not None and scaler.is_enabled():
+                    scaler.load_state_dict(numbers["scaler"])
+                return progress
             except _Refused as refused:
                 logger.warning("%s is not used: %s.", path, refused)
         return None
@@ -185,9 +194,10 @@ def _tensors(weights: Tensors, optimizer: torch.optim.Optimizer, progress: Progr
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
-def _numbers(progress: Progress) -> dict[str, Any]:
+def _numbers(progress: Progress, scaler: Scaler | None) -> dict[str, Any]:
     position = {name: getattr(progress, name) for name in ("epoch", "batch", "iteration", "done")}
-    return {"position": position, "epochs": progress.history.epochs, "best_cycle": progress.history.best_cycle}
+    history = {"epochs": progress.history.epochs, "best_cycle": progress.history.best_cycle}
+    return {"position": position, **history, "scaler": scaler.state_dict() if scaler else {}}
 
 
 def _restore(

@@ -135,8 +135,8 @@ def fit(
     callbacks = callbacks or Callbacks()
     checkpoint, validate = callbacks.checkpoint, data.validate
     train_mode()
-    weights = trainable_state(model)
-    at = (checkpoint.load(weights, optimizer) if checkpoint else None) or Progress()
+    weights, step = trainable_state(model), TrainStep(model, optimizer, loss or nn.CrossEntropyLoss())
+    at = (checkpoint.load(weights, optimizer, step.scaler) if checkpoint else None) or Progress()
     if at.iteration:
         callbacks.resumed(at)
 
@@ -148,10 +148,9 @@ def fit(
             with checkpoint.deferring(False):
                 return validate()
         except Interrupted:
-            checkpoint.save(weights, optimizer, at)
+            checkpoint.save(weights, optimizer, at, step.scaler)
             raise
 
-    step = TrainStep(model, optimizer, loss or nn.CrossEntropyLoss())
     with checkpoint.deferring() if checkpoint else nullcontext():
         while not at.done:
             train_mode()
@@ -165,11 +164,11 @@ def fit(
                 if due or len(waiting) == REPORT_EVERY:
                     _report(waiting, at, callbacks)
                 if checkpoint and due:
-                    checkpoint.save(weights, optimizer, at)
+                    checkpoint.save(weights, optimizer, at, step.scaler)
             _report(waiting, at, callbacks)
             _judge(weights, schedule, scored(), stop_when_overfitting, at, callbacks)
             if checkpoint and at.done:
-                checkpoint.save(weights, optimizer, at)
+                checkpoint.save(weights, optimizer, at, step.scaler)
     if at.best:
         put(weights, at.best)
     return at.history

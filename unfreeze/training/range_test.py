@@ -59,11 +59,12 @@ def range_test(
     with preserved(model, optimizer), checkpoint.deferring() if checkpoint else nullcontext():
         weights = trainable_state(model)
         start = {name: tensor.clone() for name, tensor in weights.items()}
-        at = (checkpoint.load(weights, optimizer) if checkpoint else None) or Progress()
+        loss = loss or nn.CrossEntropyLoss()
+        step = TrainStep(model, optimizer, loss)
+        at = (checkpoint.load(weights, optimizer, step.scaler) if checkpoint else None) or Progress()
         if at.iteration:
             logger.info("goes on at batch %d of %d, from a checkpoint", at.iteration + 1, settings.iterations)
-        loss = loss or nn.CrossEntropyLoss()
-        line, step = _endless(batches, at), TrainStep(model, optimizer, loss)
+        line = _endless(batches, at)
 
         def train_at(rate: float) -> Losses:
             batch = next(line)
@@ -73,7 +74,7 @@ def range_test(
             at.history.batches.append({"iteration": at.iteration, "rate": rate, "loss": value, "starting": starting})
             at.iteration, at.batch = at.iteration + 1, at.batch + 1
             if checkpoint and checkpoint.due():
-                checkpoint.save(weights, optimizer, at)
+                checkpoint.save(weights, optimizer, at, step.scaler)
             return value, starting
 
         before = [(row["loss"], row["starting"]) for row in at.history.batches]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from unfreeze.batches.loader import Batch
-from unfreeze.device import autocast, deterministically
+from unfreeze.device import autocast, deterministically, grad_scaler
 from unfreeze.training.state import rng_state, set_rng_state
 
 logger = logging.getLogger("unfreeze")
@@ -31,12 +31,19 @@ def batch_loss(model: nn.Module, batch: Batch, loss: nn.Module) -> torch.Tensor:
     return torch.as_tensor(loss(logits.float(), labels))
 
 
-def train_batch(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, loss: nn.Module) -> torch.Tensor:
-    """One step of the optimizer; returns the batch's loss, still on the device."""
+def train_batch(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, loss: nn.Module, scaler: Any = None
+) -> torch.Tensor:
+    """One step of the optimizer; returns the batch's loss, still on the device. ``scaler``: of `grad_scaler`, if enabled."""
     value = batch_loss(model, batch, loss)
     optimizer.zero_grad(set_to_none=True)
-    value.backward()
-    optimizer.step()
+    if scaler is None:
+        value.backward()
+        optimizer.step()
+    else:
+        scaler.scale(value).backward()
+        scaler.step(optimizer)
+        scaler.update()
     return value.detach()
 
 
@@ -45,12 +52,17 @@ class TrainStep:
 
     While it is in use, tensors of the model and of the optimizer may be changed in place, but not replaced. Which
     parameters train, and the modules' modes, must not change.
+
+    Attributes:
+        scaler: scales the gradients if the device computes in float16; its state belongs to a checkpoint. With it there is
+            no CUDA graph: whether the optimizer skips a step depends on the gradients.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: nn.Module) -> None:
         self._model, self._optimizer, self._loss = model, optimizer, loss
         self._graph: GraphedStep | None = None
-        self._tried = False
+        self.scaler = grad_scaler(next(model.parameters()).device)
+        self._tried = self.scaler.is_enabled()
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Train on a batch; returns its loss, on the device."""
@@ -59,7 +71,8 @@ class TrainStep:
             self._graph = record(self._model, self._optimizer, batch, self._loss)
         if self._graph is not None and self._graph.fits(batch):
             return self._graph(batch)
-        return train_batch(self._model, self._optimizer, batch, self._loss)
+        scaler = self.scaler if self.scaler.is_enabled() else None
+        return train_batch(self._model, self._optimizer, batch, self._loss, scaler)
 
 
 def record(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, loss: nn.Module) -> "GraphedStep | None":

@@ -59,6 +59,22 @@ def test_a_copy_predicts_what_the_network_predicts(name: str, size: int, device:
     assert (frozen_copy(fast, images) is fast) == isinstance(fast, fx.GraphModule)
 
 
+@pytest.mark.parametrize("name", ["timm:tf_efficientnet_lite0", "torchvision:resnet18"])
+def test_a_copy_in_float16_predicts_what_the_network_predicts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on a GPU with tensor cores but without bfloat16.
+    monkeypatch.setattr("unfreeze.device.precision", lambda device: torch.float16)
+    monkeypatch.setattr("unfreeze.acceleration.frozen.precision", lambda device: torch.float16)
+    network, images = trained(name, 64).eval(), torch.randn(4, 3, 64, 64)
+    fast = frozen_copy(network, images)
+    convolutions = [module for module in fast.modules() if type(module) is nn.Conv2d]
+    assert convolutions and all(conv.weight.dtype == torch.float16 for conv in convolutions)
+    with torch.no_grad():
+        exact = network(images)
+        with autocast(CPU):
+            copied = fast(images).float()
+    assert 0 < (copied - exact).norm() < 0.01 * exact.norm()
+
+
 @DEVICES
 @pytest.mark.parametrize("name", FOLDED + OTHERS)
 def test_a_refreshed_copy_computes_what_a_new_copy_computes(name: str, device: torch.device) -> None:

@@ -125,6 +125,29 @@ def test_killed_at_every_batch_in_turn(tmp_path: Path) -> None:
     assert resumed == history
 
 
+@pytest.mark.parametrize("kill_at", [1, 4, 8])
+def test_killed_in_float16_it_goes_on_with_the_same_scale_of_gradients(
+    tmp_path: Path, kill_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scalers = []
+
+    def grad_scaler(device: torch.device) -> torch.amp.GradScaler:  # type: ignore[name-defined]
+        # Some of its first steps are skipped: where one is, and when the scale grows, depends on its state.
+        scalers.append(torch.amp.GradScaler(device.type, init_scale=2.0**30, growth_interval=2))  # type: ignore[attr-defined]
+        return scalers[-1]
+
+    monkeypatch.setattr("unfreeze.device.precision", lambda device: torch.float16)
+    monkeypatch.setattr("unfreeze.training.train_step.grad_scaler", grad_scaler)
+    weights, history, _ = training("adamw", None)
+    with pytest.raises(Killed):
+        training("adamw", at(tmp_path), kill_at)
+    again, resumed, _ = training("adamw", at(tmp_path))
+    assert same(weights, again)
+    assert resumed == history
+    assert scalers[0].state_dict() == scalers[2].state_dict()
+    assert scalers[0].get_scale() != 2.0**30
+
+
 def test_a_finished_training_is_not_trained_again(tmp_path: Path) -> None:
     weights, history, _ = training("adamw", at(tmp_path))
     seen = []

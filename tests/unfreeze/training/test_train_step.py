@@ -74,3 +74,41 @@ def test_a_model_that_cannot_be_recorded_is_trained_all_the_same(kind: str, capl
     torch.randn(2, device="cuda")  # the random generator works, and the next model can be recorded
     model, optimizer, batches = material("cuda", kind)
     assert record(model, optimizer, batches[0], LOSS) is not None
+
+
+@pytest.fixture
+def float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU computes in float16, as a GPU with tensor cores but without bfloat16 does."""
+    monkeypatch.setattr("unfreeze.device.precision", lambda device: torch.float16)
+
+
+@pytest.mark.usefixtures("float16")
+def test_gradients_too_small_for_float16_train_all_the_same() -> None:
+    model, optimizer, [(images, labels), *_] = material("cpu", "sgd")
+    before, head = model[-1].weight.detach().clone(), model[-1]
+    images, loss = images * 1e-2, nn.CrossEntropyLoss(weight=torch.full((2,), 1e-6), reduction="sum")
+    set_rate(optimizer, 1.0)
+    train_batch(model, optimizer, (images, labels), loss)
+    underflow = (model[0].weight.grad == 0).float().mean()
+    head.weight.data.copy_(before)
+    step = TrainStep(model, optimizer, loss)
+    assert step.scaler.is_enabled()
+    step((images, labels))
+    assert underflow > (model[0].weight.grad == 0).float().mean() == 0
+
+
+@pytest.mark.usefixtures("float16")
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_a_step_whose_gradients_overflow_is_skipped_and_the_scale_is_halved(kind: str) -> None:
+    model, optimizer, [batch, *_] = material("cpu", kind)
+    step = TrainStep(model, optimizer, LOSS)
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)  # type: ignore[attr-defined]
+    set_rate(optimizer, 1e-2)
+    before = [p.detach().clone() for p in model.parameters()]
+    step(batch)
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    assert step.scaler.get_scale() == 2.0**29
+    for _ in range(20):
+        step(batch)
+    assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    assert all(p.isfinite().all() for p in model.parameters())
