@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from benchmarks.work import SWEEP, Work, classifier, timed
 from unfreeze.batches.loader import Batch, Loader, activation_batches, shuffled
-from unfreeze.batches.rendering import read_canvas
+from unfreeze.batches.rendering import read_pixels
 from unfreeze.batches.views import random_views
 from unfreeze.data.packing import pack
 from unfreeze.data.sources import read_source
@@ -106,7 +106,7 @@ def read_rate(work: Work) -> float:
         random_views(rows, loader.packed.sizes[rows], work.image_size, work.settings.augment, np.random.default_rng(i))
         for i, rows in enumerate(chunks)
     ]
-    return _trained(loader) / timed(lambda: [read_canvas(loader.packed, batch) for batch in views])
+    return _trained(loader) / timed(lambda: [read_pixels(loader.packed, batch) for batch in views])
 
 
 def _trained(loader: Loader) -> int:

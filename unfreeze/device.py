@@ -98,9 +98,9 @@ def autocast(device: torch.device) -> AbstractContextManager[object]:
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
-def grad_scaler(device: torch.device) -> torch.amp.GradScaler:  # type: ignore[name-defined]
+def grad_scaler(device: torch.device) -> torch.amp.GradScaler:
     """The gradient scaler for training on a device: enabled with float16, in which small gradients would become zero."""
-    return torch.amp.GradScaler(device.type, enabled=precision(device) == torch.float16)  # type: ignore[attr-defined]
+    return torch.amp.GradScaler(device.type, enabled=precision(device) == torch.float16)
 
 
 def seed_everything(seed: int) -> None:

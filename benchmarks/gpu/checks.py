@@ -16,7 +16,7 @@ import torch
 import unfreeze
 from benchmarks.gpu.material import CLASSES, Row, Scale, classifier, packed, row, wait
 from unfreeze.acceleration.frozen import frozen_copy
-from unfreeze.batches.rendering import Normalisation, read_canvas, render
+from unfreeze.batches.rendering import Normalisation, gather_canvas, read_pixels, render
 from unfreeze.batches.views import DIHEDRAL, Views, plain_views, random_views
 from unfreeze.data.packed import PackedImages
 from unfreeze.device import autocast, best_device, seed_everything
@@ -85,9 +85,9 @@ def rendering(scale: Scale, data: Path) -> list[Row]:
     }
     rows = []
     for name, (images, views) in cases.items():
-        canvas, sizes = read_canvas(images, views), images.sizes[views.rows]
+        pixels, sizes = read_pixels(images, views), images.sizes[views.rows]
         found, here = (
-            render(canvas, views, sizes, size, RAW, device).cpu().double().numpy()
+            render(gather_canvas(pixels, images, views, device), views, sizes, size, RAW, device).cpu().double().numpy()
             for device in (best_device(), torch.device("cpu"))
         )
         expected = np.stack([_reference(images, views, i) for i in range(count)])

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from benchmarks.gpu.material import Row, Scale, Speed, classifier, packed_folder, row, settings, wait
 from unfreeze.acceleration.frozen import frozen_copy
 from unfreeze.batches.loader import Loader, shuffled
-from unfreeze.batches.rendering import read_canvas
+from unfreeze.batches.rendering import read_pixels
 from unfreeze.batches.views import random_views
 from unfreeze.device import autocast, best_device, seed_everything, to_device
 from unfreeze.evaluation.predicting import backbone_activations, predict_tta
@@ -268,7 +268,7 @@ def _reading(loader: Loader, rows: Rows) -> None:
     augment, rng = settings().augment, np.random.default_rng(0)
     for chunk in shuffled(rows, loader.batch_size, 0, 0):
         sizes = loader.packed.sizes[chunk]
-        read_canvas(loader.packed, random_views(chunk, sizes, loader.packed.image_size, augment, rng))
+        read_pixels(loader.packed, random_views(chunk, sizes, loader.packed.image_size, augment, rng))
 
 
 def shares(found: list[Row], tops: list[Row], scale: Scale) -> list[Row]:

@@ -1,69 +1,37 @@
 """Which images make a batch, in what order and in which views; `unfreeze.batches.rendering` makes their pixels."""
 
-import queue
-import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from unfreeze.batches.rendering import Canvas, Normalisation, gather_canvas, read_canvas, render, render_here, upload
+from unfreeze.batches.rendering import (
+    BatchPixels,
+    Normalisation,
+    gather_canvas,
+    read_pixels,
+    render,
+    render_here,
+    upload,
+)
 from unfreeze.batches.views import Views, joined, plain_views, random_views
 from unfreeze.data.packed import PackedImages
+from unfreeze.data.parallel import in_order
 from unfreeze.device import precision
 from unfreeze.progress import track
 from unfreeze.settings.schema import Augment
 
-T = TypeVar("T")
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Inputs (B, ...) and class numbers (B,), on the device."""
 SHARE_OF_CARD = 0.4
 """Share of a GPU's free memory that packed pixels may take."""
 PIECE = 1 << 26
 """Bytes that are read at once on their way to a GPU."""
-
-
-def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
-    """Work through ``items`` in a thread, ``depth`` ahead, so that reading overlaps computing.
-
-    What goes wrong in the thread is raised here, and a consumer that stops early stops the thread.
-    """
-    done = object()
-    line: queue.Queue[object] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(item: object) -> bool:
-        while not stop.is_set():
-            try:
-                line.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for item in items:
-                if not put(item):
-                    return
-            put(done)
-        except BaseException as error:
-            put(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while (item := line.get()) is not done:
-            if isinstance(item, BaseException):
-                raise item
-            yield item  # type: ignore[misc]
-    finally:
-        stop.set()
-        thread.join()
+READERS = 4
+"""Threads that read batches, one each, for a GPU that does not hold all pixels."""
 
 
 @dataclass(frozen=True)
@@ -136,17 +104,19 @@ class Loader:
             for views in batches:
                 yield views, render_here(self.packed, views, self.norm, precision(self.device))
             return
-        if self.on_card is not None:
-            for views in batches:
-                canvas = gather_canvas(self.on_card, self.packed, views)
-                yield views, self._render(canvas, views)
-            return
-        for views, canvas in prefetch((views, read_canvas(self.packed, views)) for views in batches):
-            yield views, self._render(canvas, views)
+        found = map(self._on_card, batches) if self.on_card is not None else in_order(self._read, batches, 1, READERS)
+        for views, pixels in found:
+            canvas, sizes = gather_canvas(pixels, self.packed, views, self.device), self.packed.sizes[views.rows]
+            yield views, render(canvas, views, sizes, self.packed.image_size, self.norm, self.device)
 
-    def _render(self, canvas: Canvas, views: Views) -> torch.Tensor:
-        sizes = self.packed.sizes[views.rows]
-        return render(canvas, views, sizes, self.packed.image_size, self.norm, self.device)
+    def _on_card(self, views: Views) -> tuple[Views, BatchPixels]:
+        assert self.on_card is not None
+        origin = np.zeros((len(views), 2), np.int64)
+        first, width = self.packed.offsets[views.rows] // 3, self.packed.sizes[views.rows, 0]
+        return views, BatchPixels(self.on_card, first, width, origin)
+
+    def _read(self, views: Views) -> tuple[Views, BatchPixels]:
+        return views, read_pixels(self.packed, views)
 
 
 def _contiguous(packed: PackedImages) -> bool:

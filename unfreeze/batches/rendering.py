@@ -1,8 +1,8 @@
 """From packed pixels to the batch that a network sees: one warp and one multiply-add for each view.
 
 On a GPU everything (mirroring, turning, zooming, cropping, lighting, normalising) is computed for the whole batch at
-once. Of each image only the rectangle that its view touches is needed. These bytes are on the GPU already if all packed
-pixels fit there; else the CPU copies them, one byte per value. On a CPU, OpenCV warps image by image, which takes half
+once. Of each image only the rectangle that its views touch is needed. These bytes are on the GPU already if all packed
+pixels fit there; else the CPU copies them, one byte per value, once for all views of an image. On a CPU, OpenCV warps image by image, which takes half
 the time of warping all images as one batch. The views are the same, but OpenCV rounds to whole values from 0 to 255.
 """
 
@@ -61,11 +61,28 @@ def render_here(packed: PackedImages, views: Views, norm: Normalisation, dtype: 
 
 
 @dataclass(frozen=True)
-class Canvas:
-    """The bytes that a batch of views needs.
+class BatchPixels:
+    """Where the pixels are that a batch of views needs.
 
     Attributes:
-        pixels: (B, H, W, 3) uint8; each image's rectangle in the upper left corner. Values beyond it are not used.
+        values: (P, 3) uint8, of several images.
+        first: (B,) the place in `values` of the first pixel that is there of each view's image.
+        width: (B,) pixels in each of its rows.
+        origin: (B, 2) column and row of that first pixel in the image.
+    """
+
+    values: torch.Tensor
+    first: NDArray[np.int64]
+    width: NDArray[np.int64]
+    origin: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """The pixels that each view of a batch needs, on the device.
+
+    Attributes:
+        pixels: (B, H, W, 3) uint8; each view's rectangle in the upper left corner. Values beyond it are not used.
         origin: (B, 2) where in the image (x, y) the rectangle begins.
     """
 
@@ -73,29 +90,34 @@ class Canvas:
     origin: NDArray[np.float32]
 
 
-def read_canvas(packed: PackedImages, views: Views) -> Canvas:
-    """Copy the rectangle of every image that its view touches."""
-    low, high = _rectangles(packed, views)
-    width, height = (high - low).max(0)
-    pixels = np.zeros((len(views), height, width, 3), np.uint8)
-    for target, row, first, behind in zip(pixels, views.rows, low, high, strict=True):
-        w, h = behind - first
-        packed.crop(row, first, behind, target[:h, :w])
-    return Canvas(torch.from_numpy(pixels), low.astype(np.float32))
+def read_pixels(packed: PackedImages, views: Views) -> BatchPixels:
+    """Read the rectangle of every image that its views touch, once for all views; page-locked if there is a GPU."""
+    rows, image = np.unique(views.rows, return_inverse=True)
+    lows, highs = _rectangles(packed, views)
+    low, high = packed.sizes[rows], np.zeros((len(rows), 2), np.int64)
+    np.minimum.at(low, image, lows)
+    np.maximum.at(high, image, highs)
+    width, height = (high - low).T
+    ends = (width * height).cumsum()
+    values = torch.empty((int(ends[-1]), 3), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    parts = np.split(values.numpy(), ends[:-1])
+    for part, row, first, behind, columns in zip(parts, rows, low, high, width, strict=True):
+        packed.crop(row, first, behind, part.reshape(-1, columns, 3))
+    return BatchPixels(values, (ends - width * height)[image], width[image], low[image])
 
 
-def gather_canvas(pixels: torch.Tensor, packed: PackedImages, views: Views) -> Canvas:
-    """The same from packed pixels (P, 3) that lie on the device; beyond its rectangle an image's edge is repeated."""
+def gather_canvas(pixels: BatchPixels, packed: PackedImages, views: Views, device: torch.device) -> Canvas:
+    """Gather each view's rectangle on the device; beyond the rectangle the image's edge is repeated."""
     low, high = _rectangles(packed, views)
-    wide = packed.sizes[views.rows, 0]
-    first = packed.offsets[views.rows] // 3 + low[:, 1] * wide + low[:, 0]
-    numbers = np.concatenate([first[:, None], wide[:, None], high - low - 1], 1)
-    first_, wide_, last_x, last_y = upload(torch.from_numpy(numbers), pixels.device)[:, :, None].unbind(1)
+    column, row = (low - pixels.origin).T
+    first = pixels.first + row * pixels.width + column
+    numbers = np.concatenate([first[:, None], pixels.width[:, None], high - low - 1], 1)
+    first_, wide_, last_x, last_y = upload(torch.from_numpy(numbers), device)[:, :, None].unbind(1)
     width, height = (high - low).max(0)
-    x = torch.arange(width, device=pixels.device).minimum(last_x)
-    y = torch.arange(height, device=pixels.device).minimum(last_y)
+    x = torch.arange(width, device=device).minimum(last_x)
+    y = torch.arange(height, device=device).minimum(last_y)
     places = (first_ + y * wide_)[:, :, None] + x[:, None]
-    return Canvas(pixels[places], low.astype(np.float32))
+    return Canvas(upload(pixels.values, device)[places], low.astype(np.float32))
 
 
 def _rectangles(packed: PackedImages, views: Views) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -111,7 +133,7 @@ def render(
     """Warp, light and normalise a batch on the device.
 
     Args:
-        canvas: what `read_canvas` copied.
+        canvas: what `gather_canvas` gathered.
         views: the views to render.
         sizes: (B, 2) width and height of the images in pixels, at whose edges places outside are mirrored.
         image_size: side of the output square in pixels.

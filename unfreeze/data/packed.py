@@ -28,6 +28,7 @@ ROWS = 5_000
 Pixels = NDArray[np.uint8]
 GreyRange = tuple[float, float]
 """Of greys of more than 8 bits, the value that is shown as black and the one that is shown as white."""
+Pair = Sequence[int] | NDArray[np.int64]
 Read = Callable[[int, Pixels], None]
 """``read(start, into)``: fill a contiguous array with the bytes from that one on."""
 
@@ -84,7 +85,7 @@ class PackedImages:
         """Which greys of more than 8 bits are black and white; None where no image has such."""
         return None if self.greys is None else self.greys.range
 
-    def crop(self, row: int, low: Sequence[int], high: Sequence[int], out: Pixels | None = None) -> Pixels:
+    def crop(self, row: int, low: Pair, high: Pair, out: Pixels | None = None) -> Pixels:
         """Read a rectangle of image ``row``, and of the image no rows but the rectangle's.
 
         Args:

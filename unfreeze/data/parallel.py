@@ -10,15 +10,19 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_order(work: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[Result]:
-    """Results of ``work`` in the order of the items, computed in a thread per core.
+def in_order(
+    work: Callable[[Item], Result], items: Iterable[Item], ahead: int, threads: int | None = None
+) -> Iterator[Result]:
+    """Results of ``work`` in the order of the items, computed in threads.
 
     Args:
         work: a function of one item; what it raises is raised when its turn comes.
         items: what is worked on.
-        ahead: results in memory that have not been taken yet, times the number of cores.
+        ahead: results in memory that have not been taken yet, times the number of threads.
+        threads: one per core by default.
     """
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = threads or cores
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:

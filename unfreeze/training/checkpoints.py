@@ -26,7 +26,7 @@ from unfreeze.training.state import Tensors, put, rng_state, set_rng_state
 
 logger = logging.getLogger("unfreeze")
 
-Scaler = torch.amp.GradScaler  # type: ignore[attr-defined]
+Scaler = torch.amp.GradScaler
 COLUMNS = ("rate", "loss", "starting")
 """Keys of a history's batches other than the iteration; ``starting`` only in an LR range test."""
 
@@ -109,9 +109,7 @@ class Checkpoint:
         if self.interruption.asked:
             raise Interrupted
 
-    def load(
-        self, weights: Tensors, optimizer: torch.optim.Optimizer, scaler: Scaler | None = None
-    ) -> Progress | None:
+    def load(self, weights: Tensors, optimizer: torch.optim.Optimizer, scaler: Scaler | None = None) -> Progress | None:
         """Restore weights, optimizer, gradient scaler and random state from the newest valid checkpoint.
 
         Returns:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tests.devices import NEEDS_A_GPU
 from unfreeze.batches import rendering
-from unfreeze.batches.rendering import Normalisation, gather_canvas, read_canvas, render, render_here
+from unfreeze.batches.rendering import BatchPixels, Normalisation, gather_canvas, read_pixels, render, render_here
 from unfreeze.batches.views import DIHEDRAL, Views, joined, plain_views, random_views
 from unfreeze.data.packed import PackedImages
 from unfreeze.evaluation.predictor import packed_in_memory
@@ -45,12 +45,15 @@ def gathered(packed: PackedImages, views: Views, norm: Normalisation, device: to
     """As where all packed pixels are on the device already."""
     pixels = np.empty(int(packed.sizes.prod(1).sum()) * 3, np.uint8)
     packed.read(0, pixels)
-    canvas = gather_canvas(torch.from_numpy(pixels).view(-1, 3).to(device), packed, views)
+    first, width = packed.offsets[views.rows] // 3, packed.sizes[views.rows, 0]
+    all_ = BatchPixels(torch.from_numpy(pixels).view(-1, 3).to(device), first, width, np.zeros((len(views), 2), int))
+    canvas = gather_canvas(all_, packed, views, device)
     return render(canvas, views, packed.sizes[views.rows], packed.image_size, norm, device)
 
 
 def rendered(packed: PackedImages, views: Views, norm: Normalisation, device: torch.device) -> torch.Tensor:
-    return render(read_canvas(packed, views), views, packed.sizes[views.rows], packed.image_size, norm, device)
+    canvas = gather_canvas(read_pixels(packed, views), packed, views, device)
+    return render(canvas, views, packed.sizes[views.rows], packed.image_size, norm, device)
 
 
 WAYS = pytest.mark.parametrize(
@@ -152,6 +155,16 @@ def test_lighting_is_contrast_around_grey_and_then_brightness(way: Way) -> None:
     for i in range(2):
         by_hand = (packed[i] / 255 - 0.5) * gain[i] + 0.5 + shift[i]
         np.testing.assert_allclose(batch[i].permute(1, 2, 0), by_hand, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [SIZE, 50])
+def test_several_views_of_an_image_are_the_views_one_by_one_and_its_pixels_are_read_once(width: int) -> None:
+    packed, augment, rows = images(4, width=width), Augment("both", 10, 1.3, 0.2), np.array([2, 2, 0, 2, 3, 0, 2, 2])
+    views = random_views(rows, packed.sizes[rows], SIZE, augment, np.random.default_rng(0))
+    assert len(read_pixels(packed, views).values) <= packed.sizes[[0, 2, 3]].prod(1).sum()
+    for number, batch in enumerate(as_on_a_gpu(packed, views, RAW)):
+        alone = Views(*(part[[number]] for part in (views.rows, views.linear, views.centre, views.gain, views.shift)))
+        torch.testing.assert_close(batch[None], as_on_a_gpu(packed, alone, RAW), rtol=0, atol=1e-5)
 
 
 def test_joined_views_are_the_views_one_after_the_other() -> None:

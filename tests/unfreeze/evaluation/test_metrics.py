@@ -6,8 +6,8 @@ from sklearn import metrics
 
 from unfreeze.evaluation.metrics import (
     accuracy_interval,
-    confusion,
     calibration_error_by_chance,
+    confusion,
     expected_calibration_error,
     gallery_places,
     measure,

@@ -131,9 +131,9 @@ def test_killed_in_float16_it_goes_on_with_the_same_scale_of_gradients(
 ) -> None:
     scalers = []
 
-    def grad_scaler(device: torch.device) -> torch.amp.GradScaler:  # type: ignore[name-defined]
+    def grad_scaler(device: torch.device) -> torch.amp.GradScaler:
         # Some of its first steps are skipped: where one is, and when the scale grows, depends on its state.
-        scalers.append(torch.amp.GradScaler(device.type, init_scale=2.0**30, growth_interval=2))  # type: ignore[attr-defined]
+        scalers.append(torch.amp.GradScaler(device.type, init_scale=2.0**30, growth_interval=2))
         return scalers[-1]
 
     monkeypatch.setattr("unfreeze.device.precision", lambda device: torch.float16)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from unfreeze.batches.loader import Loader, activation_batches, prefetch, shuffled
+from unfreeze.batches.loader import Loader, activation_batches, shuffled
 from unfreeze.batches.rendering import Normalisation
 from unfreeze.batches.views import random_views, tta_views
 from unfreeze.data.packed import PackedImages
@@ -84,15 +84,6 @@ def test_an_epoch_holds_every_image_once_but_for_the_rest() -> None:
     together = np.concatenate(batches)
     assert len(set(together)) == 16 and set(together) <= set(range(10, 30))
     assert len(shuffled(np.arange(3), 8, 0, 0)[0]) == 3
-
-
-def test_prefetch_passes_on_errors() -> None:
-    def broken():  # type: ignore[no-untyped-def]
-        yield 1
-        raise ValueError("here")
-
-    with pytest.raises(ValueError, match="here"):
-        list(prefetch(broken()))
 
 
 @pytest.mark.parametrize("first", [0, 16, 32])

@@ -102,7 +102,7 @@ def test_gradients_too_small_for_float16_train_all_the_same() -> None:
 def test_a_step_whose_gradients_overflow_is_skipped_and_the_scale_is_halved(kind: str) -> None:
     model, optimizer, [batch, *_] = material("cpu", kind)
     step = TrainStep(model, optimizer, LOSS)
-    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)  # type: ignore[attr-defined]
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
     set_rate(optimizer, 1e-2)
     before = [p.detach().clone() for p in model.parameters()]
     step(batch)
