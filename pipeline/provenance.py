@@ -17,7 +17,7 @@ CODE = ("unfreeze", "pipeline", "tasks", "flows", "dvc.yaml")
 NAMED = ("data.source", "backbone.name", "data.image_size")
 """Settings that a run is called by, whether or not they differ."""
 LONGEST = 200
-"""Characters of the differing settings in a name: the rest of them is in the description."""
+"""Characters of a name, to which the time is added: MLflow's databases have room for 250. The description has all settings."""
 
 
 def differing_settings(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,8 +35,9 @@ def title(params: Mapping[str, Any]) -> str:
     source = Path(mask(str(params["data.source"])).removeprefix("sample:")).stem
     backbone = str(params["backbone.name"]).split(":")[-1]
     differing = {key: value for key, value in differing_settings(params).items() if key not in NAMED}
-    words = [source, backbone, f"{params['data.image_size']} px", shown(differing)]
-    return " · ".join(word if len(word) <= LONGEST else word[: LONGEST - 1] + "…" for word in words if word)
+    words = [source[: LONGEST // 4], backbone, f"{params['data.image_size']} px", shown(differing)]
+    name = " · ".join(word for word in words if word)
+    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
 
 
 def shown(settings: Mapping[str, Any]) -> str:

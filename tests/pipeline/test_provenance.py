@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.provenance import code_tags, description, differing_settings, title
+from pipeline.provenance import LONGEST, code_tags, description, differing_settings, title
 
 PARAMS = {"seed": 42, "data": {"source": "../photos", "image_size": 160}, "backbone": {"name": "timm:resnet18"}}
 FLAT = {"seed": 42, "data.source": "../photos", "data.image_size": 160, "backbone.name": "timm:resnet18"}
@@ -29,7 +29,11 @@ def test_a_run_is_called_by_what_differs_from_the_commit(checkout: Path) -> None
     changed = FLAT | {"seed": 7, "data.image_size": 224}
     assert differing_settings(changed) == {"seed": 7, "data.image_size": 224}
     assert title(changed) == "photos · resnet18 · 224 px · seed=7"
-    assert len(title(FLAT | {f"train.knob_{i}": i for i in range(100)})) < 250
+    many = {f"train.knob_{i}": i for i in range(100)}
+    for long in ({}, {"backbone.name": "timm:" + "x" * 300}, {"data.source": "/srv/" + "y" * 240}):
+        assert (
+            len(title(FLAT | many | long)) == LONGEST
+        )  # MLflow's PostgreSQL refuses names of more than 250 characters
 
 
 def test_settings_make_no_code_changed_and_a_new_module_does(checkout: Path) -> None:
