@@ -40,6 +40,8 @@ PATIENCE = 5.0
 SPEED = 1e6
 """Bytes a second that an upload is expected to reach; its timeout is longer accordingly."""
 REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"}
+REFUSED_BY_DATABASE = "BAD_REQUEST"
+"""What MLflow answers for an error of its database, such as a value that is too long for its column."""
 REFUSING = {400, 413, 415, 422}
 """Error codes of MLflow, and HTTP status codes of MLflow or a proxy, of requests that will never succeed."""
 DELETED = (
@@ -171,7 +173,13 @@ def _send(client: Any, folder: Path, is_written: bool) -> Iterator[float]:
     if experiment and experiment.lifecycle_stage != "active":  # it would refuse what it takes once it is restored
         raise _OfOne(Unreachable(DELETED.format(mask(head["experiment"]), experiment.experiment_id)))
     if "runs" not in sent:
-        sent = {"offset": 0, "runs": (yield from _open(client, head, experiment))}
+        try:
+            sent = {"offset": 0, "runs": (yield from _open(client, head, experiment))}
+        except Exception as error:
+            if not _is_refusal(error) and getattr(error, "error_code", None) != REFUSED_BY_DATABASE:
+                raise
+            text = f"MLflow at {address()} does not take the run {head['name']!r} ({reason(error)}); its records are kept in {folder}."
+            raise _OfOne(Unreachable(mask(text))) from error
         _note(folder, sent)
     ended = sent.get("ended", False)  # True if a power loss has undone the removal of a sent journal
     taken: bool | None = None

@@ -135,6 +135,26 @@ def test_a_deleted_experiment_holds_up_no_other(head: dict[str, Any]) -> None:
     assert not waiting()
 
 
+def test_a_run_that_the_database_refuses_holds_up_no_other(head: dict[str, Any]) -> None:
+    """PostgreSQL refuses a name of more than 250 characters, SQLite does not: a trigger does it here."""
+    client = sender.client()
+    client.search_experiments()
+    with sqlite3.connect(os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///")) as database:
+        database.execute(
+            "CREATE TRIGGER long BEFORE INSERT ON runs WHEN length(NEW.name) > 250 "
+            "BEGIN SELECT RAISE(ABORT, 'value too long'); END"
+        )
+    ended(head | {"name": "n" * 251}, "parent")
+    ended(head | {"pass": "b"}, "child", "parent")
+    with pytest.raises(sender.Unreachable, match="does not take the run 'nnn.*its records are kept in"):
+        list(sender.send(client))
+    assert statuses(client) == ["FINISHED"] * 2 and len(waiting()) == 1
+    own = Journal(head | {"pass": "c"})
+    list(sender.send(client, own))
+    assert len(waiting()) == 2
+    own.close()
+
+
 def test_an_experiment_that_is_deleted_meanwhile_lacks_nothing_when_it_is_restored(head: dict[str, Any]) -> None:
     journal, client = Journal(head), sender.client()
     journal.write({"run": "child", "metrics": {"loss": 1.0}, "at": 0, "when": 1})
