@@ -9,6 +9,7 @@ A machine is a folder here, with a HOME of its own; all share one kernel and the
 import argparse
 import base64
 import hashlib
+import itertools
 import os
 import re
 import resource
@@ -32,6 +33,7 @@ from pipeline.artifacts import STAGES
 from tests.integration.real_team import RealTeam, real_team
 from tests.integration.servers import at_work, errors_in, until
 from unfreeze.settings.overrides import apply_overrides
+from unfreeze.settings.schema import flatten
 
 WEIGHTS = "artifacts/train_full/model.safetensors"
 LONG = {"batch_size": 2, "train_full.cycle_len": 40, "checkpoint.batches": 5}
@@ -210,11 +212,16 @@ def d_restarts(team: RealTeam) -> None:
 
 @case
 def g_search(team: RealTeam) -> None:
-    """g  a search over two workers, of which one is killed, has each trial's result once"""
+    """g  a search of 12 trials over two workers, of which one is killed, has each trial's result once, and finds the best"""
+    searched: dict[str, list[Any]] = {
+        "train_full.cycles": [1, 2],
+        "unfreeze.lr_ratio": [2.0, 5.0],
+        "train_full.warmup": [0.0, 0.2, 0.4],
+    }
     wanted = {
-        "trials": 4, "metric": "evaluate/valid_tta_log_loss", "direction": "minimize", "sampler": "grid", "prune": False,
+        "trials": 12, "metric": "evaluate/valid_tta_log_loss", "direction": "minimize", "sampler": "grid", "prune": False,
         "parallel": 2, "deployment": "recipe/nightly",
-        "settings": {"train_full.cycles": [1, 2], "unfreeze.lr_ratio": [2, 5]},
+        "settings": searched,
     }  # fmt: skip
     (team.checkout.folder / "sweep.yaml").write_text(yaml.safe_dump(wanted))
     command = [sys.executable, "-m", "flows.cli", "sweep"]
@@ -229,15 +236,23 @@ def g_search(team: RealTeam) -> None:
         stack.callback(search.kill)
         at_work(lost.pid)
         kill(lost)
-        assert search.wait(1200) == 0, log.read_text()
+        assert search.wait(3000) == 0, log.read_text()
     printed = log.read_text()
     name = re.findall(r"Search (\S+):", printed)[0]
     trials = team.logged(**{"unfreeze.sweep": name})
     parents = [run for run in trials if "mlflow.parentRunId" not in run.data.tags]
-    settings = sorted((run.data.params["train_full.cycles"], run.data.params["unfreeze.lr_ratio"]) for run in parents)
-    assert settings == [("1", "2.0"), ("1", "5.0"), ("2", "2.0"), ("2", "5.0")], settings
+    settings = sorted(tuple(run.data.params[key] for key in searched) for run in parents)
+    assert settings == sorted(itertools.product(*(map(str, values) for values in searched.values()))), settings
     assert {run.info.status for run in parents} == {"FINISHED"}
-    assert len(re.findall(r"trial \d: evaluate/valid_tta_log_loss", printed)) == 4 and "failed" not in printed, printed
+    assert len(re.findall(r"trial \d+: evaluate/valid_tta_log_loss", printed)) == 12 and "failed" not in printed, (
+        printed
+    )
+    # All combinations were tried, so that a search with one trial at a time would find the same.
+    best = min(parents, key=lambda run: run.data.metrics[wanted["metric"]])
+    found = yaml.safe_load((team.checkout.folder / ".unfreeze/sweep" / name / "best.yaml").read_text())
+    assert {key: str(value) for key, value in flatten(found).items()} == {
+        key: best.data.params[key] for key in searched
+    }
 
 
 @case
