@@ -69,7 +69,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--settings", type=Path, help="changes to params.yaml")
     for flag, key in SETTINGS.items():
         parser.add_argument(flag, dest=key, metavar="VALUE", help=f"{key}, if another than in the settings")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each side (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="repetitions for each side (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="of the accuracy comparison (default: %(default)s)")
     parser.add_argument(
         "--workers", type=int, help="processes that load images for fastai (default: what helps it most)"
@@ -84,7 +84,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _overrides(chosen: argparse.Namespace) -> list[str]:
-    """What is asked for beside `params.yaml`: a file's values, and over these the flags'."""
+    """Overrides of `params.yaml`: the values of a file, then those of the flags, which take precedence."""
     given = [f"{key}={value}" for key in SETTINGS.values() if (value := vars(chosen)[key]) is not None]
     return (read_overrides(chosen.settings) if chosen.settings else []) + given
 

@@ -2,9 +2,9 @@
 
 python -m benchmarks.accuracy --set trash=../photos/trash --set "digits=../photos/digits augment.flip=none"
 
-Network, images, split, batch size and image size are the same for all; fastai and the plain script train as many epochs as
-the recipe does at most. Every run has a process of its own, and its result is saved at once: a second call runs what is
-missing, and the table has all results that there are.
+Network, images, split, batch size and image size are the same for all; fastai and the plain script train for the
+recipe's largest number of epochs. Every run has a process of its own, and its result is saved at once: a second call
+runs what is missing, and the table has all results that there are.
 """
 
 import argparse

@@ -31,7 +31,7 @@ _for_good = contextlib.ExitStack()
 
 
 def forward(work: Work) -> Ways:
-    """Images per second of the frozen network, by way; 0 of one that is not to be had here."""
+    """Images per second of the frozen network, for each variant; 0 for a variant that is not available here."""
     device, ways = best_device(), {}
     for count in (work.settings.batch_size, 2 * work.settings.batch_size):
         for name, model, batch, context in _variants(work, count, train=False):
@@ -47,7 +47,7 @@ def forward(work: Work) -> Ways:
 
 
 def training(work: Work, unfreeze: Unfreeze = WHOLE) -> Ways:
-    """Images per second of a training step (forward, backward, optimizer), by way."""
+    """Images per second of a training step (forward, backward, optimizer), for each variant."""
     device, ways = best_device(), {}
     for name, model, batch, context in _variants(work, work.settings.batch_size, train=True, unfreeze=unfreeze):
         inner: Any = getattr(model, "_orig_mod", model)
@@ -116,7 +116,7 @@ def _each_variant(work: Work, count: int, train: bool, unfreeze: Unfreeze) -> It
 
 
 def _constant(model: Any, batch: torch.Tensor, context: Any) -> Any:
-    """The network compiled for inference with constants folded, or None where that is not to be had here."""
+    """The network compiled for inference with constants folded, or None if that fails here."""
     import torch._inductor.config
 
     try:

@@ -71,7 +71,7 @@ def compare(
 
 
 def trial(work: Work, seed: int, last: str, activations: Activations, views: list[int]) -> list[Scores]:
-    """Train up to a stage; scores on the validation images: plain, and with TTA of each number of views."""
+    """Train up to a stage, and score the validation images: plain, and with TTA for each number of views."""
     seed_everything(seed)
     work = dataclasses.replace(work, settings=dataclasses.replace(work.settings, seed=seed))
     model, loader = classifier(work, seed)

@@ -181,6 +181,6 @@ def _prepare() -> None:
     A spawned process would spawn too: fastai's workers would import all there is anew in every epoch, which took as long
     as the epoch. And what fastai's own use of torch is warned of is not for whoever reads the table.
     """
-    die_with([identity(psutil.Process(os.getppid()))])  # or it would go on beside what is measured next
+    die_with([identity(psutil.Process(os.getppid()))])  # else it would run on during the next measurement
     set_start_method("fork", force=True)
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -25,7 +25,7 @@ SHARES: Rows = {
     for name in rates
     if name != "reading packed pixels"  # many times the ceiling
 }
-"""Rows of the two halves, and where in a result their values lie."""
+"""Rows of the figure's two halves, and the keys of their values in a result."""
 
 
 def draw(results: Path, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What Prefect, DVC and MLflow cost around the steps' own work: a recipe of next to no work, and one with nothing to do."""
+"""Overhead of Prefect, DVC and MLflow: a recipe whose steps have next to no work, and a run with nothing to do."""
 
 import os
 import re
@@ -28,7 +28,7 @@ SMALL = {
 
 
 def measure(say: Callable[[str], None], repeats: int) -> dict[str, Any]:
-    """Seconds: the overhead of each executed step and how much of it is before its work, a pass with nothing to do."""
+    """Seconds of overhead of each executed step, the part before the step's work, and of a pass with nothing to do."""
     with tempfile.TemporaryDirectory() as base:
         folder = Path(base) / "project"
         subprocess.run(["git", "clone", "-q", str(ROOT), str(folder)], check=True)

@@ -47,7 +47,7 @@ def _classifier(work: Work) -> tuple[Classifier, Loader]:
 
 
 def lr_find(work: Work) -> float:
-    """Seconds for an LR range test of the unfrozen network, as many batches as `Work.sweep`."""
+    """Seconds for an LR range test of the unfrozen network, with `Work.sweep` batches."""
     model, loader = _classifier(work)
     sweep, curves = dataclasses.replace(work.settings.unfreeze_lr_find, **SWEEP, iterations=work.sweep), []
     seconds = timed(lambda: curves.append(_find(work, model, loader, WHOLE, sweep)))
@@ -202,8 +202,8 @@ def stages(
 ) -> Iterator[str]:
     """Train head, augmented head and whole network; yields the name of each when it is done.
 
-    ``found`` gets the rate of the whole network, how many epochs it was trained, which cycle was kept, and the validation loss
-    at each cycle's end; ``cycles`` gets the weights there, by the cycle's number from 1.
+    ``found`` gets the rate of the whole network, its number of epochs, the cycle that was kept, and the validation loss
+    at each cycle's end; ``cycles`` gets the weights at each cycle's end, by the cycle's number from 1.
     """
     settings, packed = work.settings, loader.packed
     train, valid = _rows(loader, validate=True)

@@ -89,7 +89,7 @@ def make_work(folder: Path, settings: Settings) -> Work:
 
 
 def files(work: Work) -> pd.DataFrame:
-    """The images with where they lie, their labels and splits, as packing found them."""
+    """Paths and files of the images, and their labels and splits as packing found them."""
     table = open_packed(work.folder).table[["path", "label", "split"]]
     return table.merge(read_source(work.source)[["path", "file"]], on="path")
 

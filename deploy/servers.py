@@ -197,7 +197,7 @@ class Servers:
 
     @contextmanager
     def prefect_server(self) -> Iterator[Part]:
-        """Have Prefect's server alone run, beside the others."""
+        """Run only Prefect's server, beside the other servers."""
         environment = self._common | {
             "PREFECT_HOME": str(self.folder / "prefect"),
             "PREFECT_SERVER_DATABASE_CONNECTION_URL": "postgresql+asyncpg:///prefect",

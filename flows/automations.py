@@ -25,7 +25,7 @@ LOST = "WorkerLost"
 Match = dict[str, str | list[str]]
 RUNS: Match = {"prefect.resource.id": "prefect.flow-run.*"}
 OURS: Match = {"prefect.resource.role": "tag", "prefect.resource.id": "prefect.tag.unfreeze"}
-"""Deployments carry this tag, and so do their runs; others have no worker that could be lost."""
+"""Tag of deployments and of their runs; other runs have no worker that could be lost."""
 
 COMPARED = "unfreeze.model"
 """Event of a deployment's run that has registered a model, with a comparison to the previous version."""
@@ -67,7 +67,7 @@ def takeovers() -> list[AutomationCore]:
             name="unfreeze: worker lost",
             description="No heartbeat of a run for a while.",
             trigger=silent(events("heartbeat", "Running"), SILENCE),
-            actions=[crash("No heartbeat: the worker is lost, another one goes on.")],
+            actions=[crash("No heartbeat: the worker is lost; another one continues the run.")],
         ),
         AutomationCore(
             name="unfreeze: worker lost before the start",

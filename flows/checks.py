@@ -49,8 +49,8 @@ def check_images(settings: Settings) -> pd.DataFrame:
         chance = 4 * math.sqrt(looked_at * data.max_broken * (1 - data.max_broken))
     if len(unreadable) > data.max_broken * looked_at + chance:
         raise UserError(
-            f"data.source: of {looked_at} images of {data.source} that were looked at, {len(unreadable)} cannot be read, "
-            f"where data.max_broken allows {data.max_broken:.0%} of all, among them\n  " + "\n  ".join(unreadable[:5])
+            f"data.source: {len(unreadable)} of {looked_at} examined images of {data.source} cannot be read; "
+            f"data.max_broken allows {data.max_broken:.0%} of all images. Among them:\n  " + "\n  ".join(unreadable[:5])
         )
     return table
 

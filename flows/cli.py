@@ -247,12 +247,12 @@ def _predict(chosen: argparse.Namespace) -> int:
 
 
 def _image_files(named: list[Path]) -> list[Path]:
-    """The files named, and those in the folders named."""
+    """The given files, and the files in the given folders."""
     from unfreeze.data.folders import walk
 
     files: list[Path] = []
     for path in named:
-        if not os.path.exists(path):  # which takes a name that is too long for none
+        if not os.path.exists(path):  # also False for a name that is too long
             raise UserError(f"{path} does not exist.")
         files += [Path(file) for file in walk(str(path))] if os.path.isdir(path) else [path]
     if not files:

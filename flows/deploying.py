@@ -41,7 +41,7 @@ def source() -> dict[str, str]:
         top = git("rev-parse", "--show-toplevel")
         repository = git("remote", "get-url", "origin") if "origin" in git("remote").splitlines() else top
     except GitError as error:
-        raise UserError(f"The deployment runs what is committed to a branch, and Git says: {error}.") from None
+        raise UserError(f"The deployment runs what is committed to a branch, but Git failed: {error}.") from None
     if not branch:
         raise UserError("The deployment runs what is committed to a branch: check one out (`git switch main`).")
     if Path(top, repository).exists():

@@ -109,7 +109,7 @@ def put_lock_aside() -> Path:
 
 
 def find_remote() -> tuple[bool, str | None]:
-    """Whether a default remote is configured, to pull from and push to; and why it cannot be used now, if so."""
+    """Whether a default remote for pull and push is configured; and the reason if it cannot be used now."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", FIND_REMOTE], capture_output=True, text=True, env=environment(), timeout=PATIENCE
@@ -173,7 +173,7 @@ def _removed(folder: Path) -> bool:
 
 
 def push(pauses: Sequence[float] = (2, 8), beside: bool = False) -> str | None:
-    """Push artifacts and the run cache to the default remote; returns what went wrong at last, if anything.
+    """Push artifacts and the run cache to the default remote; returns the last error, if it failed.
 
     Args:
         pauses: seconds to wait before each further attempt.

@@ -70,7 +70,7 @@ def begin() -> Plan:
     if run and deployed:
         claim(run)
         if is_another_attempt():
-            get_run_logger().info("This run was started before, perhaps on a worker that is lost: it continues.")
+            get_run_logger().info("Continuing a run that was started before, perhaps on a worker that is lost.")
     os.environ[PARENT] = identity(psutil.Process())
     with suppress(OSError):  # a terminal may have no name, in a container say
         os.environ["UNFREEZE_TTY"] = os.ttyname(sys.stderr.fileno())

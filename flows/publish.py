@@ -43,11 +43,11 @@ def what_waits() -> str:
     """Sentences on queued results, and how they are sent; empty if there are none."""
     sentences = []
     if count := len(waiting_here()):
-        sentences.append(f"MLflow at {address()} has not got everything: {_wait(count)}.")
+        sentences.append(f"{_steps(count)} not yet sent to MLflow at {address()}.")
     if dvc.to_push():
-        sentences.append("DVC's remote has not got everything.")
+        sentences.append("Results not yet pushed to DVC's remote.")
     if sentences:
-        sentences.append("`unfreeze publish` sends it, and so does the next run.")
+        sentences.append("`unfreeze publish` sends them, and so does the next run.")
     return " ".join([*sentences, *_elsewhere()])
 
 

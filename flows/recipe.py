@@ -81,7 +81,7 @@ def recipe(
         raise UserError(f"until is {until!r}, and must be one of the steps: {', '.join(names)}.")
     if sweep:
         os.environ[SWEEP] = sweep
-    # An equal run that this one waited for (`at_work`) may have ended in Prefect, while its process is still ending.
+    # A run that computes the same, which this one waited for (`at_work`), may have ended in Prefect but not exited yet.
     with at_work(), alone("run", GRACE), ExitStack() as until_the_end:
         with put_back_on_error("params.yaml"):
             if settings or settings_file:
@@ -117,7 +117,7 @@ def recipe(
 
 def _write(settings: dict[str, Any] | list[str] | None, settings_file: str | None) -> None:
     """Write the settings of this run into `params.yaml`; those of `unfreeze run`, a list, have been checked."""
-    with alone("step", GRACE):  # which may be a step of `dvc repro`
+    with alone("step", GRACE):  # the other process may be a step of `dvc repro`
         if isinstance(settings, list):
             apply_overrides("params.yaml", settings)
         elif overrides := (read_overrides(settings_file) if settings_file else []) + as_overrides(settings or {}):

@@ -100,7 +100,7 @@ def _compute(into: Path) -> list[str]:
             if not dvc.is_noise(line):
                 print(mask(line.rstrip()), flush=True)
     if process.returncode:
-        raise UserError(f"What cannot be fetched could not be computed either: see above. The worktree is {into}.")
+        raise UserError(f"Results could neither be fetched nor computed: see above. The worktree is {into}.")
     return ran
 
 

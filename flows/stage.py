@@ -75,7 +75,7 @@ def worth_a_retry(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool
 
 
 def stage_task(stage: str, description: str, gpu: bool = False) -> Task[[Plan], Any]:
-    """The Prefect task of a stage; it ends as ``Completed``, or as ``Cached`` where there was nothing to run.
+    """The Prefect task of a stage; it ends as ``Completed``, or as ``Cached`` if there was nothing to run.
 
     It asks DVC for exactly this stage, whose command runs the step in a process of its own; what the step prints goes
     to Prefect's log line by line.
@@ -83,7 +83,7 @@ def stage_task(stage: str, description: str, gpu: bool = False) -> Task[[Plan], 
     Args:
         stage: name of the stage, and of the task.
         description: what Prefect's UI shows.
-        gpu: whether the step makes use of a GPU, for a tag that a concurrency limit can be put on.
+        gpu: whether the step uses a GPU; its task then has the tag ``gpu``, which can be given a concurrency limit.
     """
 
     @task(

@@ -82,7 +82,7 @@ def read_sweep(path: Path) -> tuple[SweepSettings, Space]:
     """Read what to search.
 
     Raises:
-        UserError: the file is not there or wrong, a key is no setting, or a value is not one that the setting can have.
+        UserError: the file is missing or invalid, a key is not a setting, or a value is not valid for its setting.
     """
     content = read_yaml(read_text(path), str(path))
     if not isinstance(content, Mapping) or not isinstance(content.get("settings"), Mapping) or not content["settings"]:
@@ -91,7 +91,8 @@ def read_sweep(path: Path) -> tuple[SweepSettings, Space]:
     split, _, _ = chosen.metric.partition("/")
     if split != "evaluate" or not chosen.metric.startswith("evaluate/valid_"):
         raise UserError(
-            f"{path}: metric is {chosen.metric!r}, and must be one of evaluate/valid_...: test images choose nothing."
+            f"{path}: metric is {chosen.metric!r}, and must be one of evaluate/valid_...: test images must not be used "
+            "to choose."
         )
     space = {str(key): _space(str(key), value, path) for key, value in content["settings"].items()}
     if chosen.sampler == "grid" and (ranges := [key for key, values in space.items() if isinstance(values, Range)]):
@@ -305,7 +306,7 @@ def _conclude(study: "optuna.Study", chosen: SweepSettings, folder: Path) -> int
         if "same" not in trial.user_attrs
     ]
     if not complete:
-        raise UserError(f"No trial came to its end: see the logs in {folder}.")
+        raise UserError(f"No trial completed: see the logs in {folder}.")
     complete.sort(key=lambda trial: trial.value or 0.0, reverse=chosen.direction == "maximize")
     keys = list(complete[0].params)
     table = Table(

@@ -58,7 +58,7 @@ class LocalTrial:
 
 
 class LocalTrials:
-    """Runs trials on this machine, each in one of some worktrees of the committed code that share DVC's cache.
+    """Runs trials on this machine, each in one of several worktrees of the committed code, which share DVC's cache.
 
     Results of steps that do not depend on the changed settings stay in the worktree, or come from the cache.
     """

@@ -1,7 +1,8 @@
 """A workspace of its own for each run of the deployment: a clone of the newest commit of the deployed branch.
 
-`prepare` is the deployment's pull step (`prefect.yaml`). Prefect's worker calls it in a new process, which then becomes the
-flow's, in the folder that it names: all other code comes from the commit. What outlives a workspace lies in `UNFREEZE_HOME`:
+`prepare` is the deployment's pull step (`prefect.yaml`). Prefect's worker calls it in a new process. The flow then runs
+in that process, in the folder that `prepare` returns, so all other code comes from the commit. What outlives a
+workspace is in `UNFREEZE_HOME`:
 
     repositories/<hash>.git                  what has been fetched
     workspaces/<commit>-<hash of settings>/  so that an interrupted run's is found again by what it computes
@@ -37,7 +38,7 @@ from pipeline.tracking.journal import ROOT
 from unfreeze.errors import UserError
 
 LOCK = "UNFREEZE_WORKSPACE_LOCK"
-"""Environment variable: the descriptor of the lock by which a run keeps its workspace from being removed."""
+"""Environment variable with the descriptor of the lock that keeps a run's workspace from being removed."""
 PAUSES = (0, 2, 8)
 """Seconds to wait before each attempt to reach the repository."""
 FORGET = 14 * 24 * 3600

@@ -19,7 +19,7 @@ STAGES = (
     "retrain",
     "register",
 )
-"""Names of the steps, in the order of the recipe: of Prefect's tasks, DVC's stages and MLflow's child runs alike."""
+"""Names of the steps, in the order of the recipe. Prefect's tasks, DVC's stages and MLflow's child runs share them."""
 
 
 def artifact(stage: str, name: str) -> Path:

@@ -1,8 +1,8 @@
 """Flush DVC's cache to disk, and remove incomplete files from it after a power loss.
 
 DVC does not call fsync. A file that it cached shortly before a power loss may have its name and permissions but not its
-content. DVC takes every file in the cache for complete: it would replace a correct output with it, and `dvc status`
-would report nothing.
+content. DVC assumes that every file in the cache is complete: it would replace a correct output with an incomplete
+one, and `dvc status` would report nothing.
 """
 
 import hashlib

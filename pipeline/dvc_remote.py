@@ -1,7 +1,7 @@
 """DVC's default remote: its address, and its file system with the credentials that DVC has for it.
 
-The address is read from DVC's configuration files, which takes no time. The file system is described by DVC itself, in a
-process of its own, as an fsspec file system: only where something is to be read or written there.
+The address is read from DVC's configuration files, which takes no time. DVC itself describes the fsspec file system
+in a process of its own, only when something is to be read or written there.
 """
 
 import configparser

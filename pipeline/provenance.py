@@ -41,7 +41,7 @@ def title(params: Mapping[str, Any]) -> str:
 
 
 def shown(settings: Mapping[str, Any]) -> str:
-    """Settings in a line, as everybody may see them."""
+    """Settings in one line, with secrets masked."""
     return mask(", ".join(f"{key}={value}" for key, value in settings.items()))
 
 
@@ -55,15 +55,15 @@ def code_tags() -> dict[str, str]:
 
 
 def machine_tags() -> dict[str, str]:
-    """MLflow's tags for the machine, and whose process this is."""
+    """MLflow's tags for the machine and the user."""
     return {"unfreeze.host": socket.gethostname(), "mlflow.user": user()}
 
 
 def user() -> str:
-    """Whose process this is."""
+    """Name of the user who runs this process; empty if the user has none."""
     try:
         return getpass.getuser()
-    except (OSError, KeyError):  # a number that nobody has a name for
+    except (OSError, KeyError):  # a user ID without a name
         return ""
 
 

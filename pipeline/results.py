@@ -18,7 +18,7 @@ MANY, LIKELIEST = 100, 20
 def write_predictions(path: Path, packed: PackedImages, predictions: Mapping[str, Predictions]) -> None:
     """Write `predictions.csv`: path, split, label, predicted, ``p_<class>``..., then the same with TTA.
 
-    With more than 100 classes, ``p_<class>`` is empty but for the 20 likeliest classes of an image and its own.
+    With more than 100 classes, ``p_<class>`` is filled only for an image's 20 likeliest classes and its own.
     """
     classes = np.array(packed.classes, dtype=object)
     tables = [pd.DataFrame({"path": [], "split": [], "label": [], "predicted": []})]

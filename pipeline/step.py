@@ -91,7 +91,7 @@ class Run:
 
     @cached_property
     def device(self) -> "torch.device":
-        """The device that the step computes on. Raises UserError where the settings ask for one that does not work."""
+        """The device that the step computes on. Raises UserError if the settings ask for one that does not work."""
         from unfreeze.device import choose_device, describe
 
         device = choose_device(self.wanted)

@@ -1,4 +1,4 @@
-"""What the steps that train have in common: one line per epoch, curves while they run, tables afterwards."""
+"""Log of the training steps: one line per epoch, curves while they run, tables afterwards."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

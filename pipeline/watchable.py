@@ -57,8 +57,8 @@ def check_readable(source: str) -> None:
     found = [f"{shown(path)}: {why}" for path, why in _unreadable(source)]
     if found:
         raise UserError(
-            f"data.source: DVC, which watches {source}, cannot read {len(found)} of the things in it; remove them, or list "
-            "the images in a CSV file and name that. Among them\n  " + "\n  ".join(found[:5])
+            f"data.source: DVC, which watches {source}, cannot read {len(found)} of its entries; remove them, or list "
+            "the images in a CSV file and set data.source to that. Among them:\n  " + "\n  ".join(found[:5])
         )
 
 

@@ -1,4 +1,4 @@
-"""How good the result is and where it goes wrong: predictions with and without TTA, confusion matrix, report.
+"""Evaluate the models and their errors: predictions with and without TTA, confusion matrix, report.
 
 Logistic regression, head, augmented head, full network and the average of its cycles' weights (a model soup) are compared on
 the validation split, with TTA and calibrated, and the best is selected. It is not significantly less accurate there

@@ -23,8 +23,8 @@ def disk_trouble(error: OSError, where: Path | None = None) -> str:
     """A sentence for a full disk or a closed folder, empty for any other error.
 
     Args:
-        error: what the system said.
-        where: the file or folder, if the error names none; without it only a full disk is told.
+        error: raised by the operating system.
+        where: the file or folder, if the error names none; without either, only a full disk is reported.
     """
     file = error.filename or where or (Path() if error.errno in FULL else None)
     if error.errno not in FULL + FORBIDDEN or file is None:

@@ -2,7 +2,7 @@
 
 A bar is drawn only on a terminal: this process's own, or the one that a parent process lends by naming it in the
 environment variable ``UNFREEZE_TTY`` (a step runs in a process whose output is piped into a log, but the person who
-started the recipe still watches a terminal). Bars vanish when they end; what stays is the log's lines.
+started the recipe still watches a terminal). Bars vanish when they end; the log's lines stay.
 """
 
 import contextlib

@@ -55,7 +55,7 @@ PARTS = {
 TOGETHER = 8
 """Parts that are not timed run side by side."""
 LEAST = 5.0
-"""Seconds that must be left for a part to begin."""
+"""Least time left, in seconds, with which a part is started."""
 SLOWLY = 600.0
 """Seconds that a part may take where there is no GPU."""
 

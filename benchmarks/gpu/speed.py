@@ -258,7 +258,7 @@ def _tta(model: Classifier, loader: Loader, rows: Rows) -> None:
 
 
 def _batches(loader: Loader, rows: Rows) -> None:
-    """Augmented batches that nothing is done with."""
+    """Render augmented batches, and discard them."""
     for _ in loader.augmented(rows, settings().augment, 0, 0):
         pass
 

@@ -13,7 +13,7 @@ from pipeline.process.lock import hold_if_free
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 PAUSE = 5.0
-"""Seconds between two looks for a card that is free."""
+"""Seconds between two checks for a free card."""
 
 
 def cards() -> list[str]:

@@ -4,8 +4,8 @@ Importing torch, timm and MLflow takes longer than many a step's own work, and e
 flow keeps one such process beside it; ``python -m tasks <step>``, which DVC starts, finds it by the environment variable
 ``UNFREEZE_WARM`` and hands over its arguments, environment and output. Each step is still a separate process: a crash
 affects no other step, its memory is freed at its end, no module of this project is imported beforehand, and it ends
-when the process that waits for it ends. CUDA is not initialized before the fork. Threads that imports start
-(OpenBLAS's, Arrow's) are restarted after it by their libraries.
+when the process that waits for it ends. CUDA is not initialized before the fork. Libraries that start threads
+when they are imported (OpenBLAS, Arrow) restart them after the fork.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ IMPORTS = (
 )
 PR_SET_PDEATHSIG = 1
 LONGEST = 108
-"""Bytes of a socket's address with the zero at its end."""
+"""Largest length in bytes of a Unix socket's address, including the zero at its end."""
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ TIMEOUT = 600.0
 
 
 class GitError(Exception):
-    """Git failed: the last line of what it said, as it may be shown."""
+    """Git failed; the message is the last line of its output, with secrets masked."""
 
 
 def git(*words: str, folder: Path | str = ".") -> str:

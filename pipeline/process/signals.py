@@ -88,7 +88,7 @@ def dvc_above() -> psutil.Process | None:
 
 
 def alive(word: str) -> bool:
-    """Whether the process of an `identity` is there and at work."""
+    """Whether the process of an `identity` is running, and not a zombie."""
     try:
         process = psutil.Process(int(word.partition("-")[0]))
         return identity(process) == word and process.status() != psutil.STATUS_ZOMBIE

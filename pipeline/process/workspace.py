@@ -36,7 +36,7 @@ def link_source(source: str) -> None:
             continue
         beside = Path(os.path.normpath(copies.joinpath(*parts[1 : up + 1])))
         target = os.path.relpath(Path(*parts[: up + 1]), beside.parent)
-        with suppress(OSError):  # then an experiment in a copy does without
+        with suppress(OSError):  # an experiment in a copy then has no such link
             beside.parent.mkdir(parents=True, exist_ok=True)
             if beside.is_symlink() and os.readlink(beside) != target:
                 beside.unlink()

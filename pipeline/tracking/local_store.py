@@ -24,7 +24,7 @@ DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 """The databases that MLflow works with, as their addresses begin."""
 
 FILES = "mlruns"
-"""The folder of files, as MLflow calls it."""
+"""MLflow's name for its folder of files."""
 
 NOTED = (
     ("experiments", "experiment_id", "artifact_location"),
@@ -71,8 +71,8 @@ def check_tracking_uri() -> None:
         why = "; MLflow keeps no runs in a folder any more" if _is_folder(uri) else ""
     near = f"http://{uri}" if re.fullmatch(r"[\w.-]+:\d+(/.*)?", uri) else "http://localhost:5000"
     raise UserError(
-        f"MLFLOW_TRACKING_URI is {mask(uri)}, which is no address of MLflow's{why}. Write {mask(near)} for a server, "
-        f"sqlite:///mlflow.db for a file, or nothing for the latter."
+        f"MLFLOW_TRACKING_URI is {mask(uri)}, which is not a valid MLflow address{why}. Write {mask(near)} for a "
+        f"server, sqlite:///mlflow.db for a file, or nothing for the latter."
     )
 
 

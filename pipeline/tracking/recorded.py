@@ -61,7 +61,7 @@ def find_recorded(named: str) -> Recorded:
         run_id, tags = run.info.run_id, run.data.tags
         present = {file.path for file in mlflow.list_artifacts(run_id)}
         if missing := [name for name in FILES if name not in present]:
-            raise UserError(f"MLflow's run {run_id} has no {' and no '.join(missing)}: it is no pass that has ended.")
+            raise UserError(f"MLflow's run {run_id} has no {' and no '.join(missing)}: it is not a finished pass.")
         if "mlflow.source.git.commit" not in tags:
             raise UserError(f"MLflow's run {run_id} does not say which git commit was run.")
         versions = [version] if version else mlflow.search_model_versions(f"run_id = '{run_id}'", max_results=1)

@@ -89,7 +89,7 @@ def _extras() -> list[str]:
 
 
 def _version(package: str) -> str:
-    """The version that is installed, as package indexes know it: without what a build for one device adds (``+cu126``)."""
+    """The installed version as package indexes list it: without the suffix of a build for one device (``+cu126``)."""
     return importlib.metadata.version(package).partition("+")[0]
 
 

@@ -104,7 +104,7 @@ def reaching() -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """An error in a few words, without what nobody may see."""
+    """Short text of an error, with secrets masked."""
     if isinstance(error, Unreachable):
         return str(error)
     text = (str(error).splitlines() or [""])[0]
@@ -284,7 +284,7 @@ def _run(
 
 
 def attempt(owner: str | None) -> int:
-    """The number in an owner, ``<attempt>@<host>``: where a worker is lost, the attempt of the next one is higher."""
+    """The attempt number of an owner, ``<attempt>@<host>``; it is higher for the worker that replaces a lost one."""
     return int((owner or "").partition("@")[0] or 0)
 
 

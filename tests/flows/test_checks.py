@@ -80,7 +80,7 @@ def test_images_that_git_lfs_has_not_fetched_are_refused(
     before = Path("params.yaml").read_bytes()
     assert main([command, "-S", "data.source=few"]) == 2
     told = capsys.readouterr().err
-    assert "of 20 images of few that were looked at, 16 cannot be read" in told
+    assert "16 of 20 examined images of few cannot be read" in told
     assert "bright/00 0.png: not an image that can be read: a Git LFS pointer" in told and "`git lfs pull`" in told
     assert Path("params.yaml").read_bytes() == before
 
@@ -105,7 +105,7 @@ def test_of_many_images_some_are_looked_at(workspace: Path) -> None:
     assert len(table) == 240 and looked_at == LOOKED_AT and 0 < len(unreadable) < len(broken)
     for file in Path("photos/bright").glob("* *.png"):
         file.write_bytes(POINTER)
-    with pytest.raises(UserError, match="of 100 images of photos that were looked at, 4. cannot be read"):
+    with pytest.raises(UserError, match="4. of 100 examined images of photos cannot be read"):
         check_images(settings)
 
 

@@ -66,8 +66,8 @@ def written(**changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"metric": "evaluate/test_tta_accuracy"}, "test images choose nothing"),
-        ({"metric": "retrain/test_accuracy"}, "test images choose nothing"),
+        ({"metric": "evaluate/test_tta_accuracy"}, "test images must not be used to choose"),
+        ({"metric": "retrain/test_accuracy"}, "test images must not be used to choose"),
         ({"settings": {}}, "a key `settings`"),
         ({"settings": {"unfreeze.lr_ration": [1]}}, "Did you mean unfreeze.lr_ratio"),
         ({"settings": {"unfreeze.lr_ratio": [3, -1]}}, "unfreeze.lr_ratio"),

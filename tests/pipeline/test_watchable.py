@@ -39,7 +39,7 @@ def test_what_is_no_plain_file_is_named(photos: Path) -> None:
         with pytest.raises(UserError) as caught:
             check_readable(str(photos))
     said = str(caught.value).splitlines()
-    assert said[0].startswith(f"data.source: DVC, which watches {photos}, cannot read 5 of the things in it")
+    assert said[0].startswith(f"data.source: DVC, which watches {photos}, cannot read 5 of its entries")
     assert sorted(said[1:]) == [
         f"  {photos}/.hidden/gone: No such file or directory",
         f"  {photos}/cat/circle.png: Too many levels of symbolic links",

@@ -51,7 +51,7 @@ class Chain:
 
 
 def traced(network: nn.Module, images: torch.Tensor, trains: bool) -> fx.GraphModule | None:
-    """A network as the list of the calls that it makes for any images.
+    """A network as the list of calls that it makes for any images.
 
     Args:
         network: in eval mode.
@@ -59,8 +59,8 @@ def traced(network: nn.Module, images: torch.Tensor, trains: bool) -> fx.GraphMo
         trains: whether the calls of training count as well: else those that do nothing here, as a dropout's, are left out.
 
     Returns:
-        A module made of the network's own ones, where each call has the ``shape`` of what it makes in its ``meta``. None
-        where the calls depend on the images.
+        A module that uses the network's own modules, with the ``shape`` of each call's output in the call's ``meta``.
+        None if the calls depend on the images.
     """
     try:
         graph = fx.GraphModule(network, _Tracer().trace(network))

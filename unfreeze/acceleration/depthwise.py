@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 COLUMNS = 3
-"""Widest weights with a fast gradient."""
+"""Largest width of a kernel for which oneDNN has a fast gradient."""
 
 Edges = tuple[int, int, int, int]
 

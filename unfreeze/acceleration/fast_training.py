@@ -174,7 +174,7 @@ def _frozen(layer: Layer, forwards: dict[nn.Module, Forward], batch: int | None)
     if _has_act(norm):  # at the end of timm's BatchNorm
         fits = type(inside.act) in POST_OPS and isinstance(inside.drop, nn.Identity)
         emptied, last = (norm, inside.act) if fits else (None, nn.Identity())
-    last, slow = copy.deepcopy(last), forwards[conv]  # a copy, as the module itself will do nothing
+    last, slow = copy.deepcopy(last), forwards[conv]  # a copy, as the module itself becomes a no-op
     found: dict[nn.Module, Forward] = {conv: lambda x: last(slow(x))}
     if batch is not None:
         folded = conv if norm is None else fuse_conv_bn_eval(conv, norm)

@@ -47,7 +47,7 @@ class StandIn:
 
     @staticmethod
     def take_back(module: nn.Module) -> None:
-        """Let a module, or a copy of it, compute as it did before; others stay as they are."""
+        """Restore the earlier ``forward`` of a module or of its copy; a module without a stand-in is unchanged."""
         here = vars(module).get("forward")
         if isinstance(here, StandIn):
             del module.forward
@@ -245,7 +245,7 @@ def _overwrite(graph: fx.GraphModule, turns: dict[fx.Node, int]) -> None:
 
     Args:
         graph: the traced copy.
-        turns: position in the order of execution of each call of a `ConvAct`.
+        turns: for each call of a `ConvAct`, its position in the order of execution.
     """
     modules = dict(graph.named_modules())
     made = {node for node in graph.graph.nodes if isinstance(modules.get(str(node.target)), ConvAct | nn.MaxPool2d)}

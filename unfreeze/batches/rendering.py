@@ -47,8 +47,8 @@ def render_here(packed: PackedImages, views: Views, norm: Normalisation, dtype: 
         else:
             image = packed.crop(row, first, behind)
             cv2.warpAffine(image, map_, (size, size), target, LINEAR, cv2.BORDER_REFLECT_101)
-    # Not together with the warp of each image: OpenCV's threads and torch's would wait for one another. Whole rows,
-    # with interleaved channels, take half the time of pixels of three values.
+    # Lighting is not applied right after each image's warp: OpenCV's and torch's threads would wait for one another.
+    # Whole rows, with interleaved channels, take half the time of pixels of three values.
     scale, offset = (torch.from_numpy(np.tile(v, size))[:, None] for v in _lighting(views, norm))
     images = torch.empty((count, size, size * 3), dtype=dtype)
     few = max(1, PIECE // (size * size * 3))
@@ -186,7 +186,7 @@ def _grid(
     column_x, column_y, centre_, edge, term = (v[:, None] for v in upload(torch.from_numpy(numbers), device).unbind(1))
     offset = (torch.arange(image_size, device=device) - (image_size - 1) / 2)[:, None]
     x, y = column_x * offset, column_y * offset + centre_  # (B, S, 2) each
-    # As complex numbers: the same sums, but long loops of them instead of pairs.
+    # As complex numbers: the same sums, but in long inner loops instead of loops over pairs.
     x, y = torch.view_as_complex(x), torch.view_as_complex(y)
     place = torch.view_as_real(x[:, None] + y[:, :, None])
     if inside:

@@ -122,11 +122,11 @@ def random_views(
 def tta_views(size: NDArray[np.int64], image_size: int, augment: Augment, count: int) -> tuple[Floats, Floats]:
     """The augmented views of one image that test-time augmentation averages with the plain one.
 
-    Squares are spread evenly over the longer side, first all in one symmetry, then all in the next, until there are as
-    many views as asked for, or more if the whole image needs more squares. After all symmetries were used once, each
-    further pass through them zooms in a little more than the pass before. The last one uses the largest zoom of the
-    training and none exceeds it: a network predicts badly on views unlike those it was trained on. Without zoom there is
-    only one pass, because a second one would add nothing. There is always at least one view.
+    Squares are spread evenly over the longer side: all of them in one symmetry, then all in the next, until there are
+    ``count`` views or, to cover the whole image, more. After all symmetries were used once, each further pass through
+    them zooms in a little more than the pass before. The last one uses the largest zoom of the training and none
+    exceeds it: a network predicts badly on views unlike those it was trained on. Without zoom there is only one pass,
+    because a second one would add nothing. There is always at least one view.
 
     Args:
         size: (2,) width and height in pixels.

@@ -32,13 +32,13 @@ FULL_RANGE = (0.0, 65535.0)
 MAX_ASPECT = 20
 """Largest ratio of the longer to the shorter side; beyond it, no square crop represents the image."""
 MAX_HELD = 2**28
-"""Bytes of a file that a decoder may read as a whole; of a larger one (pages and pages of a TIFF) it maps what it needs."""
+"""Largest file in bytes that a decoder may read as a whole; of a larger one (a long multi-page TIFF) it maps parts."""
 FAINT = 16
 """Opacity, of 255, below which a pixel counts as invisible; also the smallest range of colours that is a picture."""
 EDGE = 1 / 16
 """Width of the border that is ignored when looking for opaque pixels, as a share of width and height."""
 HIDDEN = "transparent all over: its colours are shown, as if it were opaque"
-"""Remark on an image whose transparency hides it."""
+"""Remark on an image that is completely transparent."""
 PROGRAMS = ("EPS", "WMF")
 """Formats that are programs, which a decoder would have to run."""
 UPRIGHT = {
@@ -99,7 +99,7 @@ def decode(
         max_megapixels: larger images are refused by what their header says, before they are decoded.
         size: shorter side in pixels that is needed; a JPEG much larger is decoded at half, quarter or eighth size, but
             never below twice ``size``.
-        grey_range: which greys of more than 8 bits are black and white; None where that is not known.
+        grey_range: values of black and of white in greys of more than 8 bits; None if unknown.
 
     Raises:
         BrokenImage: the image cannot be read, is too large, or too narrow; `UnknownGreyRange` where one is needed.
@@ -126,7 +126,7 @@ def check_header(file: str | Path, max_megapixels: float) -> None:
 
 def _opened(file: str | Path | io.BytesIO, max_megapixels: float, read: Callable[[Image.Image], T]) -> T:
     """What ``read`` makes of an image, with errors as `decode` tells them."""
-    # Pillow's own guard, which also looks at images within a container whose header says something else.
+    # Pillow's own limit, which also applies to images in a container whose header gives another size.
     Image.MAX_IMAGE_PIXELS = int(max_megapixels * 1e6)
     try:
         if isinstance(file, io.BytesIO):
@@ -163,7 +163,7 @@ def _check_file(file: str | Path) -> os.stat_result:
 
 
 def _state(status: os.stat_result) -> tuple[int, int]:
-    """Values that differ if the file was written meanwhile."""
+    """Size and modification time, which differ if the file was written in the meantime."""
     return status.st_size, status.st_mtime_ns
 
 
@@ -234,7 +234,7 @@ def _check_size(size: tuple[int, int], max_megapixels: float) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF tag; 1, upright, where there is none or EXIF is damaged, which says nothing about the pixels."""
+    """The EXIF orientation tag; 1 (upright) if it is missing or EXIF is damaged, which does not affect the pixels."""
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except Exception:

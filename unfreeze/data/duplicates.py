@@ -12,7 +12,7 @@ from unfreeze.data.packed import PackedImages
 NEAR = 2
 """Bits of 64 in which the difference hashes of near duplicates may differ."""
 FLAT = 8
-"""Hashes with fewer (or more) set bits than this belong to images without structure, which all look alike to them."""
+"""Hashes with fewer set (or unset) bits than this belong to images without structure, and are all alike."""
 DIFFERENCE = 4.0
 """Mean difference of grey values, of 255, up to which two small images are the same."""
 SMALL = 32
@@ -84,7 +84,7 @@ def _sharing(
     """Pairs (M, 2) of rows that have the same key, and hashes that differ in at most `NEAR` bits.
 
     Among rows of one key each is compared with the ``reach`` next ones in the order of their hashes, until it has `COPIES`
-    of them. ``alike`` tells of rows a and b (N,) each, which of the pairs count.
+    of them. ``alike`` takes rows a and b, (N,) each, and returns which of the pairs count.
     """
     order = np.lexsort((hashes, key))
     found = [np.empty((0, 2), np.int64)]

@@ -59,7 +59,7 @@ NO_IMAGES = frozenset((
     ".db", ".ini", ".dvc", ".npy", ".npz", ".h5", ".pt", ".pth", ".safetensors", ".mp4", ".mov", ".avi", ".mp3", ".wav",
 ))
 # fmt: on
-"""Files that lie beside images and are none. Any other ending is tried, an unknown one and none too."""
+"""Extensions of files that are not images. Files with any other extension, or none, are tried as images."""
 LITTER = frozenset(("__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found", "@eaDir", "Icon\r"))
 """What systems leave in folders, beside hidden files."""
 
@@ -98,11 +98,11 @@ def _word(word: str) -> str:
 
 
 def exclusion(patterns: str | None) -> tuple[Excluded, Callable[[], list[str]]]:
-    """What ``data.exclude`` leaves out, and which of its patterns have left out nothing so far.
+    """Return a test for paths that ``data.exclude`` leaves out, and a function that lists its unused patterns.
 
     Args:
-        patterns: shell patterns (``*``, ``?``, ``[...]``) with commas between them, each of a name of a file or folder or
-            of a path.
+        patterns: comma-separated shell patterns (``*``, ``?``, ``[...]``), matched against paths and against names of
+            files and folders.
     """
     waiting = {p: re.compile(fnmatch.translate(p)) for p in map(str.strip, (patterns or "").split(",")) if p}
     globs = tuple(waiting.items())
@@ -123,14 +123,13 @@ def is_path_excluded(path: str, excluded: Excluded) -> bool:
 
 
 def list_folder(root: str, excluded: Excluded) -> tuple[list[Row], list[str]]:
-    """The images of a folder that has a subfolder for each class; or for each split, and in it for each class; or for each
-    class, and in it for each split.
+    """List the images of a folder whose subfolders are ``<class>``, ``<split>/<class>`` or ``<class>/<split>``.
 
     Returns:
         Rows as in `unfreeze.data.sources`, and notes on what was understood and what was not read.
 
     Raises:
-        UserError: the folder is none of these, or may be meant in more than one way.
+        UserError: the folder has none of these layouts, or fits more than one.
     """
     tree = Tree(root, excluded)
     folders = tree.subfolders("")
@@ -295,7 +294,7 @@ def _two_forms(labels: Iterable[str]) -> list[str]:
     for label in labels:
         forms[unicodedata.normalize("NFC", shown(label))].add(label)
     double = [label for label, spelled in forms.items() if len(spelled) > 1]
-    return [f"Written in two forms of Unicode, and one class each: {named(double)}."] if double else []
+    return [f"Written in two Unicode normalizations, taken as one class: {named(double)}."] if double else []
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -22,11 +22,11 @@ from unfreeze.settings.schema import Data
 logger = logging.getLogger("unfreeze")
 
 BINS = 256
-"""Of the histogram."""
+"""Number of bins of the histogram."""
 VALUES = 2_000_000
-"""Pixels of all images together that the histogram is made of, at most."""
+"""Largest number of pixels, of all images together, in the histogram."""
 SOME = 1000
-"""Files that are looked at, evenly spread, where the range is given and the histogram is all that is wanted."""
+"""Number of files that are examined, evenly spread, if the range is given and only the histogram is needed."""
 AHEAD = 4
 """Images whose values are in memory at once, times the number of cores."""
 

@@ -1,7 +1,7 @@
 """Packed images: every image decoded once, its pixels in one file that is read image by image.
 
 `pixels.bin` holds the images one after the other, (H, W, 3) bytes each, the shorter side `image_size`; `images.csv` says
-for every image that was found where its pixels begin, or why there are none; `dataset.json` holds what is true of all.
+for every image that was found where its pixels begin, or why there are none; `dataset.json` describes the whole set.
 """
 
 import json

@@ -214,7 +214,7 @@ def _decoded(files: list[str], data: Data) -> Iterator[Decoded]:
 
 
 def _read(file: str, data: Data) -> Decoded:
-    """What `images.csv` says of an image, its packed pixels, and the file's stamp before it was read."""
+    """An image's values for `images.csv`, its packed pixels, and its file's stamp from before it was read."""
     stamp = _stamp(file)
     grey_range = None if isinstance(data.grey_range, str) else data.grey_range
     try:

@@ -5,7 +5,7 @@ import struct
 from typing import BinaryIO
 
 TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-"""Chunks with text in them (an editor's history, a workflow, XMP), and that of the colour profile, which is not applied."""
+"""Chunks with text (an editor's history, a workflow, XMP), and with the colour profile, which is not applied."""
 REFUSED = "PngImagePlugin.MAX_TEXT_CHUNK", "MAX_TEXT_MEMORY"
 """How Pillow's messages end about a text that unpacked is larger than 1 MB, and about texts larger than 64 MB in all."""
 

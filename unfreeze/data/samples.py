@@ -13,8 +13,8 @@ SAMPLES = {"sample:elpv": Path("samples/elpv.yaml")}
 def link_sample(source: str, folder: Path = Path()) -> None:
     """Give a built-in sample's file in ``folder`` the name that `data.source` gives it: a link, by which DVC watches it.
 
-    `dvc.yaml` names `data.source` as what `ingest` depends on. A file that is called ``sample:elpv`` could not be checked out
-    on Windows, so that none is under version control.
+    `dvc.yaml` lists `data.source` as a dependency of `ingest`. A file named ``sample:elpv`` could not be checked out on
+    Windows, so none is under version control.
     """
     if source in SAMPLES and not (folder / source).exists():
         with suppress(FileExistsError):  # another process was quicker

@@ -90,7 +90,7 @@ def _table(source: str, excluded: Excluded) -> tuple[pd.DataFrame, list[str]]:
     """The table, and notes on how the source was understood."""
     if source.startswith("sample:"):
         if source not in SAMPLES:
-            raise UserError(f"data.source: there is no {source}; there is {', '.join(SAMPLES)}.")
+            raise UserError(f"data.source: there is no {source}; available: {', '.join(SAMPLES)}.")
         rows = [(str(file), path, label, "", "") for file, path, label in elpv()]
         return _frame([row for row in rows if not is_path_excluded(row[1], excluded)]), []
     if "://" in source:
@@ -142,7 +142,7 @@ def _where(source: str) -> Path:
 
 
 def _deeper(source: str, label: str) -> str:
-    """A hint where the only class is a folder that holds the classes, as archives like to be unpacked."""
+    """A hint if the only class is a folder that contains the classes, as in many unpacked archives."""
     inner = _where(source) / label
     if os.path.isdir(inner) and len(Tree(str(inner), lambda path: False).subfolders("")) > 1:
         return f" Are its subfolders the classes, or the splits? Then set data.source to {os.path.join(source, label)}."
@@ -192,7 +192,7 @@ def _csv(file: Path, excluded: Excluded) -> tuple[pd.DataFrame, list[str]]:
 
 
 def _as_on_disk(root: str, path: str) -> str:
-    """A path in the form of Unicode that the disk has it in: tables and archives of a Mac differ in it."""
+    """A path in the Unicode normalization that it has on disk: CSV files and archives made on a Mac may use another."""
     forms = (path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD")))
     return next((form for form in forms if os.path.isfile(os.path.join(root, form))), path)
 

@@ -130,12 +130,12 @@ def _check(labels: pd.Series, split: pd.Series, cluster: pd.Series, wanted: dict
     if untrained:
         raise UserError(
             f"data.source: there are no training images of the class{'es' * (len(untrained) > 1)} {named(untrained)}, only "
-            "others: check how the class is written, or add training images of it."
+            "images of other splits: check the spelling of the class, or add training images of it."
         )
 
 
 def _too_small(counts: pd.Series) -> str:
-    """Classes and how many images they have, those with as many together."""
+    """Classes and their numbers of images; classes with the same number are listed together."""
     if len(counts) == 1:
         return f"the class {counts.index[0]!r} has {_images(int(counts.iloc[0]))}"
     groups = (f"{_images(int(str(count)))} each: {named(same.index, 100)}" for count, same in counts.groupby(counts))
@@ -147,8 +147,10 @@ def _images(count: int) -> str:
 
 
 def _clusters(table: pd.DataFrame, pairs: Iterable[tuple[int, int]]) -> pd.Series:
-    """A number for each image, equal for images that must stay together: the connected components of sharing a digest or
-    a group, or being a pair."""
+    """A cluster number for each image. Images of one cluster must stay together.
+
+    They are the connected components of a graph; its edges are the pairs, and images with equal digest or group.
+    """
     edges = list(pairs)
     for column in ("digest", "group"):
         first: dict[str, int] = {}

@@ -18,9 +18,9 @@ SPREAD = 0.5
 def fit_temperature(found: ViewPredictions, labels: Labels) -> float:
     """The maximum a posteriori temperature, fitted on images that the model was not trained on.
 
-    The log-likelihood is the mean of those of the plain predictions and of the ones with TTA, because both are used. The
-    prior matters only if there are few images, or nearly all predictions are correct: without it, the best temperature
-    is 0 if all predictions are correct, which means a confidence of 1 for every image.
+    The log-likelihood is the mean of that without TTA and that with TTA, because both predictions are used. The prior
+    matters only if there are few images, or nearly all predictions are correct: without it, the best temperature is 0
+    if all predictions are correct, which means a confidence of 1 for every image.
 
     Args:
         found: what the model predicts for N images without a temperature.

@@ -44,11 +44,11 @@ def evaluate_split(
         rows: (N,) row numbers of the split, at least one.
         packed: the images.
         baseline: (N, C) probabilities of the logistic regression on the frozen activations.
-        temperature: that logits are divided by; where none is given, the one that fits these predictions.
+        temperature: divisor of the logits; fitted to these predictions if None.
 
     Returns:
-        The metrics are those of `measure`: plain, with prefix ``tta_`` and with prefix ``baseline_``; and log loss and ece
-        of the plain predictions before calibration, with prefix ``uncalibrated_``.
+        The metrics of `measure` for the plain predictions (no prefix), those with TTA (``tta_``) and the baseline
+        (``baseline_``); and log loss and ece of the plain predictions before calibration (``uncalibrated_``).
     """
     labels = packed.labels[rows]
     temperature = fit_temperature(found, labels) if temperature is None else temperature

@@ -40,8 +40,8 @@ def score(probabilities: NDArray[Any], labels: Labels) -> Scores:
 def measure(labels: Labels, probabilities: NDArray[Any]) -> dict[str, float]:
     """Metrics of probabilities (N, C) for class numbers (N,).
 
-    Accuracy, macro F1, log loss, expected calibration error (ece), and what a perfectly calibrated model would have of that
-    (ece_by_chance).
+    Accuracy, macro F1, log loss, expected calibration error (ece), and the ece that a perfectly calibrated
+    model would have (ece_by_chance).
     """
     from sklearn.metrics import f1_score
 

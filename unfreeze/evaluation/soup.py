@@ -19,15 +19,15 @@ def average_weights(states: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, t
 
 
 def greedy_soup(losses: Mapping[int, float], loss_of: Callable[[Sequence[int]], float], best: float) -> list[int]:
-    """Which cycles to average: beginning with the best, each next one where it lowers the average's validation loss.
+    """Select the cycles to average: the best, then each next one if it lowers the average's validation loss.
 
     Args:
         losses: validation loss at the end of each cycle, by the cycle's number.
-        loss_of: validation loss of the average of the cycles of these numbers.
-        best: that of the best cycle alone, measured in the same way.
+        loss_of: takes numbers of cycles, and returns the validation loss of their average.
+        best: validation loss of the best cycle alone, measured in the same way.
 
     Returns:
-        Numbers of the cycles, in ascending order; the best cycle alone where no average is better.
+        Numbers of the cycles, in ascending order; the best cycle alone if no average is better.
     """
     first, *others = sorted(losses, key=lambda number: losses[number])
     members = [first]

@@ -37,7 +37,7 @@ class Backbone(nn.Module):
     Attributes:
         name: as in the settings, ``library:name``.
         num_features: F.
-        mean, std: normalisation of pixel values as shares of full white, as it was trained with.
+        mean, std: normalisation that it was trained with, for pixel values between 0 and 1.
         image_size: side of the images in pixels, which some networks are built for.
     """
 
@@ -315,7 +315,7 @@ def _fetched_by_torchvision(short: str) -> Path:
 
 
 def _package_file(name: str, package: str) -> Path:
-    """The file of weights that a package of the package index carries."""
+    """The weights file inside an installed Python package."""
     if PACKAGES.get(package) != name:
         known = ", ".join(f"package:{p} for {network}" for p, network in PACKAGES.items())
         raise UserError(

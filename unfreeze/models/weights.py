@@ -126,7 +126,7 @@ def _save(module: nn.Module, path: Path, meta: Mapping[str, Any]) -> None:
 def _load(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], Meta]:
     from safetensors import safe_open
 
-    if not os.path.isfile(path):  # which takes a name that is too long for none
+    if not os.path.isfile(path):  # also False for a name that is too long
         raise UserError(f"There are no weights at {path}: run the recipe first (unfreeze run).")
     try:
         with safe_open(path, "pt") as file:

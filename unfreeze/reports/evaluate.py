@@ -53,7 +53,7 @@ class Course:
         curves: for each learning-rate finder its curve (`lr_find_plot`) and its picks.
         histories: for each training its history.csv.
         batches: batches.csv of the whole network's training.
-        best_cycle: number of its cycle that was kept, from 0, where it is known.
+        best_cycle: number (from 0) of the cycle of that training that was kept, if known.
     """
 
     curves: Mapping[str, tuple[pd.DataFrame, Mapping[str, float]]]
@@ -143,9 +143,9 @@ def _which(candidates: Sequence[Candidate], chosen: str, reason: str, metrics: M
 def _calibration(packed: PackedImages, judged: Predictions, split: str, metrics: Mapping[str, float]) -> str:
     before, after = metrics[f"{split}_uncalibrated_ece"], metrics[f"{split}_ece"]
     text = (
-        f"Of the {split} images, plain: the expected calibration error, which is how far confidence and accuracy are apart, "
-        f"is {after:.3f}; before calibration it was {before:.3f}. With as many images a perfectly calibrated model would have "
-        f"{metrics[f'{split}_ece_by_chance']:.3f} by chance. Logits are divided by the temperature "
+        f"The expected calibration error, the gap between confidence and accuracy, of the {split} images without TTA "
+        f"is {after:.3f}; before calibration it was {before:.3f}. With as many images a perfectly calibrated model "
+        f"would have {metrics[f'{split}_ece_by_chance']:.3f} by chance. Logits are divided by the temperature "
         f"{metrics['temperature']:.2f}, which fits the validation images best; the model's file has it, and every "
         "prediction uses it."
     )
@@ -184,7 +184,10 @@ def _rows(frame: pd.DataFrame) -> list[tuple[float, float, float, int]]:
 
 def _galleries(packed: PackedImages, judged: Predictions, split: str, seed: int) -> str:
     labels = packed.labels[judged.rows]
-    text = paragraph(f"Of the {split} images; under each the true class, and what was predicted how surely.", "soft")
+    text = paragraph(
+        f"Examples of the {split} images; below each its true class, and the predicted class with its probability.",
+        "soft",
+    )
     for kind, (title, remark) in GALLERIES.items():
         places = gallery_places(labels, judged.tta, kind, SHOWN, seed)
         text += heading(title) + (paragraph(remark, "soft") if remark else "")

@@ -113,7 +113,7 @@ def reliability_plot(before: pd.DataFrame, after: pd.DataFrame) -> Figure:
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", label="perfectly calibrated")
     for table, colour, name in ((before, ORANGE, "before calibration"), (after, BLUE, "after calibration")):
         accuracy = table["accuracy"]
-        # Not below 0, as rounding may have it where all or none are right.
+        # Rounding may make these slightly negative if all or none are right.
         errors = np.maximum([accuracy - table["low"], table["high"] - accuracy], 0)
         axes.errorbar(
             table["confidence"], accuracy, errors, fmt="o", color=colour, markersize=6, elinewidth=1.2, label=name

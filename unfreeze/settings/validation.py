@@ -121,7 +121,7 @@ def check_section(kind: type[S], content: object, prefix: str, known: Collection
 
 
 def _unknown(key: object, prefix: str, keys: Collection[str], known: Collection[str]) -> str:
-    """What to say of a key that a section does not have."""
+    """Error message for a key that a section does not have."""
     name = key if isinstance(key, str) else _shown(key)
     near = [prefix + close for close in difflib.get_close_matches(name, keys, 1, 0.6)]
     near += [elsewhere for elsewhere in known if elsewhere.rpartition(".")[2] == name]

@@ -19,7 +19,7 @@ from ruamel.yaml.reader import ReaderError
 from unfreeze.errors import UserError
 
 LEVELS = 50
-"""Levels of nesting, beyond which a file is no file of settings."""
+"""Largest number of nesting levels in a settings file."""
 VALUES = 10_000
 """Largest number of values in a file after expanding aliases: a few lines of nested aliases can make billions."""
 
@@ -87,6 +87,6 @@ class _Constructor(SafeConstructor):
             lines = [
                 k.start_mark.line + 1 for k, _ in node.value if isinstance(k, ScalarNode) and k.value == key_node.value
             ]
-            problem = f"the key {key_node.value} stands there twice, first in line {lines[0]}"
+            problem = f"the key {key_node.value} occurs twice, first in line {lines[0]}"
             raise ConstructorError(None, None, problem, key_node.start_mark)
         return True

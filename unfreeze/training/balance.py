@@ -25,7 +25,7 @@ def class_weights(labels: NDArray[np.int64], classes: int) -> NDArray[np.float64
 
 
 def make_loss(train: Train, labels: NDArray[np.int64], classes: int, device: torch.device) -> nn.CrossEntropyLoss:
-    """Cross-entropy as the settings say: with smoothed labels, and weights where ``train.balance`` is ``loss``.
+    """Cross-entropy with the settings' label smoothing, and with class weights if ``train.balance`` is ``loss``.
 
     Args:
         train: the settings.

@@ -188,7 +188,7 @@ def _tensors(weights: Tensors, optimizer: torch.optim.Optimizer, progress: Progr
     for name in COLUMNS:
         column = [row[name] for row in progress.history.batches if name in row]
         tensors[f"batches/{name}"] = torch.tensor(column, dtype=torch.float64)
-    # A copy of each: safetensors refuses tensors that share memory, as a buffer and its best may.
+    # Cloned: safetensors refuses tensors that share memory, as a buffer and its copy in ``best`` may.
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 

@@ -114,7 +114,7 @@ def fit(
     loss: nn.Module | None = None,
     callbacks: Callbacks | None = None,
 ) -> History:
-    """Train ``model`` along ``schedule`` and leave the weights of the best cycle in it.
+    """Train ``model`` in place along ``schedule``. It ends with the weights of the best cycle.
 
     Args:
         model: maps a batch's inputs to logits (B, classes).

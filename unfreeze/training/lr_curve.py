@@ -32,8 +32,8 @@ class Picks:
 
     Attributes:
         minimum: rate of the lowest smoothed loss.
-        divergence: highest rate before the loss diverges: from there on, the smoothed loss has risen by more than `LOST`
-            of the way from its lowest to chance, within `LIMITS`.
+        divergence: highest rate before the loss diverges: beyond it, the smoothed loss exceeds its minimum by more than
+            the share `LOST` of the distance from the minimum to chance; this rise is kept within `LIMITS`.
         steepest: rate at which the smoothed loss falls fastest, on the way to its minimum.
         valley: rate two thirds into the longest sequence of ever lower smoothed losses, after fastai's rule of that name.
     """

@@ -92,7 +92,7 @@ def make_schedule(
         cycle_len: epochs of the first cycle.
         cycle_mult: how many times as long each next cycle is.
         batches_per_epoch: iterations in an epoch.
-        warmup: of ``sgdr``, the share of each cycle in which the rate rises to its top.
+        warmup: share of each cycle in which the rate rises to its top; only for ``sgdr``.
     """
     lengths = [cycle_len * cycle_mult**i for i in range(cycles)]
     shape = partial(cosine, warmup=warmup) if name == "sgdr" else SHAPES[name]

@@ -55,7 +55,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def trainable_state(model: nn.Module) -> Tensors:
-    """What training changes in a model: parameters that train, and buffers of modules in training mode.
+    """Tensors that training changes in a model: trainable parameters, and buffers of modules in training mode.
 
     The tensors are the model's own, which training changes in place. Call it while the model is in training mode.
     """

@@ -132,7 +132,7 @@ def test_what_an_experiment_does_in_a_copy_of_dvcs_is_recorded_in_the_workspace(
         ("file:///tmp/mlruns", "MLflow keeps no runs in a folder any more"),
         ("mlflow.db", "sqlite:///mlflow.db for a file"),
         ("sqlite://mlflow.db", "three slashes"),
-        ("htp://team:secret1@localhost:5000", "htp://***@localhost:5000, which is no address"),
+        ("htp://team:secret1@localhost:5000", "htp://***@localhost:5000, which is not a valid MLflow address"),
         ("http://", "it names no machine"),
         ("http://localhost:50o0", "Port could not be cast"),
         ("postgresql://team@db/mlflow", "No module named 'psycopg"),

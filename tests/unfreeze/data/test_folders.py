@@ -185,7 +185,7 @@ def test_two_forms_of_unicode_are_one_class(tmp_path: Path) -> None:
         (splits, {(label, split): 2 for label in (composed, "plain") for split in ("train", "valid")}),
     ):
         assert found(source) == expected
-        assert notes(source) == f"Written in two forms of Unicode, and one class each: '{composed}'."
+        assert notes(source) == f"Written in two Unicode normalizations, taken as one class: '{composed}'."
     table = read_source(both)
     assert len(set(table["path"])) == 6 and all(Path(file).exists() for file in table["file"])
 

@@ -122,7 +122,7 @@ def test_anchors_of_use_are_understood(params: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (TEXT.replace("seed: 42", "seed: 42\nseed: 43").encode(), ["line 5", "seed stands there twice, first in line 4"]),
+        (TEXT.replace("seed: 42", "seed: 42\nseed: 43").encode(), ["line 5", "seed occurs twice, first in line 4"]),
         (TEXT.replace("\n  valid", "\n\tvalid").encode(), ["line 11", "valid YAML"]),
         (TEXT.replace("seed: 42", "seed: 4\x002").encode(), ["line 4", "U+0000"]),
         (TEXT.replace("seed: 42", "seed: 42 # \x1b[2J").encode(), ["line 4", "U+001B"]),

@@ -138,7 +138,7 @@ def test_an_override_can_mend_what_is_wrong(params: Path) -> None:
         (b"", "is empty"),
         (b"- 1\n", "must be a mapping"),
         (b"seed: [\n", "line 2 is not valid YAML"),
-        (b"seed: 1\nseed: 2\n", "the key seed stands there twice"),
+        (b"seed: 1\nseed: 2\n", "the key seed occurs twice"),
         (b"\xff\xfe\x00", "UTF-8"),
     ],
 )

@@ -192,9 +192,9 @@ def test_not_a_mapping(content: object) -> None:
         ("seed: 1\n---\nseed: 2\n", "line 2 is not valid YAML"),
         (
             TEXT + "\nhead:\n  dropout: 0.1\n",
-            f"line {TEXT.count(chr(10)) + 2} is not valid YAML: the key head stands there twice, first in line",
+            f"line {TEXT.count(chr(10)) + 2} is not valid YAML: the key head occurs twice, first in line",
         ),
-        (TEXT.replace("  dropout: 0.5", "  dropout: 0.5\n  dropout: 0.4"), "the key dropout stands there twice"),
+        (TEXT.replace("  dropout: 0.5", "  dropout: 0.5\n  dropout: 0.4"), "the key dropout occurs twice"),
         ("seed: !!bool foo", "not valid YAML"),
         ("seed: !!int ''", "not valid YAML"),
         ("seed: !!float ''", "not valid YAML"),
