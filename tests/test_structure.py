@@ -28,11 +28,16 @@ TELLING = (
     "pipeline/tracking/",
     "pipeline/watchable.py",
     "unfreeze/errors.py",
+    "unfreeze/parallel.py",
     "unfreeze/progress.py",
     "unfreeze/settings/",
 )
 """What only tells people about a step, runs it, or carries its settings, which DVC compares by value: a change in it changes
 nothing that a step writes."""
+TEMPLATES = {
+    f"unfreeze/reports/{name}.py": f"unfreeze/reports/templates/{name}.html" for name in ("explore", "evaluate")
+}
+"""What a module reads, beside what it imports."""
 REGISTERED = ("pipeline/tracking/registry.py", "pipeline/tracking/served_model.py")
 """What makes the model that `register` hands to MLflow, the second of them by its path."""
 MOST = 130
@@ -46,6 +51,7 @@ def closure(*files: str) -> set[str]:
         new = {file for file in imported(waiting.pop()) - seen if not file.startswith(TELLING)}
         seen |= new
         waiting += new
+    seen |= {TEMPLATES[file] for file in seen if file in TEMPLATES}
     return {file for file in seen if not file.endswith("/__init__.py")}
 
 

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("unfreeze", "pipeline", "tasks", "flows")
 LEVELS = (
-    ("unfreeze.errors", "unfreeze.device", "unfreeze.progress"),
+    ("unfreeze.errors", "unfreeze.device", "unfreeze.parallel", "unfreeze.progress"),
     ("unfreeze.settings", "unfreeze.persistence"),
     ("unfreeze.data", "unfreeze.models", "unfreeze.acceleration"),
     ("unfreeze.batches",),

@@ -19,8 +19,8 @@ from unfreeze.batches.rendering import (
 )
 from unfreeze.batches.views import Views, joined, plain_views, random_views
 from unfreeze.data.packed import PackedImages
-from unfreeze.data.parallel import in_order
 from unfreeze.device import precision
+from unfreeze.parallel import in_order
 from unfreeze.progress import track
 from unfreeze.settings.schema import Augment
 

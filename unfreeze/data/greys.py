@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from unfreeze.data.decoding import FULL_RANGE, BrokenImage, raw_greys
 from unfreeze.data.packed import Greys
-from unfreeze.data.parallel import in_order
+from unfreeze.parallel import in_order
 from unfreeze.progress import track
 from unfreeze.settings.schema import Data
 

@@ -22,9 +22,9 @@ from unfreeze.data.duplicates import find_duplicates
 from unfreeze.data.folders import named
 from unfreeze.data.greys import look_at_greys
 from unfreeze.data.packed import NUMBERS, Greys, PackedImages, packed_images
-from unfreeze.data.parallel import in_order
 from unfreeze.data.splits import assign_splits
 from unfreeze.errors import UserError
+from unfreeze.parallel import in_order
 from unfreeze.persistence.atomic import sync
 from unfreeze.persistence.resumable import ResumableFile
 from unfreeze.progress import track

@@ -14,11 +14,11 @@ from unfreeze.acceleration.frozen import frozen_copy
 from unfreeze.batches.loader import Loader, Normalisation
 from unfreeze.data.decoding import BrokenImage, decode, resize_shorter
 from unfreeze.data.packed import PackedImages, in_memory
-from unfreeze.data.parallel import in_order
 from unfreeze.device import best_device, to_device
 from unfreeze.errors import TransientError
 from unfreeze.evaluation.predicting import Probabilities, predict, predict_tta
 from unfreeze.models.weights import load_classifier
+from unfreeze.parallel import in_order
 
 CHUNK = 256
 """Images in memory at once."""

@@ -7,12 +7,13 @@ import numpy as np
 import pandas as pd
 
 from unfreeze.data.packed import Greys, PackedImages
-from unfreeze.reports.html import Section, cards, folded, gallery, heading, page, pairs, paragraph, plot, table
+from unfreeze.reports.html import render
 from unfreeze.reports.plots import balance_plot, greys_plot, sizes_plot
 
 FEW_LEVELS = 16
 """If 99 % of the pixels fall into fewer of the 256 greys than this, a few outliers may determine the range of greys."""
-SHOWN_CLASSES, SHOWN_SAMPLES, SHOWN_PAIRS, SHOWN_BROKEN, SHOWN_ROWS, FEW = 30, 6, 12, 200, 20, 30
+SHOWN_CLASSES, SHOWN_SAMPLES, SHOWN_PAIRS, SHOWN_FILES, FEW = 30, 6, 12, 200, 30
+SPLITS = ("train", "valid", "test")
 
 
 def explore_metrics(packed: PackedImages, found: pd.DataFrame, duplicates: pd.DataFrame) -> dict[str, float]:
@@ -42,36 +43,38 @@ def explore_report(
     """The page. Arguments as for `explore_metrics`; ``source`` as the settings name it, and notes on how it was understood."""
     metrics = explore_metrics(packed, found, duplicates)
     remarks = packed.table[packed.table["remark"] != ""]
-    sections = [
-        Section("At a glance", _glance(packed, metrics, notes)),
-        Section("Classes and splits", _balance(packed)),
-        Section("Sizes", _sizes(packed)),
-        *([Section("Greys of more than 8 bits", _greys(packed.greys))] if packed.greys else []),
-        Section("Samples", _samples(packed)),
-        Section("Duplicates and leaks", _duplicates(packed, duplicates)),
-        *([Section("Remarks", _remarks(remarks))] if len(remarks) else []),
-        Section("Broken files", _broken(found)),
-    ]
-    return page("The images", f"{source}: what there is, before anything is trained", sections)
-
-
-def _glance(packed: PackedImages, metrics: dict[str, float], found: Sequence[str]) -> str:
-    splits = packed.table["split"].value_counts()
-    parts = ", ".join(f"{splits[name]:,} {name}" for name in ("train", "valid", "test") if name in splits)
-    duplicates = metrics["exact_duplicates"] + metrics["near_duplicates"]
-    text = cards(
-        [
-            (f"{len(packed):,}", "images", parts),
-            (
-                f"{len(packed.classes)}",
-                "classes",
-                f"largest {metrics['largest_to_smallest_class']:.1f} times the smallest",
-            ),
-            (f"{duplicates:.0f}", "pairs of duplicates", f"{metrics['leaks']:.0f} between splits"),
-            (f"{metrics['broken']:.0f}", "files set aside", "could not be read"),
-        ]
+    return render(
+        "explore.html",
+        source=source,
+        numbers=_numbers(packed, metrics),
+        notes=[*notes, *_notes(packed, metrics)],
+        balance=_balance(packed),
+        sizes=_sizes(packed),
+        greys=packed.greys and _greys(packed.greys),
+        samples=_samples(packed),
+        unseen_classes=max(0, len(packed.classes) - SHOWN_CLASSES),
+        duplicates=None if duplicates.empty else _duplicates(packed, duplicates),
+        remarks=_files(remarks, "remark"),
+        broken=_files(found[found["reason"] != ""], "reason"),
     )
-    notes = list(found)
+
+
+def _numbers(packed: PackedImages, metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    splits = packed.table["split"].value_counts()
+    parts = ", ".join(f"{splits[name]:,} {name}" for name in SPLITS if name in splits)
+    duplicates = metrics["exact_duplicates"] + metrics["near_duplicates"]
+    times = f"largest {metrics['largest_to_smallest_class']:.1f} times the smallest"
+    return [
+        (f"{len(packed):,}", "images", parts),
+        (f"{len(packed.classes)}", "classes", times),
+        (f"{duplicates:.0f}", "pairs of duplicates", f"{metrics['leaks']:.0f} between splits"),
+        (f"{metrics['broken']:.0f}", "files set aside", "could not be read"),
+    ]
+
+
+def _notes(packed: PackedImages, metrics: Mapping[str, float]) -> list[str]:
+    """Sentences on what needs attention."""
+    notes = []
     counts = packed.table["label"].value_counts(sort=False)
     tiny = counts[counts < FEW].sort_values(kind="stable")
     if metrics["largest_to_smallest_class"] >= 5:
@@ -107,48 +110,39 @@ def _glance(packed: PackedImages, metrics: dict[str, float], found: Sequence[str
             f"Of greys of more than 8 bits, 99 % of the pixels are shown in {levels} of 256 greys: look at their histogram, "
             "and set data.grey_range to [low, high] of what matters."
         )
-    if "test" not in splits:
+    if "test" not in set(packed.table["split"]):
         notes.append("There is no test split: the retrained model cannot be evaluated.")
-    if not notes:
-        return text + paragraph("Nothing here asks for attention.", "note fine")
-    return text + "".join(paragraph(note, "note") for note in notes)
+    return notes
 
 
-def _balance(packed: PackedImages) -> str:
+def _balance(packed: PackedImages) -> dict[str, Any]:
     counts = packed.table.groupby(["label", "split"]).size().unstack(fill_value=0)
-    counts = counts.reindex(columns=[s for s in ("train", "valid", "test") if s in counts])
+    counts = counts.reindex(columns=[name for name in SPLITS if name in counts])
     counts["all"] = counts.sum(axis=1)
     rows = [(label, *(int(n) for n in row)) for label, row in zip(counts.index, counts.to_numpy(), strict=True)]
-    text = table(["class", *counts.columns], rows)
-    if len(rows) > SHOWN_ROWS:
-        text = folded(f"All {len(rows)} classes", text)
-    return plot(balance_plot(packed.table), "images per class and split") + text
+    return {"figure": balance_plot(packed.table), "header": ["class", *counts.columns], "rows": rows}
 
 
-def _sizes(packed: PackedImages) -> str:
+def _sizes(packed: PackedImages) -> dict[str, Any]:
     width, height = (pd.to_numeric(packed.table[name]) for name in ("width", "height"))
+    measured = (("width in px", width, 0), ("height in px", height, 0), ("width / height", width / height, 2))
     rows = [
         (name, *(f"{values.quantile(q):.{digits}f}" for q in (0, 0.25, 0.5, 0.75, 1)))
-        for name, values, digits in (
-            ("width in px", width, 0),
-            ("height in px", height, 0),
-            ("width / height", width / height, 2),
-        )
+        for name, values, digits in measured
     ]
-    text = table(["", "smallest", "25 %", "median", "75 %", "largest"], rows)
-    figure = sizes_plot(width, height, packed.image_size)
-    return text + plot(figure, "width and height of the images")
+    return {"figure": sizes_plot(width, height, packed.image_size), "rows": rows}
 
 
-def _greys(greys: Greys) -> str:
+def _greys(greys: Greys) -> dict[str, Any]:
     black, white = greys.range
     if not greys.images:
-        return paragraph(f"None of the images that were looked at has such: {black:g} would be black, {white:g} white.")
-    text = paragraph(
+        text = f"None of the images that were looked at has such: {black:g} would be black, {white:g} white."
+        return {"text": text, "figure": None}
+    text = (
         f"In the {greys.images:,} images that were looked at, values lie between {greys.found[0]:g} and {greys.found[1]:g}. "
         f"{black:g} is shown as black and {white:g} as white in every image (data.grey_range), in predictions too."
     )
-    return text + plot(greys_plot(greys.counts, greys.found, greys.range), "histogram of the greys")
+    return {"text": text, "figure": greys_plot(greys.counts, greys.found, greys.range)}
 
 
 def _levels(greys: Greys | None) -> int | None:
@@ -162,15 +156,13 @@ def _levels(greys: Greys | None) -> int | None:
     return int(np.searchsorted(pixels.cumsum(), 0.99 * pixels.sum()) + 1)
 
 
-def _samples(packed: PackedImages) -> str:
+def _samples(packed: PackedImages) -> list[tuple[str, list[Any]]]:
     rng = np.random.default_rng(0)
-    parts = []
+    samples = []
     for number, name in list(enumerate(packed.classes))[:SHOWN_CLASSES]:
         rows = rng.permutation(np.flatnonzero(packed.labels == number))[:SHOWN_SAMPLES]
-        parts.append(heading(name) + gallery((packed[row], _lines(packed, row)) for row in rows))
-    if len(packed.classes) > SHOWN_CLASSES:
-        parts.append(paragraph(f"And {len(packed.classes) - SHOWN_CLASSES} classes more.", "soft"))
-    return "".join(parts)
+        samples.append((name, [(packed[row], _lines(packed, row)) for row in rows]))
+    return samples
 
 
 def _lines(packed: PackedImages, row: int) -> tuple[str, str]:
@@ -178,21 +170,9 @@ def _lines(packed: PackedImages, row: int) -> tuple[str, str]:
     return str(image["path"]).rsplit("/", 1)[-1], str(image["split"])
 
 
-def _duplicates(packed: PackedImages, duplicates: pd.DataFrame) -> str:
-    if duplicates.empty:
-        return paragraph("No duplicates, neither exact nor near ones.", "note fine")
-    about = paragraph(
-        "Exact duplicates have the same pixels; near ones look the same (resized, or saved anew). Exact duplicates are "
-        "never dealt to different splits; where the splits were given, they are left as they are.", "soft"
-    )  # fmt: skip
-    exact, near = ((duplicates["kind"] == kind) for kind in ("exact", "near"))
-    summary = table(
-        ["", "pairs", "between splits", "with different labels"],
-        [
-            (name, int(which.sum()), int(duplicates["leak"][which].sum()), int(duplicates["conflict"][which].sum()))
-            for name, which in (("exact", exact), ("near", near))
-        ],
-    )
+def _duplicates(packed: PackedImages, duplicates: pd.DataFrame) -> dict[str, Any]:
+    kinds = ((kind, duplicates[duplicates["kind"] == kind]) for kind in ("exact", "near"))
+    rows = [(kind, len(some), int(some["leak"].sum()), int(some["conflict"].sum())) for kind, some in kinds]
 
     def caption(row: int) -> str:
         image = packed.table.iloc[row]
@@ -203,25 +183,14 @@ def _duplicates(packed: PackedImages, duplicates: pd.DataFrame) -> str:
         for pair in duplicates.head(SHOWN_PAIRS).to_dict("records")
         for a, b in [(pair["row_a"], pair["row_b"])]
     ]
-    more = len(duplicates) - len(shown)
-    return about + summary + pairs(shown) + (paragraph(f"And {more} pairs more.", "soft") if more else "")
+    return {"rows": rows, "pairs": shown, "unseen": len(duplicates) - len(shown)}
 
 
 def _what(pair: Mapping[Any, Any]) -> str:
     return pair["kind"] + ", between splits" * pair["leak"] + ", different labels" * pair["conflict"]
 
 
-def _remarks(remarks: pd.DataFrame) -> str:
-    rows = list(remarks[["path", "label", "remark"]].head(SHOWN_BROKEN).itertuples(index=False, name=None))
-    more = len(remarks) - len(rows)
-    return table(["file", "class", "remark"], rows) + (paragraph(f"And {more} more.", "soft") if more else "")
-
-
-def _broken(found: pd.DataFrame) -> str:
-    broken = found[found["reason"] != ""]
-    if broken.empty:
-        return paragraph("Every file could be read.", "note fine")
-    rows = list(broken[["path", "label", "reason"]].head(SHOWN_BROKEN).itertuples(index=False, name=None))
-    more = len(broken) - len(rows)
-    text = paragraph("These files were set aside; the images above are without them.")
-    return text + table(["file", "class", "reason"], rows) + (paragraph(f"And {more} more.", "soft") if more else "")
+def _files(table: pd.DataFrame, column: str) -> dict[str, Any]:
+    """Rows of file, class and what a column says of it."""
+    rows = list(table[["path", "label", column]].head(SHOWN_FILES).itertuples(index=False, name=None))
+    return {"rows": rows, "unseen": len(table) - len(rows)}

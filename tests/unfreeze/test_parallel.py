@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from unfreeze.data.parallel import in_order
+from unfreeze.parallel import in_order
 
 
 def test_results_are_in_the_order_of_the_items_whoever_is_first() -> None:
