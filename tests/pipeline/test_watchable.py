@@ -68,7 +68,7 @@ def test_files_that_may_not_be_read_are_named(photos: Path, monkeypatch: pytest.
     usual, closed = os.access, {str(photos / "cat/a.png"), str(photos / "dog/link.png")}
     (photos / "dog/link.png").symlink_to("a.png")
     monkeypatch.setattr(os, "access", lambda path, mode: path not in closed and usual(path, mode))  # the superuser may
-    with pytest.raises(UserError, match="cannot read 2 of the things") as caught:
+    with pytest.raises(UserError, match="cannot read 2 of its entries") as caught:
         check_readable(str(photos))
     assert sorted(str(caught.value).splitlines()[1:]) == [f"  {path}: Permission denied" for path in sorted(closed)]
 
