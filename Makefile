@@ -1,9 +1,9 @@
-# What one can do here. Everything sets up what it needs.
+# Each target first sets up the environment.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# In a copy of the folder, or where it was moved to, the environment is still that of the folder it was made in, with its code.
+# In a copied or moved folder, the environment still refers to the original folder and its code: remove it.
 ELSEWHERE := $(shell test ! -L $(VENV) && grep -s '^command = ' $(VENV)/pyvenv.cfg | grep -qvF '$(CURDIR)/$(VENV)' && echo remove-venv)
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -21,7 +21,7 @@ help:  ## show this list
 setup: $(READY)  ## install everything into .venv, at the versions that were tested together
 
 # uv installs in a fraction of pip's time. Byte-compiling once here saves seconds at the start of every step.
-# By the link DVC watches the sample's file under the name that data.source gives it.
+# Through the link, DVC watches the sample's file under the name used in data.source.
 $(READY): pyproject.toml constraints.txt $(ELSEWHERE)
 	@$(PYTHON) -c "import sys; (3, 11) <= sys.version_info[:2] <= (3, 12) or sys.exit('unfreeze needs Python 3.11 or 3.12, and $(PYTHON) is %s.%s: make $(MAKECMDGOALS) PYTHON=python3.12' % sys.version_info[:2])"
 	$(PYTHON) -m venv $(VENV)
@@ -33,37 +33,37 @@ $(READY): pyproject.toml constraints.txt $(ELSEWHERE)
 remove-venv:
 	rm -rf $(VENV)
 
-run: $(READY)  ## run the recipe as a Prefect flow; RUN="--settings settings/quick.yaml" in a few minutes
+run: $(READY)  ## run the recipe as a Prefect flow; RUN="--settings settings/quick.yaml" takes a few minutes
 	unfreeze run $(RUN)
 
 repro: $(READY)  ## run the recipe with DVC alone
 	dvc repro
 
-# In the order of the folders: the long tests of tests/integration are among the first, and the short ones fill what time is left.
-test: $(READY)  ## run all tests but the long ones
+# Tests run in the order of the folders: the slow ones of tests/integration start early, the fast ones fill the remaining time.
+test: $(READY)  ## run all tests except the long ones
 	pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
 
-fast-test: $(READY)  ## run the tests that take no minutes
+fast-test: $(READY)  ## run only the fast tests
 	pytest -q -n 2 --dist loadfile --ignore tests/integration
 
 long-test: $(READY)  ## run the tests that take minutes: dvc repro, outages, kills, lost workers
 	pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m long
 
-lint: $(READY)  ## look for mistakes and untidiness
+lint: $(READY)  ## check code and formatting with ruff
 	ruff check . && ruff format --check .
 
 types: $(READY)  ## check the types
 	mypy
 
-bench: $(READY)  ## compare with fastai and with what this machine can do; BENCH="--help" says how
+bench: $(READY)  ## compare with fastai and with this machine's ceiling; BENCH="--help" lists the options
 	uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[bench]'
 	python -m benchmarks $(BENCH)
 
-# Other machines reach a server that listens on an address of this one's, HOST=192.168.1.10 say. It asks for no password: docs/team.md.
-# Not taken from the environment, where some shells have a HOST.
+# With HOST=<an address of this machine>, say 192.168.1.10, other machines can reach the servers, without a password: docs/team.md.
+# The environment's HOST, which some shells set, is ignored.
 HOST = 127.0.0.1
 
-# On the database that MLFLOW_TRACKING_URI names; where it names a server, which may be this one, on mlflow.db.
+# Serve the database that MLFLOW_TRACKING_URI names; if it names a server (perhaps this one), serve mlflow.db.
 ui: $(READY)  ## open MLflow's pages on the local database: http://127.0.0.1:5000; HOST=<address of this machine> for others
 	@python -m pipeline.tracking.local_store
 	mlflow server --host $(HOST) --port 5000 --backend-store-uri $(or $(filter-out http%,$(MLFLOW_TRACKING_URI)),sqlite:///mlflow.db)
@@ -71,7 +71,7 @@ ui: $(READY)  ## open MLflow's pages on the local database: http://127.0.0.1:500
 server: $(READY)  ## start a Prefect server: http://127.0.0.1:4200; HOST=<address of this machine> for others
 	prefect server start --host $(HOST)
 
-deploy: $(READY)  ## create the work pool gpu, and deploy the recipe to it; NOTIFY=slack-webhook/team tells the team by that block of Prefect's
+deploy: $(READY)  ## create the work pool gpu, and deploy the recipe to it; NOTIFY=slack-webhook/team notifies the team through this Prefect block
 	prefect work-pool inspect gpu > /dev/null 2>&1 || prefect work-pool create gpu --type process
 	python -m flows.deploying
 	python -m flows.automations $(if $(NOTIFY),--notify $(NOTIFY))
@@ -79,9 +79,9 @@ deploy: $(READY)  ## create the work pool gpu, and deploy the recipe to it; NOTI
 worker: $(READY)  ## start a worker for the pool gpu, named after this host; as many runs at once as there are GPUs
 	prefect worker start --pool gpu --name "$$(uname -n)" --limit "$$(python -m pipeline.process.cards)"
 
-team: $(READY)  ## try a team on this machine: PostgreSQL, S3, Prefect and MLflow with passwords, two workers; TEAM="--help" says more
+team: $(READY)  ## try a team on this machine: PostgreSQL, S3, Prefect and MLflow with passwords, two workers; TEAM="--help" lists the options
 	uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[local-team]'
 	@python -m deploy.local_team $(TEAM)
 
-clean:  ## remove the environment and the artifacts; dvc.lock, DVC's cache and what MLflow has stay
+clean:  ## remove the environment and the artifacts; dvc.lock, DVC's cache and MLflow's data stay
 	rm -rf $(VENV) artifacts

@@ -1,4 +1,4 @@
--- Once, in an empty PostgreSQL.
+-- Run once, in an empty PostgreSQL.
 CREATE DATABASE prefect;
 CREATE DATABASE mlflow;
 CREATE DATABASE mlflow_auth;

@@ -1,7 +1,7 @@
 """`make team`: run a team's servers and workers on this machine, for a trial.
 
 It starts PostgreSQL, S3, Prefect and MLflow with passwords, deploys this checkout, and starts workers. All servers
-listen on 127.0.0.1. Data, logs and passwords are kept in one folder, and used again by the next start.
+listen on 127.0.0.1. Data, logs and passwords are kept in one folder, which the next start uses again.
 """
 
 import argparse
@@ -30,12 +30,12 @@ NEEDED = ("psycopg", "flask_wtf", "boto3", "dvc_s3")
 def main(arguments: list[str] | None = None) -> int:
     """Start the team, and stop it at Ctrl-C; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m deploy.local_team", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=PLACE, help=f"where all data lie (default: {PLACE})")
-    parser.add_argument("--workers", type=int, default=2, help="how many (default: 2)")
+    parser.add_argument("--folder", type=Path, default=PLACE, help=f"folder of all data (default: {PLACE})")
+    parser.add_argument("--workers", type=int, default=2, help="number of workers (default: 2)")
     for name, port in asdict(Ports()).items():
         parser.add_argument(f"--{name}", type=int, default=port, metavar="PORT", help=f"port (default: {port})")
     chosen = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # handled like Ctrl-C
     try:
         with team(
             chosen.folder, Ports(*(getattr(chosen, name) for name in asdict(Ports()))), chosen.workers
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"unfreeze: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nStopped. Started again, it goes on with what is in {chosen.folder}.")
+        print(f"\nStopped. The next start uses the data in {chosen.folder} again.")
         return 0
 
 
@@ -67,7 +67,7 @@ def team(folder: Path, ports: Ports, workers: int) -> Iterator[Servers]:
         )
     servers = Servers(folder, ports)
     if (held := hold_if_free(servers.folder / "lock")) is None:
-        raise UserError(f"Another team is at work in {servers.folder}.")
+        raise UserError(f"Another team is running in {servers.folder}.")
     with held, ExitStack() as stack:
         print("Starting PostgreSQL, S3, Prefect and MLflow ...", flush=True)
         stack.enter_context(servers.started())
@@ -78,10 +78,10 @@ def team(folder: Path, ports: Ports, workers: int) -> Iterator[Servers]:
 
 
 def deploy(servers: Servers) -> None:
-    """`make deploy`. Raises UserError where it fails."""
+    """Run `make deploy`. Raises UserError if it fails."""
     log = servers.logs / "deploy.log"
     with log.open("ab") as file:
-        command = ["make", "--old-file", ".venv/.ready", "deploy"]  # in the environment that this process has
+        command = ["make", "--old-file", ".venv/.ready", "deploy"]  # in this process's environment
         done = subprocess.run(command, env=servers.environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
     if done.returncode:
         raise UserError(f"`make deploy` failed: see {log}.")
@@ -100,13 +100,13 @@ def worker(servers: Servers, number: int, workers: int) -> Iterator[Part]:
 
 
 def text(servers: Servers) -> str:
-    """What people need to know; no password."""
+    """Addresses, users and commands to print, without passwords."""
     file = servers.folder / "team.env"
     shown = Path(os.path.relpath(file)) if file.is_relative_to(Path.cwd()) else file
     return "\n".join(
         (
             f"Prefect     {servers.prefect.removesuffix('/api')}    asks for PREFECT_API_AUTH_STRING",
-            f"MLflow      {servers.mlflow}    user team; admin makes more users",
+            f"MLflow      {servers.mlflow}    user team; admin creates more users",
             f"S3          {servers.s3}    buckets mlflow and dvc",
             f"PostgreSQL  127.0.0.1:{servers.ports.postgresql}    user unfreeze",
             f"Passwords are in {shown}, those of administrators in {shown.with_name('secrets.env')}; only you can read them.",

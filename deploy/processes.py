@@ -1,4 +1,4 @@
-"""Processes of servers and workers: started with a log of their own, waited for, stopped."""
+"""Start, wait for and stop processes of servers and workers, each with a separate log."""
 
 import os
 import signal
@@ -22,12 +22,12 @@ GOODBYE = 60.0
 
 @dataclass
 class Part:
-    """A process that is at work.
+    """A running process.
 
     Attributes:
-        name: what people call it.
+        name: name for messages.
         process: the process.
-        log: what it prints.
+        log: file of its output.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Part:
     log: Path
 
     def see_that_it_runs(self) -> None:
-        """Raises UserError where it has ended."""
+        """Raises UserError if it has ended."""
         if self.process.poll() is not None:
             raise UserError(f"{self.name} has ended (code {self.process.returncode}): see {self.log}.")
 
@@ -59,15 +59,15 @@ def running(
         environment: its complete environment.
         logs: folder of the log, which is appended to.
         cwd: its working directory.
-        user: the account to run it as, where this is root's.
-        stop: the signal that it is stopped with.
+        user: the account to run it as, if this process is root's.
+        stop: the signal that stops it.
     """
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{name.lower().replace(' ', '-')}.log"
     with log.open("ab") as file:
         process = subprocess.Popen(
             command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd=cwd,
-            start_new_session=True,  # Ctrl-C is for us: they are stopped in order
+            start_new_session=True,  # so Ctrl-C reaches only this process, which stops them in order
             **as_user(user),
         )  # fmt: skip
     try:
@@ -77,7 +77,7 @@ def running(
 
 
 def end(process: subprocess.Popen[bytes], stop: int = signal.SIGTERM) -> None:
-    """Stop a process; kill it, and what it has left in its process group, where it does not end."""
+    """Stop a process; if it does not end, kill it and the rest of its process group."""
     process.send_signal(stop)
     try:
         process.wait(GOODBYE)
@@ -89,7 +89,7 @@ def end(process: subprocess.Popen[bytes], stop: int = signal.SIGTERM) -> None:
 
 
 def wait_until(ready: Callable[[], bool], part: Part) -> None:
-    """Wait until a server says that it is ready. Raises UserError where it ends, or is not in time."""
+    """Wait until a server is ready. Raises UserError if it ends, or is not ready in time."""
     until = time.monotonic() + PATIENCE
     while not ready():
         part.see_that_it_runs()
@@ -99,7 +99,7 @@ def wait_until(ready: Callable[[], bool], part: Part) -> None:
 
 
 def answers(address: str) -> bool:
-    """Whether a server answers at an address; a refusal is an answer too."""
+    """Whether a server answers at an address; an HTTP error is also an answer."""
     try:
         with urllib.request.urlopen(address, timeout=5):
             return True
@@ -110,9 +110,9 @@ def answers(address: str) -> bool:
 
 
 def is_free(port: int) -> bool:
-    """Whether nobody listens on a port of this machine."""
+    """Whether a port of this machine is free."""
     with socket.socket() as tried:
-        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # of connections that have ended
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # despite connections that have ended
         try:
             tried.bind(("127.0.0.1", port))
         except OSError:
@@ -121,7 +121,7 @@ def is_free(port: int) -> bool:
 
 
 def as_user(name: str | None) -> dict[str, Any]:
-    """Arguments for `subprocess` with which a process of root's runs another as this user; empty for None."""
+    """Arguments for `subprocess` to run a process as this user, for a process of root; empty for None."""
     import pwd
 
     return {"user": name, "group": pwd.getpwnam(name).pw_gid, "extra_groups": []} if name else {}

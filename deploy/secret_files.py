@@ -18,7 +18,7 @@ NAMES = (
 
 
 def passwords(file: Path) -> dict[str, str]:
-    """The passwords and keys in a file; missing ones are generated and added."""
+    """Read the passwords and keys in a file; missing ones are generated and added."""
     known = read(file) if file.exists() else {}
     found = known | {name: secrets.token_urlsafe(24).replace("-", "x") for name in NAMES if name not in known}
     if found != known:
@@ -27,7 +27,7 @@ def passwords(file: Path) -> dict[str, str]:
 
 
 def read(file: Path) -> dict[str, str]:
-    """The variables of a file with a line NAME=value for each."""
+    """Read variables from a file with lines NAME=value."""
     lines = (line.partition("=") for line in file.read_text(encoding="utf-8").splitlines() if "=" in line)
     return {name: value for name, _, value in lines if not name.startswith("#")}
 
@@ -38,7 +38,7 @@ def write(file: Path, variables: Mapping[str, str]) -> None:
 
 
 def write_private(file: Path, text: str) -> None:
-    """Write a file that only its owner can read, from its creation on."""
+    """Write a file that only its owner can read from the moment it is created."""
     new = file.with_name(f".{file.name}.new")
     new.unlink(missing_ok=True)
     with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as opened:

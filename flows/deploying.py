@@ -28,10 +28,10 @@ def deploy() -> int:
 
 
 def source() -> dict[str, str]:
-    """The deployment's build step: where its code comes from.
+    """The deployment's build step: the source of its code.
 
     Returns:
-        ``repository``: the remote `origin` of this checkout, or where it has none the checkout; ``branch``: its branch.
+        ``repository``: the remote `origin` of this checkout, or the checkout if it has none; ``branch``: its branch.
 
     Raises:
         UserError: there is no branch.
@@ -41,12 +41,12 @@ def source() -> dict[str, str]:
         top = git("rev-parse", "--show-toplevel")
         repository = git("remote", "get-url", "origin") if "origin" in git("remote").splitlines() else top
     except GitError as error:
-        raise UserError(f"The deployment runs what is committed to a branch, but Git failed: {error}.") from None
+        raise UserError(f"The deployment runs the commits of a branch, but Git failed: {error}.") from None
     if not branch:
-        raise UserError("The deployment runs what is committed to a branch: check one out (`git switch main`).")
+        raise UserError("The deployment runs the commits of a branch: check one out (`git switch main`).")
     if Path(top, repository).exists():
         repository = str(Path(top, repository).resolve())
-    if repository.startswith("http"):  # of ssh://git@host the user is part of the address
+    if repository.startswith("http"):  # in ssh://git@host, the user is part of the address
         repository = without_credentials(repository)
     return {"repository": repository, "branch": branch}
 

@@ -1,4 +1,4 @@
-"""DVC, as the flow uses it: which stages are stale, and reproduce one."""
+"""Run DVC for the flow: find stale stages, reproduce a stage, push."""
 
 import json
 import os
@@ -24,7 +24,7 @@ NOISE = (
     "> python -m tasks ",
     "Running stage",
 )
-"""Beginnings of DVC's hints for interactive use, which are left out of logs."""
+"""Prefixes of DVC's hints for interactive use, which are left out of logs."""
 
 NO_REMOTE = 3
 FIND_REMOTE = f"""
@@ -46,9 +46,9 @@ repo.push(run_cache=True)
 """
 """`dvc push --run-cache` without DVC's lock, which a running step holds; a push does not change the workspace."""
 UNREADABLE_LOCK = re.compile(r"dvc\.lock' (is invalid|validation failed)|unable to read: '[^']*dvc\.lock'")
-"""What DVC says of a `dvc.lock` that it cannot read."""
+"""DVC's error messages for a `dvc.lock` that it cannot read."""
 PATIENCE = 30.0
-"""Timeout in seconds for a remote to answer: DVC itself would wait for many minutes."""
+"""Timeout in seconds for a remote to answer; DVC would wait for many minutes."""
 
 NOTING = 1.0
 """Seconds to wait for another workspace's DVC to fill a new folder of the shared run cache; it takes milliseconds."""
@@ -59,7 +59,7 @@ CACHED = ("didn't change, skipping", "is cached - skipping run")
 
 
 def environment() -> dict[str, str]:
-    """The environment for DVC and the stages' commands: ``python`` is the one that runs now."""
+    """The environment for DVC and the stages' commands: ``python`` is the current interpreter."""
     return os.environ | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "PYTHONUNBUFFERED": "1",
@@ -89,12 +89,12 @@ def stale_stages() -> set[str]:
     said = (done.stderr.strip() or done.stdout.strip()).partition("\n\n")[0]
     if said.endswith("is not a git repository"):
         raise UserError(
-            "DVC works in a clone of the project, or after `git init` in a copy of it: there is no Git here."
+            "This folder is not a Git repository, which DVC needs: use a clone of the project, or run `git init` here."
         )
     if UNREADABLE_LOCK.search(said) and "merge conflicts" in said:
         raise UserError(
-            "dvc.lock has a merge's conflicts. Resolve those of params.yaml and dvc.yaml, take one side's dvc.lock (`git "
-            "checkout --ours dvc.lock`), and start again: it is brought up to date, with the results in DVC's cache."
+            "dvc.lock has merge conflicts. Resolve those of params.yaml and dvc.yaml, take one side's dvc.lock (`git "
+            "checkout --ours dvc.lock`), and start again: it is updated, and results in DVC's cache are reused."
         )
     raise (DamagedLock if UNREADABLE_LOCK.search(said) else UserError)(f"DVC cannot tell what has changed: {said}")
 
@@ -122,11 +122,11 @@ def find_remote() -> tuple[bool, str | None]:
 
 
 def reproduce(stage: str, pull: bool) -> Iterator[str]:
-    """Have DVC bring one stage up to date, yielding what it and the stage print, line by line.
+    """Have DVC reproduce one stage; yields the output of DVC and the stage line by line.
 
     Args:
         stage: name of the stage.
-        pull: look in the remote for what the cache lacks.
+        pull: fetch results that are not in the cache from the remote.
 
     Raises:
         subprocess.CalledProcessError: the stage failed.
@@ -167,7 +167,7 @@ def _forget_empty_runs() -> list[Path]:
 def _removed(folder: Path) -> bool:
     try:
         folder.rmdir()
-    except OSError:  # there is something in it now
+    except OSError:  # it is no longer empty
         return False
     return True
 
@@ -177,7 +177,7 @@ def push(pauses: Sequence[float] = (2, 8), beside: bool = False) -> str | None:
 
     Args:
         pauses: seconds to wait before each further attempt.
-        beside: while DVC runs a step in this workspace.
+        beside: push while DVC runs a step in this workspace.
     """
     command = [sys.executable, "-c", PUSH_BESIDE] if beside else dvc("push", "--run-cache")
     TO_PUSH.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,7 @@ def push(pauses: Sequence[float] = (2, 8), beside: bool = False) -> str | None:
     for pause in (0, *pauses):
         time.sleep(pause)
         there, trouble = find_remote()
-        if not there:  # nor is anything to be pushed any more
+        if not there:  # so there is nothing left to push
             TO_PUSH.unlink()
             return None
         if trouble is None:
@@ -194,7 +194,7 @@ def push(pauses: Sequence[float] = (2, 8), beside: bool = False) -> str | None:
                 TO_PUSH.unlink()
                 return None
             errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-            trouble = errors[-1] if errors else done.stderr.strip()  # one of them for each file
+            trouble = errors[-1] if errors else done.stderr.strip()  # there is one for each file
     return trouble
 
 
@@ -220,5 +220,5 @@ def is_noise(line: str) -> bool:
 
 
 def is_cached(line: str) -> bool:
-    """Whether DVC says in this line that it need not run the stage."""
+    """Whether DVC reports in this line that it does not need to run the stage."""
     return line.startswith("Stage '") and any(word in line for word in CACHED)

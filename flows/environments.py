@@ -1,6 +1,6 @@
 """The Python environment for a commit: the worker's own if it meets the commit's constraints, else a new one.
 
-So a changed `constraints.txt` is rolled out like any other file. An environment is created once, and used again.
+So a changed `constraints.txt` is rolled out like any other file. An environment is created once and reused.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ def use_environment(folder: Path) -> None:
         folder: a clone of the project.
 
     Raises:
-        UserError: the environment cannot be made.
+        UserError: the environment cannot be created.
     """
     environment = home() / "environments" / _key(folder)
     if Path(sys.prefix).resolve() == environment or meets(folder):
@@ -44,7 +44,7 @@ def use_environment(folder: Path) -> None:
     with hold(environment.with_suffix(".lock")):
         if not (environment / READY).exists():
             _make(environment, folder)
-        (environment / READY).touch()  # when it was used last
+        (environment / READY).touch()  # time of its last use
     earlier = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *([earlier] if earlier else [])])
     python = str(environment / "bin/python")
@@ -52,18 +52,18 @@ def use_environment(folder: Path) -> None:
 
 
 def forget_old_environments(seconds: float) -> None:
-    """Remove environments that no run has begun to use for so many seconds; not the one that this process runs in."""
+    """Remove environments not used by a new run for this many seconds, except that of this process."""
     for ready in (home() / "environments").glob(f"*/{READY}"):
         environment = ready.parent
         if Path(sys.prefix).resolve() != environment and (held := hold_if_free(environment.with_suffix(".lock"))):
             with held:
                 if time.time() - ready.stat().st_mtime > seconds:
-                    ready.unlink()  # first: half of an environment is none
+                    ready.unlink()  # first: a partly removed environment must not be used
                     shutil.rmtree(environment, ignore_errors=True)
 
 
 def meets(folder: Path) -> bool:
-    """Whether this environment has all that a clone of the project depends on, and nothing at another version than it pins."""
+    """Whether this environment has all dependencies of a clone of the project, none at another version than it pins."""
     installed = _installed()
     for pin in _pins(folder):
         if (version := installed.get(canonicalize_name(pin.name))) and not pin.specifier.contains(version, True):
@@ -84,7 +84,7 @@ def _make(environment: Path, folder: Path) -> None:
         if done.returncode:
             said = (done.stderr.strip() or done.stdout.strip()).splitlines()
             raise UserError(
-                f"The commit's constraints.txt asks for an environment that cannot be made: {said[-1] if said else command}"
+                f"The environment of the commit's constraints.txt cannot be created: {said[-1] if said else command}"
             )
 
 

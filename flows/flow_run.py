@@ -1,4 +1,4 @@
-"""This flow run on Prefect's server: its name, address and tags; and other runs of the same commit and settings."""
+"""This flow run on Prefect's server (name, address, tags), and other runs of the same commit and settings."""
 
 import os
 import socket
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 COMPUTES = "computes:"
 """Prefix of the tag with a run's commit and a hash of its settings."""
 HOST = "unfreeze.host"
-"""A run's label that says on which host it is."""
+"""A run's label with the name of its host."""
 PAUSE = 5.0
-"""Seconds between two looks at a run that is waited for."""
+"""Seconds between two checks of the run that this one waits for."""
 
 
 @contextmanager
@@ -61,10 +61,10 @@ def wait_for_equal(is_shared: Callable[[], bool]) -> None:
     with get_client(sync_client=True) as client:
         while run and (other := _equal(client, run)):
             if other.labels.get(HOST) == socket.gethostname() and not is_shared():
-                return  # Prefect has not noticed yet that it is gone
+                return  # Prefect has not noticed yet that it has ended
             if said != (said := other.name):
                 get_run_logger().info(
-                    "The run %s computes the same (%s): this one waits until it has ended, and takes its results.",
+                    "The run %s computes the same (%s): this one waits until it has ended, and uses its results.",
                     other.name,
                     address(other) or other.id,
                 )
@@ -72,7 +72,7 @@ def wait_for_equal(is_shared: Callable[[], bool]) -> None:
 
 
 def _equal(client: "SyncPrefectClient", run: FlowRun) -> FlowRun | None:
-    """A run at work that computes the same and began before this one, by the server's clock."""
+    """A running flow run of the same commit and settings that started earlier, by the server's clock."""
     tags = [tag for tag in client.read_flow_run(run.id).tags if tag.startswith(COMPUTES)]
     wanted = {"tags": {"all_": tags}, "state": {"type": {"any_": [StateType.RUNNING, StateType.CANCELLING]}}}
     found = client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(wanted)) if tags else []
@@ -82,19 +82,19 @@ def _equal(client: "SyncPrefectClient", run: FlowRun) -> FlowRun | None:
 
 
 def current() -> FlowRun | None:
-    """The flow run of this process; None outside of one."""
+    """The flow run of this process, or None."""
     context = FlowRunContext.get()
     return context.flow_run if context else None
 
 
 def name_run(name: str) -> None:
-    """Give the flow run of this process a name."""
+    """Set the name of this process's flow run."""
     if run := current():
         with get_client(sync_client=True) as client:
             client.update_flow_run(run.id, name=name)
 
 
 def address(run: FlowRun) -> str:
-    """A flow run's page; nothing where its server is a temporary one."""
+    """URL of a flow run's page; empty if its server is a temporary one."""
     pages = get_current_settings().ui_url if PREFECT_API_URL.value() else None
     return f"{without_credentials(pages)}/runs/flow-run/{run.id}" if pages else ""

@@ -37,7 +37,7 @@ def claim(run: FlowRun) -> None:
 
 
 def is_taken() -> bool:
-    """Whether the run is scheduled again, or already executed again; no, where the server does not answer."""
+    """Whether the run is scheduled again, or already executed again; False if the server does not answer."""
     if _owned is None:
         return False
     with contextlib.suppress(Exception), get_client(sync_client=True) as client:
@@ -49,14 +49,14 @@ def is_taken() -> bool:
 
 
 def is_another_attempt() -> bool:
-    """Whether the run was begun before: a worker was lost with it, or a person has Prefect try it again."""
+    """Whether the run was started before: its worker was lost, or a user retried it in Prefect."""
     return _owned is not None and _owned[1] > 1
 
 
 def stop_if_taken() -> None:
     """Raises Abort, which ends the flow without changing the run's state, if another worker has taken the run."""
     if is_taken():
-        raise Abort("Another worker has taken this run: it is left alone here.")
+        raise Abort("Another worker has taken over this run: this one stops.")
 
 
 def leave_to_another() -> None:

@@ -1,7 +1,7 @@
 """The start and the end of a pass.
 
-At the start the settings and images are checked, DVC says what is stale, and the pass gets its key. At the end what came from
-the cache is put on MLflow's parent run too, and DVC's remote gets what is new.
+At the start, the settings and images are checked, DVC lists the stale stages, and the pass gets its key. At the end,
+results from the cache are also logged to MLflow's parent run, and new results are pushed to DVC's remote.
 """
 
 import json
@@ -40,7 +40,7 @@ from unfreeze.settings.schema import flatten, load_settings
 
 
 def begin() -> Plan:
-    """Start a pass: check the settings, ask DVC what is stale, give the pass its key and a terminal to draw on.
+    """Start a pass: check the settings, ask DVC for stale stages, set the key of the pass and the terminal.
 
     Raises:
         UserError: a setting is wrong, or the images cannot be listed, watched or split.
@@ -70,9 +70,9 @@ def begin() -> Plan:
     if run and deployed:
         claim(run)
         if is_another_attempt():
-            get_run_logger().info("Continuing a run that was started before, perhaps on a worker that is lost.")
+            get_run_logger().info("Continuing a run that was started before, perhaps on a lost worker.")
     os.environ[PARENT] = identity(psutil.Process())
-    with suppress(OSError):  # a terminal may have no name, in a container say
+    with suppress(OSError):  # a terminal may have no name, for example in a container
         os.environ["UNFREEZE_TTY"] = os.ttyname(sys.stderr.fileno())
     has_remote, trouble = dvc.find_remote() if stale else (False, None)
     if trouble:
@@ -81,13 +81,13 @@ def begin() -> Plan:
 
 
 def finish(outcomes: Mapping[str, Outcome], plan: Plan, status: str, pushing: Pushing) -> None:
-    """Conclude the pass, and send what earlier passes have left.
+    """Conclude the pass, and send the queued results of earlier passes.
 
     Args:
-        outcomes: of the steps that are up to date.
-        plan: of the pass.
+        outcomes: outcomes of the steps that are up to date.
+        plan: plan of the pass.
         status: FINISHED, FAILED or KILLED.
-        pushing: what pushes after each step.
+        pushing: the pushes after each step.
     """
     log = get_run_logger()
     ran = any(outcome.ran for outcome in outcomes.values()) or is_another_attempt()
@@ -98,7 +98,7 @@ def finish(outcomes: Mapping[str, Outcome], plan: Plan, status: str, pushing: Pu
     elif status == "FINISHED":
         log.info("Nothing to run: all %d steps are up to date.", len(outcomes))
     if ran and status == "FINISHED":
-        settle()  # what the last step's DVC has taken
+        settle()  # files that DVC cached after the last step
     if waiting_here():
         Delivery(journal, log.warning).close()
     if (
@@ -112,7 +112,7 @@ def finish(outcomes: Mapping[str, Outcome], plan: Plan, status: str, pushing: Pu
         log.info("MLflow run: %s", address)
     if not pushing.wait() and ((ran and plan.push) or dvc.to_push()) and (trouble := dvc.push()):
         log.warning(
-            "DVC's remote did not take everything; the next pass sends the rest, or `unfreeze publish`: %s",
+            "Not everything was pushed to DVC's remote; the next pass or `unfreeze publish` pushes the rest: %s",
             mask(trouble),
         )
 
@@ -124,5 +124,5 @@ def _tell_whether_better() -> None:
         text = compare_with_the_one_before(registered["model"], registered["version"])
         emit_event(COMPARED, {"prefect.resource.id": f"{COMPARED}.{registered['model']}"}, payload={"text": text})
         get_run_logger().info(text)
-    except Exception as error:  # a server that does not answer costs only this
-        get_run_logger().warning("Not compared with the version before: %s", mask(str(error)).split("\n")[0])
+    except Exception as error:  # if a server does not answer, only this is skipped
+        get_run_logger().warning("Not compared with the previous version: %s", mask(str(error)).split("\n")[0])

@@ -19,24 +19,24 @@ LINKED = {
 
 
 LOCAL_UI = "http://127.0.0.1:5000"
-"""The address that `make ui` serves the local database at."""
+"""Address at which `make ui` serves the local database."""
 
 
 def ui_address() -> str:
-    """Where MLflow's pages are: the tracking server, or `LOCAL_UI`."""
+    """Address of MLflow's UI: the tracking server, or `LOCAL_UI`."""
     uri = without_credentials(os.environ["MLFLOW_TRACKING_URI"])
     return uri.rstrip("/") if uri.startswith("http") else LOCAL_UI
 
 
 def way_to_experiments() -> str:
-    """Address of MLflow's page of experiments, in the view for model training: its default is the one for chatbots."""
+    """Address of MLflow's experiments page, in the view for model training (the default view is for chatbots)."""
     address = ui_address()
     before = "make ui, then " if address == LOCAL_UI else ""
     return f"{before}{address}/#/experiments?workflowType=machine_learning"
 
 
 def run_address() -> str | None:
-    """The page of this pass's MLflow run, once MLflow has it."""
+    """URL of this pass's MLflow run, once it exists in MLflow."""
     parent = read_json(pass_folder(current_pass()[0]) / "parent.json")
     return f"{ui_address()}/#/experiments/{parent['experiment']}/runs/{parent['run']}" if parent else None
 

@@ -9,7 +9,7 @@ from unfreeze.errors import UserError, disk_trouble
 
 FAILED = "Finished in state Failed"
 DEPLOYED = "PREFECT__FLOW_RUN_ID"
-"""Environment variable by which a worker says which run it starts."""
+"""Environment variable with the ID of the run that a worker starts."""
 
 
 def shorten(record: logging.LogRecord) -> bool:

@@ -1,6 +1,6 @@
-"""Prefect's server: the one that is named, or a temporary one, with a database of its own in the workspace.
+"""Prefect's server: the one set by the user, or a temporary one with a separate database in the workspace.
 
-If the named server does not answer, the pass continues with a temporary one. Prefect retries for about a minute
+If the user's server does not answer, the pass continues with a temporary one. Prefect retries for about a minute
 (`PREFECT_CLIENT_MAX_RETRIES`), and then the flow fails. This process is then replaced by a new one without that server,
 which continues at the interrupted step, because DVC skips the finished ones.
 """
@@ -21,20 +21,20 @@ from pipeline.tracking.tracker import PASS
 from unfreeze.errors import UserError
 
 SAME_PASS = "UNFREEZE_SAME_PASS"
-"""The key of the pass that goes on."""
+"""Environment variable: the key of the pass to continue."""
 
 
 DATABASES = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
-"""Environment variables that name the database of a server that is started here."""
+"""Environment variables for the database of the temporary server."""
 
 ANSWERS = 5.0
 """Timeout of a request to the server, in seconds."""
 
 ROOT_LEVEL = "PREFECT_LOGGING_ROOT_LEVEL"
-"""Log level of a server's libraries: SQLAlchemy would print a traceback when the temporary server is stopped."""
+"""Environment variable: log level of a server's libraries. SQLAlchemy would print a traceback when it is stopped."""
 
 TALK = ("prefect.client", "prefect.events", "prefect.logging", "prefect._internal", "EventsWorker", "APILogWorker")
-"""Prefect's loggers that report records which were not sent to a server."""
+"""Prefect's loggers that report records which could not be sent to a server."""
 
 
 def check_api() -> None:
@@ -62,13 +62,13 @@ def check_api() -> None:
 
 
 def _is_api(url: str) -> bool | None:
-    """Whether Prefect's API is at an address; None where nothing is, or it does not say."""
+    """Whether Prefect's API is at an address; None if nothing answers, or the answer does not tell."""
     import httpx
 
     try:
         response = httpx.get(f"{url}/health", timeout=ANSWERS, follow_redirects=True)
     except httpx.InvalidURL as error:
-        raise UserError(f"PREFECT_API_URL is {mask(url)}, which is no address: {error}.") from None
+        raise UserError(f"PREFECT_API_URL is {mask(url)}, which is not a valid address: {error}.") from None
     except httpx.HTTPError:
         return None
     if response.status_code in (401, 403) or response.status_code >= 500:
@@ -78,7 +78,7 @@ def _is_api(url: str) -> bool | None:
 
 @contextmanager
 def prefect_server() -> Iterator[None]:
-    """Provide a Prefect server for the flow in the block: the named one, or a temporary one, which is stopped when it
+    """Provide a Prefect server for the flow in the block: the user's, or a temporary one, which is stopped when it
     has received all of the flow's records.
 
     Raises:
@@ -96,7 +96,7 @@ def prefect_server() -> Iterator[None]:
     prepare_database()
     server = SubprocessASGIServer()
     before = os.environ.get(ROOT_LEVEL)
-    os.environ[ROOT_LEVEL] = before or "CRITICAL"  # for the server alone
+    os.environ[ROOT_LEVEL] = before or "CRITICAL"  # only for the server
     try:
         server.start()
     except RuntimeError:
@@ -131,7 +131,7 @@ def prepare_database() -> None:
     FOLDER.mkdir(exist_ok=True)
     file = FOLDER / f"prefect-{__version__}.db"
     sound = _is_sound(file)
-    for other in FOLDER.glob("prefect-*.db*"):  # with what SQLite keeps beside it
+    for other in FOLDER.glob("prefect-*.db*"):  # including SQLite's journal files
         if not sound or not other.name.startswith(file.name):
             other.unlink(missing_ok=True)
     os.environ[DATABASES[0]] = f"sqlite+aiosqlite:///{file}"
@@ -150,9 +150,9 @@ def _is_sound(file: Path) -> bool:
 def _not_started() -> UserError:
     seconds = os.environ["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"]
     return UserError(
-        f"Prefect's temporary server did not start in {seconds} seconds. Where the machine is busy, set "
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS to more; where the environment names a database for it, with "
-        f"{' or '.join(DATABASES)}, see that it is sound. `dvc repro` does without Prefect."
+        f"Prefect's temporary server did not start in {seconds} seconds. If the machine is busy, increase "
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS. If the environment sets its database with "
+        f"{' or '.join(DATABASES)}, check that the database is intact. `dvc repro` works without Prefect."
     )
 
 
@@ -179,19 +179,19 @@ def go_on_without(overrides: Sequence[str], until: str) -> NoReturn:
     """Start `unfreeze run` again in the place of this process, with a temporary Prefect server.
 
     Args:
-        overrides: what was to be changed in `params.yaml`, for a pass that had not begun.
+        overrides: changes to `params.yaml`, used if the pass had not started yet.
         until: the last step to run.
     """
     from prefect.settings import PREFECT_API_URL
 
     print(
-        f"unfreeze: Prefect's server at {mask(str(PREFECT_API_URL.value()))} does not answer. The run goes on with a "
-        "temporary one, and will not be seen there.",
+        f"unfreeze: Prefect's server at {mask(str(PREFECT_API_URL.value()))} does not answer. The run continues with a "
+        "temporary one, and will not appear there.",
         file=sys.stderr,
         flush=True,
     )
     environment = os.environ | {"PREFECT_API_URL": ""}
-    environment.pop(PARENT, None)  # it marks processes that a run has started; this one is the run
+    environment.pop(PARENT, None)  # it is for processes started by the run; this one is the run
     if key := os.environ.get(PASS):
         environment[SAME_PASS], overrides = key, ()
     sys.stdout.flush()

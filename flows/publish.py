@@ -40,7 +40,7 @@ def publish(anyway: bool) -> int:
 
 
 def what_waits() -> str:
-    """Sentences on queued results, and how they are sent; empty if there are none."""
+    """Describe queued results, and how to send them; empty if there are none."""
     sentences = []
     if count := len(waiting_here()):
         sentences.append(f"{_steps(count)} not yet sent to MLflow at {address()}.")
@@ -52,13 +52,13 @@ def what_waits() -> str:
 
 
 def _elsewhere() -> list[str]:
-    """A sentence on results queued for other servers than that of the environment; none if there are none."""
+    """Describe results queued for other servers than that of the environment; empty if there are none."""
     others = [server for folder in waiting() if (server := meant_for(folder)) != address()]
     if not others:
         return []
     return [
-        f"{_wait(len(others))} for MLflow at {', '.join(sorted(set(others)))}, and MLFLOW_TRACKING_URI names {address()}: "
-        "change it, or say `unfreeze publish --anyway`."
+        f"{_wait(len(others))} for MLflow at {', '.join(sorted(set(others)))}, but MLFLOW_TRACKING_URI names "
+        f"{address()}: change it, or run `unfreeze publish --anyway`."
     ]
 
 
@@ -77,7 +77,7 @@ def _send(anyway: bool) -> list[str]:
     except Unreachable as error:
         return [f"{error} {_wait(len(waiting()))}; try again later."]
     here = len(waiting_here())
-    return _elsewhere() + ([f"{_wait(here)}: a step is being run now, or the files' place is away."] if here else [])
+    return _elsewhere() + ([f"{_wait(here)}: a step is running, or the artifact store is unavailable."] if here else [])
 
 
 def _steps(count: int) -> str:

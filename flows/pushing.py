@@ -10,7 +10,7 @@ from pipeline.mirror import forget
 
 
 class Pushing:
-    """Pushes in the background, one push at a time."""
+    """Background pushes, one at a time."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "push")
@@ -32,5 +32,5 @@ class Pushing:
         done = set(self._done)
         trouble = dvc.push(pauses=(), beside=True)
         if trouble is None:
-            forget(done)  # no other machine needs their checkpoints any more
+            forget(done)  # other machines no longer need their checkpoints
         return trouble

@@ -30,8 +30,8 @@ train_head = stage_task("train_head", "head on precomputed activations", gpu=Tru
 train_augmented = stage_task("train_augmented", "head on augmented images", gpu=True)
 unfreeze_lr_find = stage_task("unfreeze_lr_find", "unfreeze, LR range test again", gpu=True)
 train_full = stage_task("train_full", "whole network, SGDR, until over-fitting", gpu=True)
-evaluate = stage_task("evaluate", "TTA, confusion matrix, what it gets wrong", gpu=True)
-retrain = stage_task("retrain", "the same on train + valid, judged on test", gpu=True)
+evaluate = stage_task("evaluate", "TTA, confusion matrix, mistakes", gpu=True)
+retrain = stage_task("retrain", "the same on train + valid, evaluated on test", gpu=True)
 register = stage_task("register", "a registered model version in MLflow")
 
 
@@ -63,25 +63,25 @@ def recipe(
         settings: values to change in `params.yaml` first, for example ``{"train_full.cycles": 2}``; or a list in the
             form of `unfreeze run -S`, already checked. They are undone if the run cannot start. A run of the
             deployment has its own `params.yaml`, so that other runs are not affected.
-        settings_file: a file of such values, which ``settings`` overrides: ``settings/photographs.yaml``.
+        settings_file: a file of such values, such as ``settings/photographs.yaml``; ``settings`` overrides it.
         until: the last step to run.
-        sweep: name of the search that this pass is a trial of, for a tag in MLflow.
+        sweep: for a trial, the name of its search, which becomes a tag in MLflow.
 
     Returns:
-        What became of each step.
+        Outcome of each step.
 
     Raises:
-        UserError: a setting is wrong, or another run is at work in this workspace.
+        UserError: a setting is wrong, or another run is active in this workspace.
         StageFailed: a step failed, with the last lines of what it printed.
-        Abort: another worker has taken the run, or takes it next.
+        Abort: another worker has taken the run, or will take it.
     """
     log_sentences()
     names = [step.name for step in STEPS]
     if until not in names:
-        raise UserError(f"until is {until!r}, and must be one of the steps: {', '.join(names)}.")
+        raise UserError(f"until is {until!r}, but must be one of the steps: {', '.join(names)}.")
     if sweep:
         os.environ[SWEEP] = sweep
-    # A run that computes the same, which this one waited for (`at_work`), may have ended in Prefect but not exited yet.
+    # An equal run that this one waited for (`at_work`) may have ended in Prefect while its process still runs.
     with at_work(), alone("run", GRACE), ExitStack() as until_the_end:
         with put_back_on_error("params.yaml"):
             if settings or settings_file:
@@ -101,7 +101,7 @@ def recipe(
         except Abort:  # the pass belongs to another worker, which sets its final state
             status = ""
             raise
-        # Prefect's SIGTERM handler raises TerminationSignal, its log SystemExit if the worker that read it has ended.
+        # Prefect's SIGTERM handler raises TerminationSignal; its logging, if the worker has ended, SystemExit.
         except (KeyboardInterrupt, TerminationSignal, SystemExit):
             status = "KILLED"
             hush()

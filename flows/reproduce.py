@@ -1,7 +1,7 @@
 """`unfreeze reproduce`: reproduce the model of an earlier run in a worktree, and compare weights and metrics.
 
-The run's commit is checked out beside this project, its `params.yaml` and `dvc.lock` are put there, and what `dvc.lock`
-names is fetched from the cache and the remote. Only what neither has is computed.
+The run's commit is checked out beside this project, its `params.yaml` and `dvc.lock` are put there, and the results in
+`dvc.lock` are fetched from the cache and the remote. Only results that neither has are computed.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from unfreeze.data.samples import link_sample
 from unfreeze.errors import UserError
 
 FETCHED = ("evaluate", "retrain", "register")
-"""Steps whose outputs are what a person wants again: model, predictions, reports, metrics."""
+"""Steps whose outputs are needed: model, predictions, reports, metrics."""
 WEIGHTS = "artifacts/retrain/model.safetensors"
 
 
@@ -45,18 +45,18 @@ def reproduce(named: str, into: Path | None) -> int:
     if recorded.changed:
         print("The code of the run had changes that were not committed.")
     computed = [] if _fetched(into) else _compute(into)
-    print(f"Computed: {', '.join(computed)}." if computed else "Nothing was computed: all of it was fetched.")
+    print(f"Computed: {', '.join(computed)}." if computed else "Nothing was computed: all results were fetched.")
     return 0 if _compare(recorded, into) else 1
 
 
 def _worktree(commit: str, into: Path) -> None:
-    """Check a commit out into a worktree; one that is there already is used again."""
+    """Check a commit out into a worktree; an existing worktree is reused."""
     if (into / ".git").exists():
         if _git("-C", str(into), "rev-parse", "HEAD") != commit:
-            raise UserError(f"{into} is there already, with another commit: name another folder with --into.")
+            raise UserError(f"{into} already exists, with another commit: choose another folder with --into.")
         return
     if into.exists():
-        raise UserError(f"{into} is there already: name another folder with --into.")
+        raise UserError(f"{into} already exists: choose another folder with --into.")
     if not _git("cat-file", "-t", commit):
         _git("fetch", "--all", "--quiet")
     if _git("cat-file", "-t", commit) != "commit":
@@ -69,7 +69,7 @@ def _worktree(commit: str, into: Path) -> None:
 
 
 def _git(*words: str) -> str:
-    """What git prints; nothing where it fails."""
+    """Output of git; empty if it fails."""
     done = subprocess.run(["git", *words], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
 
@@ -79,7 +79,7 @@ def _dvc(into: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def _fetched(into: Path) -> bool:
-    """Fetch what the last steps made; returns whether the cache and the remote had all of it."""
+    """Fetch the outputs of the last steps; returns whether the cache and the remote had all of them."""
     return any(_dvc(into, command, *FETCHED).returncode == 0 for command in ("checkout", "pull"))
 
 
@@ -105,7 +105,7 @@ def _compute(into: Path) -> list[str]:
 
 
 def _compare(recorded: Recorded, into: Path) -> bool:
-    """Say what is equal; returns whether the weights are."""
+    """Print which weights and metrics are equal; returns whether the weights are."""
     digest = hashlib.sha256((into / WEIGHTS).read_bytes()).hexdigest()
     stages = yaml.safe_load(recorded.files["dvc.lock"])["stages"]
     noted = next(out["md5"] for out in stages["retrain"]["outs"] if out["path"] == WEIGHTS)

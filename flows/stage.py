@@ -28,8 +28,8 @@ class Plan:
 
     Attributes:
         ask: the stages to call DVC for: the first stale one and all later ones, whose inputs may change.
-        pull: whether to fetch results that are missing in the cache from DVC's remote.
-        push: whether there is a remote, to push to at the end.
+        pull: whether to fetch results that are not in the cache from DVC's remote.
+        push: whether there is a remote to push to at the end.
     """
 
     ask: frozenset[str]
@@ -77,7 +77,7 @@ def worth_a_retry(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool
 def stage_task(stage: str, description: str, gpu: bool = False) -> Task[[Plan], Any]:
     """The Prefect task of a stage; it ends as ``Completed``, or as ``Cached`` if there was nothing to run.
 
-    It asks DVC for exactly this stage, whose command runs the step in a process of its own; what the step prints goes
+    It asks DVC for exactly this stage, whose command runs the step in a separate process; the step's output goes
     to Prefect's log line by line.
 
     Args:
@@ -143,14 +143,14 @@ def _run(stage: str, pull: bool) -> bool:
 
 
 def _clear_line() -> None:
-    """Take a progress bar off the terminal before a line is logged over it."""
+    """Clear a progress bar from the terminal before a line is logged over it."""
     if sys.stderr.isatty():
         sys.stderr.write("\r\x1b[K")
 
 
 def warn_of_remote(trouble: str) -> None:
-    """Say that DVC's remote cannot be used, and what that means."""
+    """Log that DVC's remote cannot be used, and the consequences."""
     get_run_logger().warning(
-        "DVC's remote cannot be used (%s): what the cache lacks is computed, and what is new is pushed later.",
+        "DVC's remote cannot be used (%s): results that are not in the cache are computed, and pushed later.",
         mask(trouble),
     )

@@ -1,4 +1,4 @@
-"""The table that a pass ends with: steps, rates, accuracies, and where to look next."""
+"""The table printed at the end of a pass: steps, rates, accuracies, and links."""
 
 import json
 from collections.abc import Mapping
@@ -23,14 +23,14 @@ RESULTS = {
     "retrain": "{epochs:.0f} epochs on train + valid",
     "register": "version {version:.0f}",
 }
-"""What a step's row says, as a format of its metrics."""
+"""Text of a step's row, as a format of its metrics."""
 
 
 def print_summary(outcomes: Mapping[str, Outcome]) -> None:
-    """Print the steps of a pass, how good the result is, and where to look next.
+    """Print the steps of a pass, the accuracies, and where the reports are.
 
     Args:
-        outcomes: what became of each step of the pass; empty for none.
+        outcomes: outcomes of the steps of the pass; may be empty.
     """
     console = Console()
     console.print()
@@ -39,7 +39,7 @@ def print_summary(outcomes: Mapping[str, Outcome]) -> None:
     console.print(_accuracies())
     chosen = json.loads(artifact("evaluate", "chosen.json").read_text())
     console.print(chosen["reason"], highlight=False, soft_wrap=True)
-    console.print("Logistic regression: scikit-learn's, on the frozen backbone's activations; the honest baseline.\n")
+    console.print("Logistic regression: scikit-learn's, on the frozen backbone's activations, as a baseline.\n")
     for what, where in (
         ("Exploration", artifact("explore", "report.html")),
         ("Evaluation", artifact("evaluate", "report.html")),

@@ -1,6 +1,6 @@
 """`unfreeze sweep`: a search over settings with Optuna.
 
-Each trial is a run of the recipe up to `evaluate`, judged on validation images. Trials share DVC's cache, so that
+Each trial is a run of the recipe up to `evaluate`, rated on validation images. Trials share DVC's cache, so that
 steps that do not depend on a searched setting run once. The study is kept in a database: after a restart, the search
 and its interrupted trials continue.
 """
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
 
 ROOT = Path(".unfreeze/sweep")
 STORAGE = "UNFREEZE_SWEEP_STORAGE"
-"""Environment variable: address of the database that studies are kept in, for SQLAlchemy; by default a file in `ROOT`."""
+"""Environment variable: SQLAlchemy address of the database of studies; by default a file in `ROOT`."""
 PAUSE = 2.0
-"""Seconds between two looks at the trials."""
+"""Seconds between two checks of the trials."""
 PATIENCE = 60.0
-"""Seconds after a trial's end in which MLflow gets its last metrics."""
+"""Seconds to wait after a trial's end for its last metrics to arrive in MLflow."""
 SAME = 20
-"""Consecutive suggestions of already tried settings, after which the search ends."""
+"""Number of consecutive suggestions of already tried settings after which the search ends."""
 
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """How to search; `sweep.yaml` says what each key means."""
+    """Options of a search; `sweep.yaml` documents each key."""
 
     trials: Annotated[int, In(1, 100_000)]
     metric: str
@@ -58,7 +58,7 @@ class SweepSettings:
 
 @dataclass(frozen=True)
 class Range:
-    """A range of numbers; whole ones where both ends are."""
+    """A range of numbers; integers if both ends are integers."""
 
     low: float
     high: float
@@ -79,24 +79,24 @@ class AtWork:
 
 
 def read_sweep(path: Path) -> tuple[SweepSettings, Space]:
-    """Read what to search.
+    """Read the options and the search space.
 
     Raises:
         UserError: the file is missing or invalid, a key is not a setting, or a value is not valid for its setting.
     """
     content = read_yaml(read_text(path), str(path))
     if not isinstance(content, Mapping) or not isinstance(content.get("settings"), Mapping) or not content["settings"]:
-        raise UserError(f"{path} must be a mapping with a key `settings`: what to search.")
+        raise UserError(f"{path} must be a mapping with a key `settings`, the search space.")
     chosen = parse_section(SweepSettings, {k: v for k, v in content.items() if k != "settings"}, "", str(path))
     split, _, _ = chosen.metric.partition("/")
     if split != "evaluate" or not chosen.metric.startswith("evaluate/valid_"):
         raise UserError(
-            f"{path}: metric is {chosen.metric!r}, and must be one of evaluate/valid_...: test images must not be used "
+            f"{path}: metric is {chosen.metric!r}, but must be one of evaluate/valid_...: test images must not be used "
             "to choose."
         )
     space = {str(key): _space(str(key), value, path) for key, value in content["settings"].items()}
     if chosen.sampler == "grid" and (ranges := [key for key, values in space.items() if isinstance(values, Range)]):
-        raise UserError(f"{path}: sampler grid takes lists of values, and {', '.join(ranges)} is a range.")
+        raise UserError(f"{path}: sampler grid takes only lists of values, but {', '.join(ranges)} is a range.")
     for values in space.values():  # check all values now: one that is refused later would waste the trials before it
         for value in values if isinstance(values, list) else (values.low, values.high):
             key = next(key for key, those in space.items() if those is values)
@@ -118,7 +118,7 @@ def _space(key: str, value: Any, path: Path) -> list[Any] | Range:
 
 
 def sweep(path: Path) -> int:
-    """Search, say what was found, and write the best settings to a file; returns the exit code.
+    """Run a search, print its results, and write the best settings to a file; returns the exit code.
 
     Raises:
         UserError: the file is wrong, or trials cannot be started.
@@ -183,11 +183,11 @@ def _search(
     trials: LocalTrials | DeployedTrials,
     at_work: list[AtWork],
 ) -> None:
-    """Run trials until there are as many as wanted; ``at_work`` has those that are being run."""
+    """Run trials until the requested number is reached; ``at_work`` lists the running ones."""
     from optuna.trial import TrialState
 
     left = [trial for trial in study.trials if trial.state == TrialState.RUNNING]
-    for frozen in left:  # of a search that was killed
+    for frozen in left:  # trials of a search that was killed
         _begin(study, frozen._trial_id, trials, at_work)
     while True:
         done = study.get_trials(False, (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
@@ -205,7 +205,7 @@ def _search(
 
 
 def _suggest(study: "optuna.Study", space: Space) -> "optuna.trial.Trial | None":
-    """The next trial whose settings have not been tried; None where nothing is left to try."""
+    """The next trial whose settings have not been tried; None if there is nothing left to try."""
     from optuna.trial import TrialState
 
     for _ in range(SAME):
@@ -242,7 +242,7 @@ def _begin(study: "optuna.Study", id_: int, trials: LocalTrials | DeployedTrials
 
 
 def _look(study: "optuna.Study", chosen: SweepSettings, one: AtWork) -> bool:
-    """See how far a trial has come; stop it where Optuna says so. Returns whether it has ended."""
+    """Check a trial's progress, and stop it if Optuna prunes it; returns whether it has ended."""
     from optuna.trial import TrialState
 
     ended = one.trial.ended()
@@ -251,7 +251,7 @@ def _look(study: "optuna.Study", chosen: SweepSettings, one: AtWork) -> bool:
         if chosen.prune and _is_poor(chosen, one):
             one.trial.stop()
             study.tell(one.optuna, state=TrialState.PRUNED)
-            print(f"{number}: stopped after cycle {one.cycles}, where it did worse than the median", flush=True)
+            print(f"{number}: stopped after cycle {one.cycles}, with a loss worse than the median", flush=True)
             return True
         return False
     if not ended:
@@ -261,7 +261,7 @@ def _look(study: "optuna.Study", chosen: SweepSettings, one: AtWork) -> bool:
     value = _value(chosen.metric, one.trial.key)
     if value is None:
         study.tell(one.optuna, state=TrialState.FAIL)
-        print(f"{number}: MLflow has no {chosen.metric} of it", flush=True)
+        print(f"{number}: MLflow has no {chosen.metric} for it", flush=True)
         return True
     study.tell(one.optuna, value)
     print(f"{number}: {chosen.metric} {value:.4f}", flush=True)
@@ -269,7 +269,7 @@ def _look(study: "optuna.Study", chosen: SweepSettings, one: AtWork) -> bool:
 
 
 def _is_poor(chosen: SweepSettings, one: AtWork) -> bool:
-    """Tell Optuna the validation loss at the end of each cycle; returns whether it says that the trial is to be stopped."""
+    """Report the validation loss at the end of each cycle to Optuna; returns whether it prunes the trial."""
     try:
         losses = course_of(one.trial.key).valid_losses
     except Unreachable:
@@ -322,7 +322,7 @@ def _conclude(study: "optuna.Study", chosen: SweepSettings, folder: Path) -> int
         section, _, last = key.rpartition(".")
         (nested.setdefault(section, {}) if section else nested)[last] = value
     best.write_text(yaml.safe_dump(nested), encoding="utf-8")
-    print(f"The best: `unfreeze run --settings {best}` trains it as a whole, and registers it.")
+    print(f"The best: `unfreeze run --settings {best}` runs the whole recipe with it, and registers the model.")
     return 0
 
 
@@ -335,6 +335,6 @@ def _shown(params: Mapping[str, Any]) -> str:
 
 
 def _digest(*paths: Path) -> str:
-    """A short hash of files and of the commit: a search over something else is another study."""
+    """A short hash of files and of the commit: if one of them changes, the search is a new study."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, check=True).stdout
     return hashlib.sha256(b"".join([commit, *(path.read_bytes() for path in paths)])).hexdigest()[:8]

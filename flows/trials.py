@@ -1,4 +1,4 @@
-"""Trials of a search: passes in worktrees on this machine, or runs of a deployment on whatever workers there are."""
+"""Trials of a search: passes in worktrees on this machine, or runs of a deployment on its workers."""
 
 import os
 import subprocess
@@ -19,23 +19,23 @@ from unfreeze.settings.overrides import apply_overrides, as_overrides
 from unfreeze.settings.schema import Settings
 
 LAST = "evaluate"
-"""The step that trials end with: they are judged on validation images, and no trial registers a model."""
+"""Last step of a trial: trials are rated on validation images, and do not register a model."""
 
 
 class Trial(Protocol):
-    """A trial that is being run.
+    """A running trial.
 
     Attributes:
-        key: of its pass, by which MLflow knows it.
+        key: key of its pass, a tag in MLflow.
     """
 
     key: str
 
     def ended(self) -> bool | None:
-        """Whether it has ended well; None while it runs."""
+        """Whether it succeeded; None while it runs."""
 
     def stop(self) -> None:
-        """Stop it; a trial that is started again goes on from its checkpoints."""
+        """Stop it; when started again, it continues from its checkpoints."""
 
 
 @dataclass
@@ -60,7 +60,7 @@ class LocalTrial:
 class LocalTrials:
     """Runs trials on this machine, each in one of several worktrees of the committed code, which share DVC's cache.
 
-    Results of steps that do not depend on the changed settings stay in the worktree, or come from the cache.
+    Results of steps that do not depend on the changed settings are reused from the worktree or the cache.
     """
 
     def __init__(self, study: str, folder: Path, settings: Settings) -> None:
@@ -68,19 +68,19 @@ class LocalTrials:
 
         Args:
             study: name of the search.
-            folder: where worktrees and logs are to be.
-            settings: that trials begin from.
+            folder: folder for worktrees and logs.
+            settings: base settings of the trials.
         """
         self._study, self._folder, self._source = study, folder, settings.data.source
 
     def start(self, number: int, slot: int, settings: Mapping[str, Any], known: str | None) -> LocalTrial:
-        """Start a trial, or go on with it.
+        """Start or continue a trial.
 
         Args:
-            number: of the trial.
-            slot: number of the worktree; no other trial may be at work there.
-            settings: ``section.key -> value`` over those of `params.yaml`.
-            known: not needed here.
+            number: number of the trial.
+            slot: number of the worktree; no other trial may use it.
+            settings: ``section.key -> value``, overriding `params.yaml`.
+            known: not used.
         """
         here = self._worktree(slot)
         (here / "params.yaml").write_bytes(Path("params.yaml").read_bytes())
@@ -109,7 +109,7 @@ class LocalTrials:
                 text=True,
             )
             if done.returncode:
-                raise UserError(f"git could not make a worktree for trials in {here}: {done.stderr.strip()}")
+                raise UserError(f"git could not create a worktree for trials in {here}: {done.stderr.strip()}")
             dvc.share_cache(here)
             link_sample(self._source, here)
         return here
@@ -151,7 +151,7 @@ class DeployedTrials:
         Args:
             study: name of the search.
             deployment: ``<flow>/<deployment>``.
-            settings: not needed: a run begins from what is committed.
+            settings: not used: a run starts from a commit.
         """
         from prefect.settings import PREFECT_API_URL
 
@@ -160,7 +160,7 @@ class DeployedTrials:
         self._study, self._deployment = study, deployment
 
     def start(self, number: int, slot: int, settings: Mapping[str, Any], known: str | None) -> DeployedTrial:
-        """Start a trial; one that has a flow run already, ``known``, is taken up. Other arguments as of `LocalTrials`."""
+        """Start a trial, or resume its flow run ``known``, if any. Other arguments are as in `LocalTrials`."""
         from prefect.deployments import run_deployment
 
         if known is None:
@@ -170,10 +170,10 @@ class DeployedTrials:
         return DeployedTrial(f"flow-{known}", known)
 
     def close(self) -> None:
-        """Nothing is left to remove."""
+        """Do nothing: there is nothing to remove."""
 
 
 def _absolute(address: str) -> str:
-    """The address of an SQLite database with an absolute path; any other as it is."""
+    """Make the path in the address of an SQLite database absolute; other addresses are unchanged."""
     path = address.removeprefix("sqlite:///")
     return address if path == address else f"sqlite:///{os.path.abspath(path)}"

@@ -1,17 +1,17 @@
-"""A workspace of its own for each run of the deployment: a clone of the newest commit of the deployed branch.
+"""A separate workspace for each run of the deployment: a clone of the newest commit of the deployed branch.
 
 `prepare` is the deployment's pull step (`prefect.yaml`). Prefect's worker calls it in a new process. The flow then runs
-in that process, in the folder that `prepare` returns, so all other code comes from the commit. What outlives a
-workspace is in `UNFREEZE_HOME`:
+in that process, in the folder that `prepare` returns, so all other code comes from the commit. Files that
+outlive a workspace are in `UNFREEZE_HOME`:
 
-    repositories/<hash>.git                  what has been fetched
-    workspaces/<commit>-<hash of settings>/  so that an interrupted run's is found again by what it computes
+    repositories/<hash>.git                  fetched repositories
+    workspaces/<commit>-<hash of settings>/  an interrupted run's is found again by its commit and settings
     environments/<hash>/                     for commits whose constraints.txt the worker's own environment does not meet
-    cache/, hashes/                          DVC's cache, and its notes of which file has which hash
+    cache/, hashes/                          DVC's cache, and its table of file hashes
     locks/<hash of settings>.lock            the dvc.lock of the last run
-    tracking/, about-cache/                  what waits for MLflow and for DVC's remote
-    mlflow.db, mlruns/                       MLflow's, where no MLFLOW_TRACKING_URI is set
-    cards/                                   which run has which GPU
+    tracking/, about-cache/                  queues for MLflow and for DVC's remote
+    mlflow.db, mlruns/                       MLflow's data if MLFLOW_TRACKING_URI is not set
+    cards/                                   the runs' reservations of GPUs
 """
 
 import fcntl
@@ -42,7 +42,7 @@ LOCK = "UNFREEZE_WORKSPACE_LOCK"
 PAUSES = (0, 2, 8)
 """Seconds to wait before each attempt to reach the repository."""
 FORGET = 14 * 24 * 3600
-"""Seconds after which the workspace of a run that was interrupted, or failed, is removed."""
+"""Seconds after which the workspace of an interrupted or failed run is removed."""
 OUTLIVES = {ROOT: "tracking", ABOUT_CACHE: "about-cache"}
 """Folders of a workspace that are links into `UNFREEZE_HOME`."""
 SHARE = """
@@ -59,7 +59,7 @@ if not own.is_symlink():
     shutil.rmtree(own, ignore_errors=True)
     own.symlink_to(hashes)
 """
-"""Makes DVC share its cache and its table of file hashes: else each run would read all images again to hash them."""
+"""Makes DVC share its cache and its table of file hashes: otherwise each run would hash all images again."""
 
 
 def prepare(repository: str, branch: str) -> dict[str, str]:
@@ -70,10 +70,10 @@ def prepare(repository: str, branch: str) -> dict[str, str]:
         branch: the run starts from its newest commit.
 
     Returns:
-        ``directory``: where the flow is to run.
+        ``directory``: the working directory for the flow.
 
     Raises:
-        UserError: the branch cannot be fetched; the flow run's log has it, too.
+        UserError: the branch cannot be fetched; the flow run's log also has the message.
     """
     with preparing() as run:
         commit = fetch(repository, branch)
@@ -103,7 +103,7 @@ def at_work() -> Iterator[None]:
 
 
 def fetch(repository: str, branch: str) -> str:
-    """The newest commit of a branch, fetched into the bare clone that this worker has of the repository."""
+    """Fetch a branch into this worker's bare clone of the repository; returns its newest commit."""
     bare, head = _bare(repository), f"refs/heads/{branch}"
     with hold(bare.with_suffix(".lock")):
         if not (bare / "HEAD").exists():
@@ -128,7 +128,7 @@ def make(repository: str, commit: str, name: str) -> Path:
     if LOCK not in os.environ:  # set if this process was restarted in another environment
         file = hold(_lock(folder), shared=True)
         os.environ[LOCK] = str(os.dup(file.fileno()))
-        os.set_inheritable(int(os.environ[LOCK]), True)  # by the flow, which takes this process over
+        os.set_inheritable(int(os.environ[LOCK]), True)  # by the flow, which runs in this process
     if not folder.exists():
         partial = folder.with_name(f".new-{name}-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
@@ -136,19 +136,19 @@ def make(repository: str, commit: str, name: str) -> Path:
         git("checkout", "--quiet", "--detach", commit, folder=partial)
         try:
             partial.rename(folder)
-        except OSError:  # another run was quicker
+        except OSError:  # another run was faster
             shutil.rmtree(partial)
     return folder
 
 
 def settings_key(parameters: Mapping[str, Any]) -> str:
-    """A hash of the settings that a flow run is given."""
+    """Hash of a flow run's parameters for settings."""
     given = {key: value for key, value in parameters.items() if value}
     return hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def is_workspace(folder: Path) -> bool:
-    """Whether a folder is the workspace of a deployed run, and nobody's checkout."""
+    """Whether a folder is the workspace of a deployed run, not a checkout."""
     return folder.resolve().parent == home() / "workspaces"
 
 
@@ -179,7 +179,7 @@ def _furnish(folder: Path) -> None:
 
 
 def is_shared() -> bool:
-    """Whether another process of this host has this run's workspace."""
+    """Whether another process of this host uses this run's workspace."""
     descriptor = int(os.environ[LOCK])
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -220,14 +220,14 @@ def _remove(folder: Path) -> None:
     """Remove a workspace whose lock is held. It is renamed first, so that no run finds a partly removed one."""
     gone = folder.with_name(f".gone-{folder.name}")
     shutil.rmtree(gone, ignore_errors=True)
-    with suppress(OSError):  # it is only in the way
+    with suppress(OSError):  # a leftover only takes up space
         folder.rename(gone)
         _lock(folder).unlink()
         shutil.rmtree(gone)
 
 
 def _lock_file(folder: Path) -> Path:
-    """The `dvc.lock` of the last successful run with a workspace's settings, by which DVC skips finished steps."""
+    """The `dvc.lock` of the last successful run with a workspace's settings, with which DVC skips finished steps."""
     return home() / "locks" / f"{folder.name.partition('-')[2]}.lock"
 
 

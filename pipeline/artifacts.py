@@ -1,4 +1,4 @@
-"""The steps, where they write, and small files that are written whole or not at all."""
+"""The steps, their output folders, and small files that are written atomically."""
 
 import json
 from pathlib import Path
@@ -28,5 +28,5 @@ def artifact(stage: str, name: str) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, for people to read as well, whole or not at all."""
+    """Write indented JSON atomically."""
     write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

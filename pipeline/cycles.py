@@ -1,4 +1,4 @@
-"""The weights at the end of each cycle of the whole network's training, a file each, and their average."""
+"""The weights at the end of each cycle of the whole network's training, one file each, and their average."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,5 +24,5 @@ def keep_cycles(folder: Path, model: Classifier, packed: PackedImages, augment: 
 
 
 def average_cycles(folder: Path, cycles: Sequence[int]) -> dict[str, torch.Tensor]:
-    """State dict with the average of the weights at the ends of the cycles of these numbers, from 1."""
+    """State dict with the average of the weights at the end of the given cycles, numbered from 1."""
     return average_weights([load_classifier(folder / f"{number}.safetensors")[0].state_dict() for number in cycles])

@@ -22,7 +22,7 @@ from pipeline.process.lock import ABOUT_CACHE
 from pipeline.process.signals import identity
 
 NOTE = ABOUT_CACHE / "on-disk.json"
-"""Time before which all written data are on disk, and the ID of the boot in which this was recorded."""
+"""File with the time of the last flush, and the ID of the boot in which it was recorded."""
 
 RWLOCK = Path(".dvc/tmp/rwlock")
 """DVC's locks, by process ID. After a reboot these IDs may belong to other processes."""
@@ -33,7 +33,7 @@ PATIENCE = 10.0
 TORN = "%s is incomplete after a power loss: it is removed from DVC's cache, and will be computed again."
 
 MARGIN = 60.0
-"""Seconds by which the clock may have been set back meanwhile."""
+"""Tolerance in seconds for a clock that was set back in the meantime."""
 
 
 def settle() -> None:
@@ -57,7 +57,7 @@ def drop_torn() -> list[Path]:
         noted = json.loads(NOTE.read_text(encoding="utf-8"))
         until = float(noted["until"]) - MARGIN
     except (OSError, ValueError, KeyError, TypeError):
-        return []  # nothing was ever made here
+        return []  # nothing was ever computed here
     if noted["boot"] == _boot():
         return []
     RWLOCK.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """DVC's default remote: its address, and its file system with the credentials that DVC has for it.
 
-The address is read from DVC's configuration files, which takes no time. DVC itself describes the fsspec file system
-in a process of its own, only when something is to be read or written there.
+The address is read from DVC's configuration files, which takes no time. DVC describes the fsspec file system
+in a separate process, only when it is to be read or written.
 """
 
 import configparser
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE = 60.0
-"""Seconds that DVC may take to describe the file system; it asks nobody for that."""
+"""Timeout in seconds for DVC to describe the file system, which needs no network."""
 DESCRIBE = """
 import json
 from dvc.config import Config
@@ -35,7 +35,7 @@ print(json.dumps([described, path]))
 
 
 def default_remote() -> str | None:
-    """The address of DVC's default remote, or the absolute path of its folder; None where there is none."""
+    """The address of DVC's default remote, or the absolute path of its folder; None if there is no remote."""
     name, found = "", {}
     for file in _files():
         config = configparser.ConfigParser(interpolation=None, strict=False)
@@ -66,10 +66,10 @@ def open_remote(url: str) -> tuple[Any, str]:
     """The fsspec file system of the default remote, and the remote's path there.
 
     Args:
-        url: address of the remote, as `default_remote` gives it; for another one DVC is asked again.
+        url: address of the remote, as `default_remote` returns it; the result is cached for each.
 
     Raises:
-        OSError: DVC cannot describe it; with what DVC says.
+        OSError: DVC cannot describe it; has DVC's message.
     """
     import fsspec  # here, as most steps need no remote
 

@@ -18,10 +18,10 @@ LESS_MEMORY = (
 NO_MEMORY = ("out of memory", "not enough memory", "allocate memory", "_alloc_failed")
 """Out-of-memory messages of the system, torch and CUDA's libraries, in lower case.
 
-On a CPU torch raises a bare RuntimeError, so that only its message tells.
+On a CPU, torch raises a plain RuntimeError, which only its message identifies.
 """
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether there was not enough memory, of the machine or of its GPU."""
+    """Whether the machine or its GPU ran out of memory."""
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in NO_MEMORY)

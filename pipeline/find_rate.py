@@ -1,4 +1,4 @@
-"""What the two learning-rate finders have in common: sweep, pick, plot."""
+"""Common code of the two learning-rate finders: sweep, pick, plot."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -23,18 +23,18 @@ def find_rate(
     loss: nn.Module,
     chance: float,
 ) -> dict[str, float]:
-    """Sweep the rate over training batches, pick one, keep curve and plot.
+    """Sweep the rate over training batches, pick one, write curve and plot.
 
     Args:
         run: the step's execution.
-        model, optimizer: what is trained during the sweep and left as it was.
-        batches: those of epoch n (from 0), from batch i (from 0) on.
-        settings: the sweep's ends, its length, and the rule that picks.
-        loss: what the training is going to lower.
-        chance: the lowest loss of a prediction that is the same for every image.
+        model, optimizer: trained during the sweep, and restored afterwards.
+        batches: returns the batches of epoch n (from 0), starting with batch i (from 0).
+        settings: the sweep's ends, its length, and the rule to pick a rate.
+        loss: the training loss.
+        chance: the loss of the best constant prediction.
 
     Returns:
-        Metrics: the rate to train with, and the points of the curve it was chosen among.
+        Metrics: the picked rate, and the candidate points of the curve.
     """
     curve = range_test(model, optimizer, batches, settings, run.checkpoint("sweep"), loss)
     for i, row in enumerate(curve.itertuples(index=False, name=None)):

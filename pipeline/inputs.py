@@ -1,4 +1,4 @@
-"""What the steps start from: the classifier as an earlier step left it, and the images it is to see."""
+"""Inputs of the steps: the classifier of an earlier step, and the images."""
 
 from typing import Any
 
@@ -16,10 +16,10 @@ from unfreeze.models.weights import load_backbone, load_head
 
 
 def precomputed(name: str) -> NDArray[Any]:
-    """An array that the step precompute left, a row per image, mapped from its file.
+    """Memory-map an array of the step precompute, with a row per image.
 
     Raises:
-        UserError: it is not there, or damaged.
+        UserError: the file is missing or damaged.
     """
     path = artifact("precompute", name)
     try:
@@ -34,9 +34,9 @@ def frozen_classifier(head_of: str, batch_size: int, device: torch.device) -> tu
     """The pretrained backbone with the head that a step trained, and a loader of the packed images for it.
 
     Args:
-        head_of: name of the step whose head it is.
+        head_of: name of the step that trained the head.
         batch_size: images per batch.
-        device: where to compute.
+        device: device to compute on.
     """
     return _on_device(load_head(artifact(head_of, "head.safetensors")), batch_size, device)
 

@@ -1,7 +1,7 @@
-"""Copies of a training's checkpoints in a shared place, for another machine to resume from if this one is lost.
+"""Copies of a training's checkpoints in a shared location, from which another machine resumes if this one is lost.
 
     <checkpoint.share>/<stage>/<fingerprint>/training.safetensors   the newest checkpoint of each training of the step
-                                             cycles/1.safetensors   what else the step keeps
+                                             cycles/1.safetensors   other files that the step keeps
 
 They are copied while the training runs. Files that a checkpoint refers to are copied before it, and each file is
 renamed to its final name when it is complete. They are removed once DVC's remote has the step's output.
@@ -33,22 +33,22 @@ logger = logging.getLogger("unfreeze")
 
 NOWHERE = "none"
 PATIENCE = 10.0
-"""Seconds that a step waits at its end for what is still being copied."""
+"""Seconds that a step waits at its end for unfinished copies."""
 ANSWERS = 60.0
-"""Timeout in seconds for asking the shared place whether it has a checkpoint."""
+"""Timeout in seconds for looking for a checkpoint in the shared location."""
 UNFIT = ("http", "https", "webdav", "webdavs", "gdrive", "file")
 """Kinds of DVC remotes that cannot be written to, or cannot have a folder beside them."""
 FORGET = 7 * 24 * 3600
 """Age in seconds at which the checkpoints of an abandoned step are removed."""
 FINGERPRINT = re.compile("[0-9a-f]{16}")
 NOTE = Path(".unfreeze/shared.json")
-"""Which folders of the shared place this workspace has written to."""
+"""List of the folders in the shared location that this workspace has written to."""
 
 
 def shared_place(share: str | None) -> str | None:
-    """Where checkpoints are shared, as `checkpoint.share` says; None for nowhere.
+    """The shared location according to `checkpoint.share`; None if checkpoints are not shared.
 
-    By default beside DVC's default remote. Only configuration files are read: nothing is asked over a network.
+    By default it is beside DVC's default remote. Only configuration files are read; the network is not used.
     """
     if share is not None:
         return None if share == NOWHERE else share
@@ -58,30 +58,30 @@ def shared_place(share: str | None) -> str | None:
         return f"{url}.checkpoints" if url and Path(url).parent.is_dir() else None
     if kind in UNFIT:
         return None
-    return f"{url}.checkpoints" if "/" in rest else f"{url}/checkpoints"  # of a whole bucket, within it
+    return f"{url}.checkpoints" if "/" in rest else f"{url}/checkpoints"  # if the remote is a whole bucket: within it
 
 
 def check_share(share: str | None) -> None:
     """Raises UserError if `checkpoint.share` is not a valid address or lacks its driver; does not check that it exists.
 
-    The default, beside DVC's remote, is not checked: DVC does that.
+    The default, beside DVC's remote, is not checked here; DVC checks it.
     """
     if share is not None and (place := shared_place(share)):
         try:
             _open(place)
         except (ImportError, ValueError) as error:
             raise UserError(
-                f"checkpoint.share: {mask(place)} cannot be opened ({mask(str(error))}). Name a folder or an address of "
-                "fsspec's, install what it needs (s3fs for s3://, say), or set it to none."
+                f"checkpoint.share: {mask(place)} cannot be opened ({mask(str(error))}). Name a folder or an "
+                "fsspec address, install its driver (s3fs for s3://, for example), or set it to none."
             ) from None
 
 
 def _open(place: str) -> tuple[Any, str]:
-    """The file system of a place, and its path there; beside DVC's remote it is the remote's, with DVC's credentials."""
+    """The file system and path of a location; beside DVC's remote it is the remote's, with DVC's credentials."""
     beside, url = shared_place(None), (default_remote() or "").rstrip("/")
     if beside and "://" in beside and f"{place}/".startswith(f"{beside}/"):
         fs, path = open_remote(url)
-        fs.invalidate_cache()  # of what it has listed: other machines write there
+        fs.invalidate_cache()  # its listings: other machines write there
         return fs, path + place.removeprefix(url)
     import fsspec  # here, as most steps share nothing
 
@@ -90,14 +90,14 @@ def _open(place: str) -> tuple[Any, str]:
 
 
 class Mirror:
-    """Copies a step's checkpoints to the shared place in the background, and fetches what another machine has left there."""
+    """Copies a step's checkpoints to the shared location in the background, and fetches those of another machine."""
 
     def __init__(self, scratch: Path, place: str) -> None:
-        """Begin to copy.
+        """Set up copying.
 
         Args:
-            scratch: the step's folder of checkpoints; its last two names are those of the folder in the shared place.
-            place: the shared place, as `shared_place` gives it.
+            scratch: the step's folder of checkpoints; the folder in the shared location has the same last two names.
+            place: the shared location, as `shared_place` returns it.
         """
         self._scratch, self.address = scratch, f"{place.rstrip('/')}/{'/'.join(scratch.parts[-2:])}"
         self._copied: dict[Path, tuple[int, int]] = {}
@@ -106,7 +106,7 @@ class Mirror:
         self._thread: threading.Thread | None = None
 
     def fetch(self, checkpoint: "Checkpoint") -> bool:
-        """Fetch a training's checkpoint from the shared place if it has more progress than the local one.
+        """Fetch a training's checkpoint from the shared location if it has more progress than the local one.
 
         Returns:
             Whether it was fetched.
@@ -141,7 +141,7 @@ class Mirror:
             self._thread.join(PATIENCE)
 
     def _found(self, name: str) -> tuple[Any, str]:
-        """The file system and folder where a checkpoint is shared; None where it is not. Raises OSError without an answer."""
+        """The file system (None if not shared) and folder of a checkpoint. Raises OSError without an answer."""
         answer: list[tuple[Any, str] | Exception] = []
 
         def ask() -> None:
@@ -161,7 +161,7 @@ class Mirror:
         return answer[0]
 
     def _get(self, fs: Any, file: str, target: Path) -> Path:
-        """Copy a shared file beside where it belongs; returns the copy."""
+        """Copy a shared file into a temporary file beside its target; returns the copy."""
         copy = target.with_name(f"{target.name}.partial-shared")
         copy.parent.mkdir(parents=True, exist_ok=True)
         fs.get_file(file, str(copy))
@@ -213,7 +213,7 @@ class Mirror:
 
     @contextlib.contextmanager
     def _saying(self) -> Iterator[None]:
-        """Suppress errors of the shared place in the block, and log this mirror's first one: the training goes on."""
+        """Suppress errors of the shared location in the block, and log the first one: the training continues."""
         try:
             yield
         except Exception as error:
@@ -225,9 +225,9 @@ class Mirror:
 
 
 def forget(stages: set[str]) -> None:
-    """Remove this workspace's shared checkpoints of these steps, and all checkpoints that are unchanged for a week.
+    """Remove this workspace's shared checkpoints of these steps, and all checkpoints unchanged for a week.
 
-    Nothing is removed from a place that does not answer.
+    Nothing is removed from a location that does not answer.
 
     Args:
         stages: steps whose results are in DVC's remote.
@@ -246,7 +246,7 @@ def forget(stages: set[str]) -> None:
 
 
 def _forget_old(place: str) -> None:
-    """Remove old checkpoints; only folders ``<step>/<fingerprint>`` are examined, as the place may have other files."""
+    """Remove old checkpoints; only folders ``<step>/<fingerprint>`` are examined, as there may be other files."""
     fs, folder = _open(place)
     for step in STAGES:
         for run in fs.ls(f"{folder}/{step}", detail=False) if fs.isdir(f"{folder}/{step}") else ():
@@ -257,5 +257,5 @@ def _forget_old(place: str) -> None:
 
 
 def _seconds(when: datetime) -> float:
-    """Since 1970; a time without a zone is UTC, as file systems say it."""
+    """Seconds since 1970; a time without a zone is UTC, as file systems return it."""
     return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()

@@ -1,4 +1,4 @@
-"""Where a run comes from: the commit, code and settings that differ from what is committed, the machine, the person."""
+"""Provenance of a run: its commit, uncommitted changes of code and settings, machine and user."""
 
 import getpass
 import socket
@@ -13,15 +13,15 @@ from unfreeze.settings.schema import flatten
 from unfreeze.settings.yaml_loader import read_yaml
 
 CODE = ("unfreeze", "pipeline", "tasks", "flows", "dvc.yaml")
-"""Files that determine a run's results, beside its settings and images."""
+"""Files that determine a run's results, besides its settings and images."""
 NAMED = ("data.source", "backbone.name", "data.image_size")
-"""Settings that a run is called by, whether or not they differ."""
+"""Settings that are always in a run's name."""
 LONGEST = 200
-"""Characters of a name, to which the time is added: MLflow's databases have room for 250. The description has all settings."""
+"""Largest length of a name, to which the time is added: MLflow's limit is 250. The description has all settings."""
 
 
 def differing_settings(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings, by their dotted keys, that are not as the commit has them; none where there is no commit."""
+    """The settings, by dotted keys, that differ from the commit's; empty if there is no commit."""
     try:
         committed = read_yaml(git("show", "HEAD:./params.yaml"), "params.yaml")
     except (GitError, UserError):
@@ -31,7 +31,7 @@ def differing_settings(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def title(params: Mapping[str, Any]) -> str:
-    """What to call a run: its images, its backbone, the size, and the settings that differ from the committed ones."""
+    """Name of a run: its images, backbone, image size, and the settings that differ from the committed ones."""
     source = Path(mask(str(params["data.source"])).removeprefix("sample:")).stem
     backbone = str(params["backbone.name"]).split(":")[-1]
     differing = {key: value for key, value in differing_settings(params).items() if key not in NAMED}
@@ -46,7 +46,7 @@ def shown(settings: Mapping[str, Any]) -> str:
 
 
 def code_tags() -> dict[str, str]:
-    """MLflow's tags for the commit, and whether code differs from it; none where there is no commit."""
+    """MLflow tags: the commit, and whether code differs from it; empty if there is no commit."""
     try:
         changed = "yes" if git("status", "--porcelain", "--", *CODE) else "no"
         return {"mlflow.source.git.commit": git("rev-parse", "HEAD"), "unfreeze.changed": changed}
@@ -55,7 +55,7 @@ def code_tags() -> dict[str, str]:
 
 
 def machine_tags() -> dict[str, str]:
-    """MLflow's tags for the machine and the user."""
+    """MLflow tags: the machine and the user."""
     return {"unfreeze.host": socket.gethostname(), "mlflow.user": user()}
 
 
@@ -68,11 +68,11 @@ def user() -> str:
 
 
 def description(params: Mapping[str, Any], address: str) -> str:
-    """What MLflow's page of a run shows above its numbers, in Markdown: where it ran, and what differs from the commit.
+    """Description of a run in MLflow, in Markdown: where it ran, and which settings differ from the commit.
 
     Args:
         params: all settings of the run, by their dotted keys.
-        address: of the page of Prefect's flow run; empty where it has none.
+        address: URL of Prefect's flow run; empty if it has none.
     """
     differing = shown(differing_settings(params))
     lines = [

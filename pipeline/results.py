@@ -12,13 +12,13 @@ from unfreeze.evaluation.evaluating import Predictions
 from unfreeze.evaluation.metrics import Labels, confusion
 
 MANY, LIKELIEST = 100, 20
-"""With more classes than the first number, only so many probabilities are written: 1,000 took 18 kB an image."""
+"""With more than MANY classes, only the LIKELIEST most probable ones are written: 1,000 took 18 kB per image."""
 
 
 def write_predictions(path: Path, packed: PackedImages, predictions: Mapping[str, Predictions]) -> None:
     """Write `predictions.csv`: path, split, label, predicted, ``p_<class>``..., then the same with TTA.
 
-    With more than 100 classes, ``p_<class>`` is filled only for an image's 20 likeliest classes and its own.
+    With more than 100 classes, ``p_<class>`` has values only for the 20 most probable classes and the true class.
     """
     classes = np.array(packed.classes, dtype=object)
     tables = [pd.DataFrame({"path": [], "split": [], "label": [], "predicted": []})]
@@ -38,7 +38,7 @@ def write_predictions(path: Path, packed: PackedImages, predictions: Mapping[str
 
 
 def keep_confusion(run: Run, packed: PackedImages, predictions: Mapping[str, Predictions]) -> None:
-    """Write the confusion matrix with TTA, of the test split where there is one, else of the validation split."""
+    """Write the confusion matrix with TTA, of the test split if there is one, else of the validation split."""
     found = predictions.get("test", predictions.get("valid"))
     labels = packed.labels[found.rows] if found else packed.labels[:0]
     predicted = found.tta.argmax(1) if found else labels

@@ -1,4 +1,4 @@
-"""Where a step keeps its checkpoints, and what they depend on.
+"""Folder of a step's checkpoints, and the hash of their dependencies.
 
 They are kept outside of DVC's outputs, because DVC removes these before it runs a step. Like the hard link to a
 finished file, they are not removed at the end of the step: DVC has certainly stored the outputs only when a later
@@ -20,7 +20,7 @@ ROOT = Path(".unfreeze/checkpoints")
 
 
 def fingerprint(stage: str, settings: Mapping[str, Any]) -> str:
-    """A hash of all that a step's result depends on: its settings, and the files and folders that `dvc.yaml` lists."""
+    """Hash of all dependencies of a step's result: its settings, and the files and folders in `dvc.yaml`."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name in yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]:
         digest.update(name.encode())
@@ -35,21 +35,21 @@ def fingerprint(stage: str, settings: Mapping[str, Any]) -> str:
 
 
 def _files(path: Path) -> list[Path]:
-    """The file, or all files of the folder in their order but what Python compiles, as in `.dvcignore`."""
+    """The file, or all files of the folder in order, except Python's compiled files, as in `.dvcignore`."""
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
     return [path] if path.is_file() else []
 
 
 def clear_earlier(stage: str) -> None:
-    """Remove the checkpoints of the steps before this one that have finished."""
+    """Remove the checkpoints of earlier steps that have finished."""
     for earlier in STAGES[: STAGES.index(stage)]:
         if artifact(earlier, "metrics.json").exists():  # which DVC removes before it runs the step again
             shutil.rmtree(ROOT / earlier, ignore_errors=True)
 
 
 def clear_foreign(kept: Path) -> None:
-    """Remove a step's checkpoints of other settings, images or code."""
+    """Remove a step's checkpoints that were written with other settings, images or code."""
     for other in kept.parent.glob("*"):
         if other != kept:
             shutil.rmtree(other, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""What makes a function a step of the recipe.
+"""Make a function a step of the recipe.
 
-A step is a function in a file of its own, `tasks/<name>.py`. Its parameters name the sections of `params.yaml` that it
-reads, and `dvc.yaml` lists just these; it returns its metrics, name -> number. Run as ``python -m tasks <name>`` by DVC,
-by hand or by a debugger, it checks the settings, tells MLflow, and writes ``artifacts/<name>/metrics.json``.
+A step is a function in `tasks/<name>.py`. Its parameters name the sections of `params.yaml` that it reads, and
+`dvc.yaml` lists the same ones; it returns its metrics, name -> number. Run as ``python -m tasks <name>`` by DVC, by
+hand or in a debugger, it checks the settings, logs to MLflow, and writes ``artifacts/<name>/metrics.json``.
 """
 
 import inspect
@@ -41,24 +41,24 @@ if TYPE_CHECKING:
 logger = logging.getLogger("unfreeze")
 
 CHANGED = (
-    "Its settings, code or inputs changed while the step ran, so DVC does not store its result, which it would record "
-    "as computed from the changed ones. Start again to compute it anew; or undo the change and start again, to use what "
-    "was computed."
+    "Its settings, code or inputs changed while the step ran, so DVC does not store its result: it would record it as "
+    "computed from the changed ones. Start again to compute it again; or undo the change and start again, to use the "
+    "computed result."
 )
-"""Message of a step whose settings, code or inputs at its end differ from those at its start."""
+"""Message of a step whose settings, code or inputs changed while it ran."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One execution of a step, as the step's function sees it.
+    """One execution of a step, passed to the step's function.
 
     Attributes:
         stage: name of the step.
-        tracker: tells MLflow.
-        key: hash of all that the step depends on: settings, images and code.
+        tracker: logs to MLflow.
+        key: hash of everything that the step depends on: settings, images and code.
         often: when to write checkpoints.
         interruption: stop-request flag.
-        wanted: the device that the settings ask for.
+        wanted: the value of the setting `device`.
     """
 
     stage: str
@@ -69,11 +69,11 @@ class Run:
     wanted: str = "auto"
 
     def log(self, text: str, *values: object) -> None:
-        """A line for people."""
+        """Log a message."""
         logger.info(text, *values)
 
     def path(self, name: str) -> Path:
-        """Where the step writes a file of this name."""
+        """Path of the step's output file with this name."""
         return artifact(self.stage, name)
 
     @cached_property
@@ -85,13 +85,13 @@ class Run:
 
     @cached_property
     def mirror(self) -> Mirror | None:
-        """Copies the checkpoints of trainings to where other machines find them, if there is such a place."""
+        """Copies the checkpoints of trainings to the shared location, if there is one."""
         place = shared_place(self.often.share)
         return Mirror(self.scratch, place) if place else None
 
     @cached_property
     def device(self) -> "torch.device":
-        """The device that the step computes on. Raises UserError if the settings ask for one that does not work."""
+        """The device that the step computes on. Raises UserError if the setting's device does not work."""
         from unfreeze.device import choose_device, describe
 
         device = choose_device(self.wanted)
@@ -114,7 +114,7 @@ class Run:
         if self.mirror:
             checkpoint.written = self.mirror.changed
             if self.mirror.fetch(checkpoint):
-                self.log("takes the checkpoint of another machine from %s", mask(self.mirror.address))
+                self.log("continuing from another machine's checkpoint at %s", mask(self.mirror.address))
         return checkpoint
 
     def predictions(self, name: str, *depends: str) -> "ResumableFile":
@@ -126,15 +126,15 @@ class Run:
 
         Args:
             name: name of the file.
-            depends: further values that its content depends on, beside settings, images and code.
+            depends: further values that its content depends on, besides settings, images and code.
         """
         from unfreeze.persistence.resumable import ResumableFile
 
         return ResumableFile(self.scratch / name, " ".join((self.key, *depends)), self.often.seconds)
 
     def close(self) -> None:
-        """Wait until the last checkpoint is copied to the shared place, if there is one."""
-        if mirror := vars(self).get("mirror"):  # only trainings begin one
+        """Wait until the last checkpoint is copied to the shared location, if there is one."""
+        if mirror := vars(self).get("mirror"):  # only trainings create one
             mirror.close()
 
     def read_metrics(self, stage: str) -> dict[str, float]:
@@ -167,7 +167,7 @@ class Step:
         except UserError as error:
             self._end(str(error), USER_ERROR)
         except Interrupted:
-            self._end("stopped. Started again, it goes on from its last checkpoint.", STOPPED)
+            self._end("stopped. When started again, it continues from its last checkpoint.", STOPPED)
         except (OSError, MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
                 self._end(f"Memory ran out. {LESS_MEMORY}", WORTH_A_RETRY)
@@ -187,7 +187,7 @@ class Step:
             logger.warning(TORN, path)
         settle()
         if torn:
-            # Only `dvc repro` alone comes here: a flow has already called `drop_torn`.
+            # Only `dvc repro` alone gets here: a flow has already called `drop_torn`.
             self._end("DVC may have restored incomplete files as this step's inputs: start again.", WORTH_A_RETRY)
         artifact(self.name, "").mkdir(parents=True, exist_ok=True)
         link_source(settings.data.source)
@@ -209,7 +209,7 @@ class Step:
             tracker.close(status, metrics, time.perf_counter() - start)
 
     def _depends(self) -> tuple[Settings, dict[str, Any], str]:
-        """All settings, those that the step reads, and the key of all that it depends on, as they are now."""
+        """The current settings, the sections that the step reads, and the hash of everything that it depends on."""
         settings = load_settings()
         chosen = {section: getattr(settings, section) for section in self.sections}
         return settings, chosen, scratch.fingerprint(self.name, flatten(chosen))

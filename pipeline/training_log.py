@@ -62,11 +62,11 @@ def callbacks(
 
 
 def keep(run: Run, history: History) -> dict[str, float]:
-    """Write a training's tables; `evaluate` plots them, so that a nicer plot costs no training.
+    """Write a training's tables. `evaluate` plots them, so that changing a plot needs no new training.
 
     Returns:
-        Metrics of the cycle whose weights were kept; its number counts from 1, as in the log. Of a training without epochs,
-        their number alone.
+        Metrics of the cycle whose weights were kept; its number counts from 1, as in the log. Without epochs, only
+        their number.
     """
     history.epochs_frame().to_csv(run.path("history.csv"), index=False)
     history.batches_frame().to_csv(run.path("batches.csv"), index=False)

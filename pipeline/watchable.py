@@ -47,12 +47,12 @@ def check_readable(source: str) -> None:
     for own in (".", artifact("", "")):
         if _is_within(os.path.realpath(own), os.path.realpath(source)):
             raise UserError(
-                f"data.source: {source} has {os.path.realpath(own)} in it, where a run writes, and DVC takes no such folder. "
-                "Put the images into a folder of their own, or list them in a CSV file and name that."
+                f"data.source: {source} contains {os.path.realpath(own)}, where a run writes, and DVC refuses "
+                "such a folder. Put the images into a separate folder, or list them in a CSV file and name that."
             )
     if os.path.basename(os.path.abspath(source)).endswith(".dvc"):
         raise UserError(
-            f"data.source: DVC takes {source} for a file of its own, as it ends in .dvc: rename the folder."
+            f"data.source: DVC mistakes {source} for one of its own files, as its name ends in .dvc: rename the folder."
         )
     found = [f"{shown(path)}: {why}" for path, why in _unreadable(source)]
     if found:
@@ -70,26 +70,26 @@ def check_watched(source: str, files: Iterable[str]) -> None:
 
     Args:
         source: value of `data.source`; ignored if it is not a folder.
-        files: where the images are, as `unfreeze.data.sources.read_source` gives them.
+        files: paths of the images, as `unfreeze.data.sources.read_source` returns them.
 
     Raises:
-        UserError: names the first folders into which it does not look, and what to do.
+        UserError: names the first folders that DVC skips, and what to do.
     """
     if not _is_watched_folder(source):
         return
     links = sorted(_links(str(Path(source).absolute()), {os.path.dirname(file) for file in files}))
     if links:
         raise UserError(
-            f"data.source: DVC, which watches {source}, does not look behind links to folders, and would not notice what "
-            f"changes there. Replace each link by a folder of links to files (cp -rs), or list the images in a CSV file and "
-            f"name that. There {_are(len(links), 'link')} to folders:\n  " + "\n  ".join(map(shown, links[:5]))
+            f"data.source: DVC, which watches {source}, does not follow links to folders, and would not notice "
+            f"changes there. Replace each link with a folder of links to files (cp -rs), or list the images in a CSV "
+            f"file and name that. There {_are(len(links), 'link')} to folders:\n  " + "\n  ".join(map(shown, links[:5]))
         )
     seen = _seen(os.path.abspath(source))
     if seen is not None and (unseen := sorted({os.path.abspath(file) for file in files} - seen)):
         raise UserError(
             f"data.source: DVC, which watches {source}, does not see {len(unseen)} of the images in it, and would not notice "
-            "when they change: .dvcignore names them, or their folder is a DVC project of its own. Put them outside of "
-            f"{Path.cwd()}, or list them in a CSV file and name that. Among them\n  "
+            "when they change: .dvcignore names them, or their folder is a separate DVC project. Put them outside of "
+            f"{Path.cwd()}, or list them in a CSV file and set data.source to that. Among them:\n  "
             + "\n  ".join(map(shown, unseen[:5]))
         )
 
@@ -107,7 +107,7 @@ def _are(count: int, what: str) -> str:
 
 
 def _links(root: str, folders: Iterable[str]) -> set[str]:
-    """Links on the way from a folder to those below it."""
+    """Links on the paths from a folder to the given folders below it."""
     found: set[str] = set()
     seen = {root}
     for folder in folders:
@@ -120,7 +120,7 @@ def _links(root: str, folders: Iterable[str]) -> set[str]:
 
 
 def _seen(root: str) -> set[str] | None:
-    """The files that DVC sees in a folder of this project; None where it sees all there are, or cannot tell yet."""
+    """The files that DVC sees in a folder of this project; None if it sees all files, or cannot tell yet."""
     if not (_is_within(root, os.getcwd()) and os.path.isdir(".dvc")):
         return None
     done = subprocess.run([sys.executable, "-c", FIND, root], capture_output=True)
@@ -157,7 +157,7 @@ def _unreadable(folder: str) -> Iterator[tuple[str, str]]:
 
 
 def _trouble(path: str) -> str:
-    """Why something that is no plain file cannot be read; nothing where it is a folder, or a link to what can."""
+    """Why something other than a plain file cannot be read; empty for a folder, or a link to something readable."""
     try:
         mode = os.stat(path).st_mode
         if not os.access(path, os.R_OK):

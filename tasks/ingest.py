@@ -13,8 +13,8 @@ from unfreeze.errors import TransientError, UserError
 from unfreeze.settings.schema import Data
 
 CHANGED = (
-    "data.source: images in {} were added, changed or removed while they were read, and DVC would note them as they are "
-    "now. Start again when nobody writes there."
+    "data.source: images in {} were added, changed or removed while they were read: DVC would record the changed "
+    "files. Start again when no other process writes there."
 )
 
 

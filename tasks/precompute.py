@@ -31,7 +31,7 @@ def precompute(run: Run, seed: int, batch_size: int, backbone: Backbone) -> dict
     loader = Loader(packed, Normalisation(network.mean, network.std), device, batch_size)
     weights = checksum(network.state_dict())
     to_device(network, device)
-    # Written as they come: for a hundred thousand images they are half a gigabyte.
+    # Written batch by batch: for a hundred thousand images the activations are half a gigabyte.
     with run.predictions("activations.npy", weights) as file:
         if not file.notes:
             file.append(_header(len(packed), network.num_features), 0)

@@ -93,7 +93,7 @@ def retrain(
         )
     else:
         run.log(
-            "There is no test split: nothing can judge the retrained model. Give test images, or set data.test where the "
+            "There is no test split: the retrained model cannot be evaluated. Add test images, or set data.test if the "
             "source has no splits of its own."
         )
     model.temperature = temperature

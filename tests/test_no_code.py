@@ -86,7 +86,7 @@ def test_as_weights_of_a_backbone(tmp_path: Path, mark: Path) -> None:
 def test_as_weights_that_a_step_wrote(tmp_path: Path, mark: Path, load: type) -> None:
     (folder := tmp_path / "files").mkdir()
     for file in plant(folder, mark):
-        with pytest.raises(UserError, match="is damaged, or no weights that unfreeze wrote"):
+        with pytest.raises(UserError, match="is damaged, or was not written by unfreeze"):
             load(file)
 
 
@@ -121,7 +121,7 @@ def test_as_weights_that_torchvision_has_fetched(tmp_path: Path, mark: Path, mon
     (cache := tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     torch.save(Payload(mark), cache / ResNet18_Weights.DEFAULT.url.rsplit("/", 1)[-1])
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(UserError, match=r"resnet18-\S+, which torchvision has fetched, cannot be read .* Delete it"):
+    with pytest.raises(UserError, match=r"resnet18-\S+, downloaded by torchvision, cannot be read .* Delete it"):
         create_backbone("torchvision:resnet18", "pretrained", 32)
 
 

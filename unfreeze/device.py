@@ -1,4 +1,4 @@
-"""The hardware at hand: device, arithmetic, seeds."""
+"""Device, precision, seeds and memory."""
 
 import contextlib
 import ctypes
@@ -19,7 +19,7 @@ from unfreeze.errors import UserError
 logger = logging.getLogger("unfreeze")
 
 DRIVER = Path("/proc/driver/nvidia/version")
-"""What is there where an NVIDIA driver is loaded."""
+"""File that exists if an NVIDIA driver is loaded."""
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=nn.Module)
@@ -29,8 +29,8 @@ def choose_device(wanted: str) -> torch.device:
     """The device to compute on.
 
     Args:
-        wanted: ``cuda``, ``cpu``, or ``auto``: CUDA where it works, else the CPU. Where there is an NVIDIA driver and CUDA does
-            not work all the same, a warning says why.
+        wanted: ``cuda``, ``cpu``, or ``auto``: CUDA if it works, else the CPU. If there is an NVIDIA driver, but CUDA
+            does not work, a warning says why.
 
     Raises:
         UserError: CUDA is wanted and does not work; says why.
@@ -41,19 +41,19 @@ def choose_device(wanted: str) -> torch.device:
         return torch.device("cuda")
     reason = _why_no_cuda()
     if wanted == "cuda":
-        raise UserError(f"device is cuda, but CUDA does not work here: {reason} Set device to auto or cpu, or mend it.")
+        raise UserError(f"device is cuda, but CUDA does not work here: {reason} Set device to auto or cpu, or fix it.")
     if DRIVER.exists():
         logger.warning("Computing on the CPU, as CUDA does not work: %s", reason)
     return torch.device("cpu")
 
 
 def best_device() -> torch.device:
-    """CUDA where it works, else the CPU."""
+    """CUDA if it works, else the CPU."""
     return choose_device("auto")
 
 
 def _why_no_cuda() -> str:
-    """What CUDA says why it does not work, in a line."""
+    """The reason why CUDA does not work, in one line."""
     if not torch.backends.cuda.is_built():
         return f"torch {torch.__version__} is built without CUDA."
     try:
@@ -80,10 +80,10 @@ def native_bf16(device: torch.device) -> bool:
 
 
 def precision(device: torch.device) -> torch.dtype:
-    """The type that a network computes in on a device.
+    """The dtype that a network computes in on a device.
 
-    bfloat16 if the device has it; float16 on GPUs with tensor cores that have only that (V100, T4); else float32, because
-    emulation is slower.
+    bfloat16 if the device has it; float16 on GPUs whose tensor cores have only float16 (V100, T4); else float32,
+    because emulation is slower.
     """
     if native_bf16(device):
         return torch.bfloat16
@@ -99,7 +99,7 @@ def autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 def grad_scaler(device: torch.device) -> torch.amp.GradScaler:
-    """The gradient scaler for training on a device: enabled with float16, in which small gradients would become zero."""
+    """The gradient scaler for training on a device: enabled for float16, in which small gradients would become zero."""
     return torch.amp.GradScaler(device.type, enabled=precision(device) == torch.float16)
 
 
@@ -139,7 +139,7 @@ def deterministically(work: Callable[[], T]) -> T:
 
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-"""Names of glibc's `mallopt`."""
+"""Parameters of glibc's `mallopt`."""
 
 
 def keep_memory() -> None:
@@ -156,7 +156,7 @@ def keep_memory() -> None:
 
 
 def to_device(model: Model, device: torch.device) -> Model:
-    """Move a network to a device, in the memory layout that convolutions are fastest in there."""
+    """Move a network to a device, in the memory layout that is fastest for convolutions."""
     if device.type == "cpu":
         keep_memory()
     return model.to(device).to(memory_format=torch.channels_last)

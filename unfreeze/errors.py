@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 FULL, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EACCES, errno.EPERM, errno.EROFS)
-"""What the system says when there is no space for a file, and when it may not be written or read."""
+"""Error codes for a lack of disk space, and for a file that may not be written or read."""
 
 
 class UserError(Exception):

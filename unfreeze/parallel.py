@@ -1,4 +1,4 @@
-"""Work on all cores: Pillow lets go of Python's lock while it decodes."""
+"""Work on all cores in threads: Pillow releases the GIL while it decodes."""
 
 import os
 from collections import deque
@@ -16,8 +16,8 @@ def in_order(
     """Results of ``work`` in the order of the items, computed in threads.
 
     Args:
-        work: a function of one item; what it raises is raised when its turn comes.
-        items: what is worked on.
+        work: a function of one item; an exception is raised when the item's result is due.
+        items: arguments of ``work``.
         ahead: results in memory that have not been taken yet, times the number of threads.
         threads: one per core by default.
     """

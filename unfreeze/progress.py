@@ -1,4 +1,4 @@
-"""Progress bars for people, silence for log files.
+"""Progress bars on terminals, none in log files.
 
 A bar is drawn only on a terminal: this process's own, or the one that a parent process lends by naming it in the
 environment variable ``UNFREEZE_TTY`` (a step runs in a process whose output is piped into a log, but the person who
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def terminal() -> TextIO | None:
-    """The terminal to draw on, or None where nobody watches."""
+    """The terminal to draw on, or None if there is none."""
     if sys.stderr.isatty():
         return sys.stderr
     with contextlib.suppress(KeyError, OSError):
@@ -29,9 +29,9 @@ def track(iterable: Iterable[T], description: str, total: int | None = None, don
     """Yield from ``iterable`` and draw a progress bar on the terminal, if there is one.
 
     Args:
-        iterable: what is worked through.
+        iterable: the items.
         description: what is going on, in a word or two.
-        total: number of items, where ``iterable`` has no length.
+        total: number of items, if ``iterable`` has no length.
         done: how many of them were done before.
     """
     file = terminal()

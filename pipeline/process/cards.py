@@ -1,4 +1,4 @@
-"""GPUs: one for each run of a worker."""
+"""Assign one GPU to each run of a worker."""
 
 import os
 import socket
@@ -13,11 +13,11 @@ from pipeline.process.lock import hold_if_free
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 PAUSE = 5.0
-"""Seconds between two checks for a free card."""
+"""Seconds between two checks for a free GPU."""
 
 
 def cards() -> list[str]:
-    """The cards that this process may use, as `CUDA_VISIBLE_DEVICES` names them; none where there is no GPU."""
+    """The GPUs that this process may use, as in `CUDA_VISIBLE_DEVICES`; empty if there is no GPU."""
     if (visible := os.environ.get(VISIBLE)) is not None:
         return [name for name in visible.split(",") if name not in ("", "-1")]
     try:
@@ -57,8 +57,8 @@ def one_card() -> Iterator[None]:
 
 
 def _lock(card: str) -> Path:
-    return home() / "cards" / f"{socket.gethostname()}-{card.replace('/', '-')}.lock"  # several hosts may have one home
+    return home() / "cards" / f"{socket.gethostname()}-{card.replace('/', '-')}.lock"  # hosts may share a home
 
 
 if __name__ == "__main__":
-    print(max(1, len(cards())))  # how many runs a worker takes at once
+    print(max(1, len(cards())))  # number of runs that a worker takes at once

@@ -1,4 +1,4 @@
-"""What every process of unfreeze starts with: no telemetry, quiet libraries, one place for MLflow."""
+"""Environment of every process of unfreeze: no telemetry, quiet libraries, one address for MLflow."""
 
 import io
 import os
@@ -19,13 +19,13 @@ DEFAULTS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    # On a busy machine the temporary server takes longer to start than Prefect would wait, and the first time in a workspace
-    # it makes its database.
+    # On a busy machine, and on its first start in a workspace, when it creates its database, the temporary server takes
+    # longer to start than Prefect would wait.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",
-    # The temporary server is stopped in the middle of its housekeeping, and would print tracebacks about it.
+    # The temporary server may be stopped during background tasks, and would print tracebacks about it.
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     "GIT_PYTHON_REFRESH": "quiet",
-    # OpenMP's threads wait for each other by spinning, ten times as long by default: two trainings on one machine would
+    # OpenMP threads wait for each other by spinning, by default ten times as long: two trainings on one machine would
     # mostly wait for threads that are not running (docs/performance.md). Read when torch is imported.
     "GOMP_SPINCOUNT": "30000",
     "MLFLOW_TRACKING_URI": DEFAULT_TRACKING_URI,
@@ -34,8 +34,8 @@ DEFAULTS = {
 
 
 def start_in_utf8() -> None:
-    """Restart this command in Python's UTF-8 mode if the locale has another encoding: file names are UTF-8, and would
-    be decoded wrongly, also by DVC and the steps."""
+    """Restart this command in Python's UTF-8 mode if the locale has another encoding: this process, DVC and the steps
+    would decode file names, which are UTF-8, wrongly."""
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -52,10 +52,10 @@ def set_environment() -> None:
     # MLflow's client would repeat a request whose answer was lost, for minutes, and so create duplicates. Our own retry
     # (pipeline/tracking/sender.py) first looks whether the object exists.
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
-    # A notebook names its own backend to every command that is started from it, and matplotlib cannot be imported where that
-    # is not installed. Plots are written to files.
+    # A notebook sets its own backend for every command that it starts, and matplotlib cannot be imported if that
+    # backend is not installed. Plots are written to files.
     os.environ["MPLBACKEND"] = "agg"
-    # What a terminal or a log of another encoding than UTF-8 cannot show, such as the name of a class, is shown escaped.
+    # Characters that the encoding of a terminal or log cannot represent, in class names for example, are escaped.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -68,7 +68,7 @@ def open_standard_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # which gets the lowest number that is free
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free descriptor
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
 
@@ -83,7 +83,7 @@ def name_user() -> None:
 
 
 def set_prefect_home() -> None:
-    """Have Prefect keep its files in the workspace where its own folder cannot be written; its profiles are still read."""
+    """Let Prefect keep its files in the workspace if its folder is not writable; its profiles are still read."""
     home = Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
     there = next(path for path in (home, *home.absolute().parents) if path.exists())
     if os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
@@ -93,7 +93,7 @@ def set_prefect_home() -> None:
 
 
 def home() -> Path:
-    """Where a worker keeps what outlives its runs: the folder that `UNFREEZE_HOME` names, or ``~/.unfreeze``.
+    """Folder of a worker's files that outlive its runs: `UNFREEZE_HOME`, or ``~/.unfreeze``.
 
     Raises:
         UserError: the path is relative, so that it would change with a run's working directory.

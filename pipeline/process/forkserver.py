@@ -1,7 +1,7 @@
-"""A warm process: it has imported what all steps need, and forks one for each step of a pass.
+"""A forkserver: a process that has imported the steps' libraries, and forks a child process for each step of a pass.
 
-Importing torch, timm and MLflow takes longer than many a step's own work, and eleven steps would do it eleven times. A
-flow keeps one such process beside it; ``python -m tasks <step>``, which DVC starts, finds it by the environment variable
+Importing torch, timm and MLflow takes longer than many steps themselves, and eleven steps would do it eleven times. A
+flow keeps one such process running; ``python -m tasks <step>``, which DVC starts, finds it by the environment variable
 ``UNFREEZE_WARM`` and hands over its arguments, environment and output. Each step is still a separate process: a crash
 affects no other step, its memory is freed at its end, no module of this project is imported beforehand, and it ends
 when the process that waits for it ends. CUDA is not initialized before the fork. Libraries that start threads
@@ -41,7 +41,7 @@ IMPORTS = (
 )
 PR_SET_PDEATHSIG = 1
 LONGEST = 108
-"""Largest length in bytes of a Unix socket's address, including the zero at its end."""
+"""Largest length in bytes of a Unix socket's address, including the terminating zero byte."""
 
 
 @contextlib.contextmanager
@@ -72,7 +72,7 @@ def warm_process() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _short(address: str) -> Iterator[str]:
-    """The address of a socket, by a shorter name of its folder where that is long, as `TMPDIR` may be."""
+    """The address of a socket, through a shorter name of its folder if it is too long (because of `TMPDIR`)."""
     if len(os.fsencode(address)) < LONGEST:
         yield address
         return
@@ -84,7 +84,7 @@ def _short(address: str) -> Iterator[str]:
 
 
 def hand_over(step: str) -> int | None:
-    """Have the warm process run a step; returns its exit code, or None where there is no warm process."""
+    """Have the forkserver run a step; returns the step's exit code, or None if there is no forkserver."""
     with socket.socket(socket.AF_UNIX) as connection:
 
         def pass_on(number: int, frame: object) -> None:
@@ -106,15 +106,15 @@ def hand_over(step: str) -> int | None:
         return 1  # the forkserver has ended, and the step with it
     code = int.from_bytes(answer, "big", signed=True)
     if code < 0:
-        with contextlib.suppress(OSError):  # SIGKILL is always at its default
+        with contextlib.suppress(OSError):  # SIGKILL always has its default action
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)  # end as the step ended
     return code
 
 
 def serve(listening: int) -> None:
-    """Fork a step for everyone who connects to a listening socket (its descriptor), until standard input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the steps end by themselves, and this process with the flow
+    """Fork a step for each connection to a listening socket (its descriptor), until standard input is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # steps handle it themselves; this process ends with the flow
     with socket.socket(fileno=listening) as listener, selectors.DefaultSelector() as waiting:
         for module in IMPORTS:
             if select.select([sys.stdin], [], [], 0)[0]:
@@ -150,7 +150,7 @@ def _stop_all(waiting: selectors.BaseSelector) -> None:
 
 
 def _finish(waiting: selectors.BaseSelector, pid: int, ended: int, connection: socket.socket) -> None:
-    """Tell how a step ended."""
+    """Send a step's exit code."""
     waiting.unregister(ended)
     os.close(ended)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -183,7 +183,7 @@ def _receive(connection: socket.socket, size: int) -> bytes:
 
 
 def _become(request: dict[str, Any], outputs: list[int]) -> NoReturn:
-    """Be the step: its folder, environment and output; ends the process."""
+    """Take over the step's folder, environment and output, run it, and exit."""
     code = 1
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -212,4 +212,4 @@ def run(step: str) -> None:
 
 if __name__ == "__main__":
     serve(int(sys.argv[1]))
-    os._exit(0)  # taking apart all that was imported takes seconds, and the flow waits for it
+    os._exit(0)  # a regular exit takes seconds to clean up all modules, and the flow would wait

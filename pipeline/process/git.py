@@ -1,4 +1,4 @@
-"""Git, a command: what it says, or why it does not."""
+"""Run Git: returns its output, or raises its error."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.process.secrets import mask
 
 TIMEOUT = 600.0
-"""Seconds after which Git is taken not to answer: a server may be away without saying so."""
+"""Timeout of Git in seconds: a server may be unavailable without refusing connections."""
 
 
 class GitError(Exception):
@@ -15,9 +15,9 @@ class GitError(Exception):
 
 
 def git(*words: str, folder: Path | str = ".") -> str:
-    """Run a command of Git's in a folder; returns what it prints.
+    """Run a Git command in a folder; returns its output.
 
-    Nobody is there to be asked for a password: a server that wants one is refused.
+    Git does not prompt for a password; if a server requires one, the command fails.
 
     Raises:
         GitError: it failed, or is not installed.
@@ -25,7 +25,7 @@ def git(*words: str, folder: Path | str = ".") -> str:
     quiet = {"GIT_TERMINAL_PROMPT": "0", "GIT_SSH_COMMAND": os.environ.get("GIT_SSH_COMMAND", "ssh -o BatchMode=yes")}
     try:
         done = subprocess.run(
-            # Git tells nothing of a clone of somebody else's, as in a container. The code that runs here is from that clone.
+            # Git refuses to read another user's clone, as in a container. It is trusted: its code runs here.
             ["git", "-c", "safe.directory=*", *words],
             cwd=folder,
             env=os.environ | quiet,

@@ -12,7 +12,7 @@ from unfreeze.errors import UserError
 
 FOLDER = Path(".unfreeze")
 ABOUT_CACHE = FOLDER / "about-cache"
-"""Notes about DVC's cache; all workspaces that share the cache share this folder."""
+"""Folder of notes about DVC's cache, shared by all workspaces that share the cache."""
 
 _held: set[str] = set()
 
@@ -73,12 +73,12 @@ def hold(path: Path, shared: bool = False) -> IO[str]:
         The open file.
     """
     while not (file := _hold(path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)):
-        pass  # whoever held it has removed it
+        pass  # its holder has removed it
     return file
 
 
 def hold_if_free(path: Path) -> IO[str] | None:
-    """The same; None where others hold it."""
+    """Take the lock without waiting, like `hold`; None if another process holds it."""
     try:
         return _hold(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

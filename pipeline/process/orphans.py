@@ -37,7 +37,7 @@ def leave_none() -> None:
 
 
 def _wait(run: int, word: str) -> None:
-    os.setsid()  # signals from the terminal are not for this process
+    os.setsid()  # signals from the terminal must not reach this process
     os.chdir("/")
     with open(os.devnull, "r+b") as nothing:  # readers of the run's output must not wait for this process
         for number in range(3):

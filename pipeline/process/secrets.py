@@ -1,4 +1,4 @@
-"""Passwords stay out of logs, out of MLflow and out of Prefect."""
+"""Keep passwords out of logs, MLflow and Prefect."""
 
 import os
 import re
@@ -10,14 +10,14 @@ _QUERY = re.compile(rf"(?i)([?&][^=&\s]*(?:{_SECRET})[^=&\s]*=)[^&\s'\"]+")
 _NAME = re.compile(rf"(?i)(?:^|_)(?:{_SECRET})|(?:_key|token|secret|password)$")
 _PASSWORD = re.compile(r"://[^/\s:]*:([^/\s]+)@")
 SHORTEST = 6
-"""Characters from which on a secret is looked for by itself: shorter ones would be found in words."""
+"""Smallest length of a secret that is masked anywhere in a text: shorter ones would match parts of words."""
 
 
 def mask(text: str) -> str:
-    """The text without the credentials of its addresses, and without what the environment keeps secret.
+    """Mask credentials in a text.
 
-    Masked are user and password in an address, values of its query that are named like a secret, and, wherever they
-    stand, values of environment variables that are named like one and passwords of the addresses among them.
+    In addresses, user and password are masked, and query values that are named like a secret. Masked anywhere are the
+    values of environment variables that are named like a secret, and the passwords of addresses in them.
     """
     text = _QUERY.sub(r"\1***", _CREDENTIALS.sub("***@", text))
     for value in _secrets():
@@ -26,7 +26,7 @@ def mask(text: str) -> str:
 
 
 def without_credentials(address: str) -> str:
-    """An address that can be opened and shown to everybody: without user and password."""
+    """An address without user and password, which can be opened and shown to anyone."""
     return _CREDENTIALS.sub("", address)
 
 

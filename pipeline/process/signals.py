@@ -17,10 +17,10 @@ PARENT = "UNFREEZE_PARENT"
 """Environment variable with the `identity` of the flow that runs the step."""
 
 INTERRUPTED = 130
-"""Exit code of a run that was interrupted, as shells have it."""
+"""Exit code of an interrupted run, as in shells."""
 
 GRACE = 20.0
-"""Seconds that a process has between being asked to end and being killed."""
+"""Seconds between a stop request to a process and SIGKILL."""
 
 
 def stop_when_asked(interruption: Interruption) -> None:
@@ -62,9 +62,9 @@ def end_in_time() -> None:
 
 
 def identity(process: psutil.Process) -> str:
-    """Process ID plus start time, which no later process has.
+    """Process ID plus start time, which identify a process uniquely.
 
-    On Linux the start time is the kernel's tick count since the boot. The time of day would change when the clock is
+    On Linux the start time is in clock ticks since boot. A time of day would change when the clock is
     set, and the process would seem to have ended.
     """
     try:
@@ -77,7 +77,7 @@ def identity(process: psutil.Process) -> str:
 
 
 def dvc_above() -> psutil.Process | None:
-    """The nearest `dvc` among the processes that this one came from, as far up as this user may look."""
+    """The nearest `dvc` among the parent processes, as far up as this user has permission."""
     process: psutil.Process | None = psutil.Process()
     with contextlib.suppress(psutil.Error):
         while process is not None:
@@ -102,8 +102,8 @@ def die_with(words: Iterable[str], before: Callable[[], None] = lambda: None) ->
     The kernel's mechanism (PR_SET_PDEATHSIG) covers only the direct parent, which may be a shell that outlives DVC.
 
     Args:
-        words: the processes.
-        before: what to do first.
+        words: identities of the processes.
+        before: called first.
     """
     watched = list(words)
     if not watched:
@@ -121,7 +121,7 @@ def die_with(words: Iterable[str], before: Callable[[], None] = lambda: None) ->
 
 
 def step_works_for() -> list[str]:
-    """The processes that a step must end with: the flow of `PARENT`, and DVC."""
+    """The processes whose end must end a step: the flow in `PARENT`, and DVC."""
     found = [os.environ[PARENT]] if os.environ.get(PARENT) else []
     above = dvc_above()
     return found + ([identity(above)] if above else [])

@@ -1,18 +1,18 @@
-"""The workspace, which keeps permanent files such as MLflow's records, also those of DVC's temporary copies of it."""
+"""The workspace of permanent files such as MLflow's records, including those of DVC's temporary copies of it."""
 
 import os
 from contextlib import suppress
 from pathlib import Path
 
 COPIES = (".dvc", "tmp", "exps")
-"""Where ``dvc exp run --temp`` and DVC's queue make a copy of the workspace, run an experiment in it, and remove it."""
+"""Folder in which ``dvc exp run --temp`` and DVC's queue copy the workspace, run an experiment, and remove the copy."""
 
 DEPTHS = ((), ("standalone",))
-"""Folders in there that the copies are in: of the queue, and of ``--temp``."""
+"""Its subfolders with the copies: of the queue, and of ``--temp``."""
 
 
 def workspace() -> Path:
-    """The project's folder, relative to this process's: that one, or the one that DVC copied it from."""
+    """The project's folder, relative to the working directory: the latter, or the folder that DVC copied it from."""
     here = Path.cwd().parts
     for end in range(len(here), len(COPIES), -1):
         if here[end - len(COPIES) : end] == COPIES:
@@ -21,7 +21,7 @@ def workspace() -> Path:
 
 
 def link_source(source: str) -> None:
-    """Link images at a relative path outside of this workspace into DVC's temporary folder, for the copies there.
+    """Link images at a relative path outside of this workspace into DVC's temporary folder, used by the copies.
 
     Args:
         source: value of `data.source`; any other kind of source is ignored.
@@ -32,11 +32,11 @@ def link_source(source: str) -> None:
         return
     for depth in DEPTHS:
         copies = Path(*COPIES, *depth)
-        if up >= len(copies.parts):  # a link would not be among what is DVC's, and temporary
+        if up >= len(copies.parts):  # the link would be outside of DVC's temporary folder
             continue
         beside = Path(os.path.normpath(copies.joinpath(*parts[1 : up + 1])))
         target = os.path.relpath(Path(*parts[: up + 1]), beside.parent)
-        with suppress(OSError):  # an experiment in a copy then has no such link
+        with suppress(OSError):  # then experiments in a copy do not find the images
             beside.parent.mkdir(parents=True, exist_ok=True)
             if beside.is_symlink() and os.readlink(beside) != target:
                 beside.unlink()

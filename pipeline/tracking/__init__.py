@@ -1,4 +1,4 @@
-"""MLflow: the journal of what is to be logged, its sender, the tracker of a step, the registry and the served model.
+"""MLflow: the journal of records, its sender, the tracker of a step, the registry and the served model.
 
 The only place that imports mlflow. It may import `unfreeze`, `pipeline.process` and `pipeline.artifacts`, not
 `pipeline.step`; `pipeline`, `tasks` and `flows` may import it.

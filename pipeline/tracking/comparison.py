@@ -7,7 +7,7 @@ JUDGED = {"retrain/test_tta_accuracy": "test", "evaluate/valid_tta_accuracy": "v
 
 
 def compare_with_the_one_before(name: str, version: int) -> str:
-    """In a sentence whether a registered version is better than the newest one before it. Raises what MLflow raises."""
+    """Say whether a registered version is better than the newest earlier one. Errors of MLflow are raised."""
     mlflow = client()
     runs = {int(found.version): found.run_id for found in mlflow.search_model_versions(f"name = '{name}'")}
     now = mlflow.get_run(runs[version]).data
@@ -21,4 +21,4 @@ def compare_with_the_one_before(name: str, version: int) -> str:
                     f"Version {version} of {name} {better} than version {number}: {now.metrics[metric]:.4f} of the {images} "
                     f"images right, {before.metrics[metric]:.4f} before{'' if same else ', on other images'}."
                 )
-    return f"Version {version} of {name} is there; there is none before it to compare it with."
+    return f"Version {version} of {name} is registered; there is no earlier version to compare it with."

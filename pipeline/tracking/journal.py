@@ -1,7 +1,7 @@
 """Journal: a queue on disk of records for the tracking server, one folder per execution of a step.
 
     .unfreeze/tracking/<pass>/<when>-<stage>/head.json      names of the runs, their parameters and tags
-                                             records.jsonl  records to be logged, one a line, in order
+                                             records.jsonl  records to be logged, one per line, in order
                                              files/         copies: a later pass may overwrite the originals
                                              sent.json      position up to which the server has received records
 
@@ -28,7 +28,7 @@ from unfreeze.errors import UserError
 from unfreeze.persistence.atomic import sync
 
 ROOT = Path(".unfreeze/tracking")
-"""Where the journals lie, in the workspace."""
+"""Folder of the journals, in the workspace."""
 FORGET = 24 * 3600
 """Age in seconds at which the folder of a pass without unsent records is removed."""
 
@@ -43,13 +43,13 @@ class Journal:
     """Writer of a journal. If the disk is full, records are kept in memory and written with the next ones."""
 
     def __init__(self, head: Mapping[str, Any]) -> None:
-        """Begin a journal.
+        """Create a journal.
 
         Args:
             head: ``pass`` is the key of the pass, ``stage`` the step's name; the rest is for the sender.
 
         Raises:
-            UserError: nothing can be written here.
+            UserError: the journal cannot be written.
         """
         self.head = dict(head)
         name = f"{time.time_ns():020d}-{head['stage'] or 'pass'}"
@@ -66,12 +66,12 @@ class Journal:
         self._size, self._left = 0, b""
 
     def describe(self, **more: Any) -> None:
-        """Add to the head."""
+        """Add items to the head."""
         self.head |= more
         write_json(self.folder / "head.json", self.head)
 
     def write(self, *records: Record) -> None:
-        """Append records: all of them, or none until the next call."""
+        """Append records: all of them, or, if that fails, none until the next call."""
         self._left += b"".join(json.dumps(record).encode() + b"\n" for record in records)
         written = 0
         with suppress(OSError):
@@ -82,7 +82,7 @@ class Journal:
             self._file.truncate(self._size)
 
     def keep(self, path: Path, text: bool = False) -> str:
-        """Copy a file into the journal; returns its name there. In text files secrets are masked."""
+        """Copy a file into the journal, with secrets masked in text files; returns its name there."""
         number = len(list((self.folder / "files").iterdir()))
         copy = self.folder / "files" / str(number) / path.name
         copy.parent.mkdir()
@@ -107,7 +107,7 @@ class Journal:
 
 
 def root() -> Path:
-    """Where the journals lie: in the workspace, also those of an experiment that DVC runs in a copy of it."""
+    """Folder of the journals: in the workspace, also for an experiment that DVC runs in a copy of it."""
     return workspace() / ROOT
 
 
@@ -122,7 +122,7 @@ def waiting() -> list[Path]:
 
 
 def is_being_written(folder: Path) -> bool:
-    """Whether the process that writes a journal is still there."""
+    """Whether the process that writes a journal is still running."""
     with (folder / "records.jsonl").open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -132,7 +132,7 @@ def is_being_written(folder: Path) -> bool:
 
 
 def read(folder: Path, offset: int) -> Iterator[tuple[Record, int]]:
-    """The whole records from an offset on, each with the offset after it, in bytes."""
+    """The complete records from an offset on, each with the offset of its end, in bytes."""
     with (folder / "records.jsonl").open("rb") as file:
         file.seek(offset)
         for line in file:
@@ -143,7 +143,7 @@ def read(folder: Path, offset: int) -> Iterator[tuple[Record, int]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file that `write_json` has written; empty where there is none, or none that is sound."""
+    """Content of a file written by `write_json`; empty if it is missing or damaged."""
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError):

@@ -21,7 +21,7 @@ from unfreeze.errors import UserError
 SQLITE = "sqlite:///"
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
-"""The databases that MLflow works with, as their addresses begin."""
+"""Schemes of the databases that MLflow supports."""
 
 FILES = "mlruns"
 """MLflow's name for its folder of files."""
@@ -32,13 +32,13 @@ NOTED = (
     ("logged_models", "model_id", "artifact_location"),
     ("model_versions", "name || '/' || version", "storage_location"),
 )
-"""Tables of MLflow's database that note folders: the table, its key, and the column."""
+"""Columns of MLflow's database that contain folders: table, key, column."""
 
 FOLDER = re.compile(rf"(?P<workspace>.*)/{FILES}/(?P<place>[^/]+(?P<of_run>/(?:models/)?[^/]+/artifacts)?)")
 
 
 def tracking_uri() -> str:
-    """MLflow's address for its client: a database that the environment names by a relative path is the workspace's."""
+    """MLflow's address for its client: a relative path of a database is relative to the workspace."""
     uri = os.environ["MLFLOW_TRACKING_URI"]
     return f"{SQLITE}{workspace() / uri.removeprefix(SQLITE)}" if uri.startswith(SQLITE) else uri
 
@@ -56,19 +56,19 @@ def check_tracking_uri() -> None:
     try:
         if scheme in ("http", "https"):
             if not urlsplit(uri).hostname or urlsplit(uri).port == 0:
-                raise ValueError("it names no machine")
+                raise ValueError("it has no host")
             return
         if scheme.partition("+")[0] in DATABASES and rest:
             from sqlalchemy.engine import make_url
 
             make_url(uri).get_dialect().import_dbapi()
             if uri.startswith("sqlite") and not uri.startswith(SQLITE):
-                raise ValueError("a file comes after three slashes")
+                raise ValueError("the file must follow three slashes")
             return
     except Exception as error:
         why = f" ({error})"
     else:
-        why = "; MLflow keeps no runs in a folder any more" if _is_folder(uri) else ""
+        why = "; MLflow no longer stores runs in a folder" if _is_folder(uri) else ""
     near = f"http://{uri}" if re.fullmatch(r"[\w.-]+:\d+(/.*)?", uri) else "http://localhost:5000"
     raise UserError(
         f"MLFLOW_TRACKING_URI is {mask(uri)}, which is not a valid MLflow address{why}. Write {mask(near)} for a "
@@ -81,21 +81,21 @@ def _is_folder(uri: str) -> bool:
 
 
 def database() -> Path | None:
-    """The file of MLflow's database, or None where that is a server's."""
+    """The file of MLflow's database, or None if it is on a server."""
     uri = tracking_uri()
     return Path(unquote(uri.removeprefix(SQLITE).partition("?")[0])) if uri.startswith(SQLITE) else None
 
 
 def files_of(experiment: str) -> str | None:
-    """Where the files of a new experiment are to lie, as a URI; None where MLflow's server decides it.
+    """URI of the folder for the files of a new experiment; None if MLflow's server chooses it.
 
-    MLflow would note a path, and decode it: of a folder named ``a%20b`` it makes ``a b``.
+    A URI, because MLflow would decode a stored path: a folder named ``a%20b`` would become ``a b``.
     """
     if os.environ["MLFLOW_TRACKING_URI"].startswith(("http", "databricks")):
         return None
     file = database()
     inside = file is None or workspace().resolve() in file.resolve().parents
-    root = _root() if inside or file is None else file.resolve().parent / FILES  # a workspace may go away before it
+    root = _root() if inside or file is None else file.resolve().parent / FILES  # a workspace may be removed earlier
     return (root / quote(experiment, safe="")).as_uri()
 
 
@@ -108,7 +108,7 @@ def adopt_files() -> None:
     file = database()
     if file is None or not file.is_file() or workspace().resolve() not in file.resolve().parents:
         return
-    with suppress(sqlite3.Error), closing(sqlite3.connect(file, timeout=30)) as connection:  # MLflow says what is wrong
+    with suppress(sqlite3.Error), closing(sqlite3.connect(file, timeout=30)) as connection:  # MLflow reports it
         moved = [change for place in NOTED for change in _moved(connection, *place)]
         with connection:
             for statement, values in moved:
@@ -116,14 +116,14 @@ def adopt_files() -> None:
 
 
 def _moved(connection: sqlite3.Connection, table: str, key: str, column: str) -> Iterator[tuple[str, tuple[str, str]]]:
-    """The changes to a table, as statements with their values."""
+    """The changes to a table, as SQL statements with their values."""
     for row, noted in connection.execute(f"SELECT {key}, {column} FROM {table}").fetchall():
         if noted and (here := _here(noted)) != noted:
             yield f"UPDATE {table} SET {column} = ? WHERE {key} = ?", (here, row)
 
 
 def _here(noted: str) -> str:
-    """Where a folder lies that MLflow noted as a path or URI."""
+    """Path of a folder that MLflow stores as a path or URI."""
     parts = urlsplit(noted)
     found = FOLDER.fullmatch(parts.path if parts.scheme else noted)
     if parts.scheme not in ("", "file") or not found:

@@ -1,4 +1,4 @@
-"""A pass as recorded in MLflow: what is needed to reproduce and compare its model, and its progress so far."""
+"""A pass as recorded in MLflow: the data to reproduce and compare its model, and its progress so far."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ FILES = ("params.yaml", "dvc.lock")
 
 @dataclass(frozen=True)
 class Recorded:
-    """A pass, as MLflow's parent run has it.
+    """A pass, read from its parent run in MLflow.
 
     Attributes:
         run: the parent run's id.
@@ -23,8 +23,8 @@ class Recorded:
         changed: whether the code that was run differs from the commit.
         files: text of `params.yaml` and `dvc.lock`.
         metrics: ``<step>/<metric>`` -> value.
-        version: the registered model version as ``models:/<name>/<number>``, where there is one.
-        sha256: of the registered model's weights.
+        version: the registered model version as ``models:/<name>/<number>``, if there is one.
+        sha256: SHA-256 of the registered model's weights.
     """
 
     run: str
@@ -56,7 +56,7 @@ def find_recorded(named: str) -> Recorded:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST" and error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
             raise UserError(
-                f"MLflow at {address()} does not know {named}: name a run's id, or models:/<name>/<version>."
+                f"MLflow at {address()} does not know {named}: give a run's id, or models:/<name>/<version>."
             ) from None
         run_id, tags = run.info.run_id, run.data.tags
         present = {file.path for file in mlflow.list_artifacts(run_id)}
@@ -86,7 +86,7 @@ def _version(mlflow: Any, named: str) -> Any:
 
 
 def _weights_digest(mlflow: Any, version: Any, folder: str) -> str | None:
-    """SHA-256 of the weights in a registered model; None where there are none of ours."""
+    """SHA-256 of the weights in a registered model; None if it is not one of this project."""
     from mlflow.artifacts import download_artifacts
 
     model = download_artifacts(f"models:/{version.name}/{version.version}", dst_path=folder)
@@ -95,7 +95,7 @@ def _weights_digest(mlflow: Any, version: Any, folder: str) -> str | None:
 
 
 def prepare_experiment() -> None:
-    """Create the environment's experiment where there is none, so that its files lie where this process works."""
+    """Create the environment's experiment if it does not exist, so that its files are in this process's folder."""
     mlflow, name = client(), os.environ["MLFLOW_EXPERIMENT_NAME"]
     with reaching():
         if mlflow.get_experiment_by_name(name) is None:
@@ -111,7 +111,7 @@ class Course:
 
 
 def course_of(key: str) -> Course:
-    """What MLflow has of the pass with this key so far. Raises Unreachable where it does not answer."""
+    """Progress in MLflow of the pass with this key. Raises Unreachable if MLflow does not answer."""
     mlflow = client()
     with reaching():
         experiment = mlflow.get_experiment_by_name(os.environ["MLFLOW_EXPERIMENT_NAME"])

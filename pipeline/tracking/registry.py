@@ -16,13 +16,13 @@ from pipeline.tracking.local_store import tracking_uri
 REQUIREMENTS = (
     "torch", "torchvision", "timm", "safetensors", "numpy", "opencv-python-headless", "pillow", "pandas", "ruamel.yaml", "tqdm",
 )  # fmt: skip
-"""Packages that a served model is installed with."""
+"""Packages to install with a served model."""
 
 EXTRAS = ("pillow-heif",)
-"""Packages that are added to these if they are installed here: the training images may have been read with them."""
+"""Packages that are added if they are installed: the training images may have been read with them."""
 
 KEY_TAG = "unfreeze.key"
-"""Tag of a model and its version that says what they were made of: weights, the code that serves them, and the name."""
+"""Tag of a model and its version: a key made from the weights, the code that serves them, and the name."""
 
 
 def register_model(weights: Path, name: str, parent: str, key: str) -> Any:
@@ -36,7 +36,7 @@ def register_model(weights: Path, name: str, parent: str, key: str) -> Any:
 
     named = os.environ["MLFLOW_TRACKING_URI"]
     mlflow.set_tracking_uri(tracking_uri())
-    os.environ["MLFLOW_TRACKING_URI"] = named  # MLflow has just changed it, and journals are compared by it
+    os.environ["MLFLOW_TRACKING_URI"] = named  # MLflow has just changed it, and journals are matched by it
     client = mlflow.MlflowClient()
     if versions := client.search_model_versions(f"tags.`{KEY_TAG}` = '{key}'"):
         return versions[0]
@@ -48,10 +48,10 @@ def register_model(weights: Path, name: str, parent: str, key: str) -> Any:
 
 
 def _log(client: Any, weights: Path, parent: str, key: str) -> str:
-    """Log the model to the parent run, with the metrics that are its own; returns its id.
+    """Log the model to the parent run, with its own metrics; returns its id.
 
-    Replaces `mlflow.pyfunc.log_model`, which requests the history of each of the run's metrics: with a server behind a
-    password, where a request takes a second, that took two minutes.
+    Replaces `mlflow.pyfunc.log_model`, which requests the history of each of the run's metrics. With a server behind
+    a password, where a request takes a second, this took two minutes.
     """
     import mlflow
     from mlflow.entities import LoggedModelOutput, Metric
@@ -72,7 +72,7 @@ def _log(client: Any, weights: Path, parent: str, key: str) -> str:
         mlflow.pyfunc.save_model(
             path,
             python_model=str(Path(__file__).with_name("served_model.py")),
-            # A copy: MLflow refuses links, which DVC leaves where its cache has the files (cache.type).
+            # A copy, as MLflow refuses links, which DVC may create to its cache (cache.type).
             artifacts={"weights": shutil.copy(weights, folder)},
             code_paths=[str(root / "unfreeze")],
             pip_requirements=[f"{package}=={_version(package)}" for package in (*REQUIREMENTS, *_extras())],
@@ -89,12 +89,12 @@ def _extras() -> list[str]:
 
 
 def _version(package: str) -> str:
-    """The installed version as package indexes list it: without the suffix of a build for one device (``+cu126``)."""
+    """The installed version as in package indexes, without the suffix of a device-specific build (``+cu126``)."""
     return importlib.metadata.version(package).partition("+")[0]
 
 
 def _logged(client: Any, parent: str, key: str) -> str | None:
-    """The id of the model with this key that an earlier attempt has logged whole; what was logged in part is removed."""
+    """Id of the model with this key that an earlier attempt logged completely; incomplete ones are removed."""
     experiment = client.get_run(parent).info.experiment_id
     whole = None
     for model in client.search_logged_models([experiment], filter_string=f"source_run_id = '{parent}'"):

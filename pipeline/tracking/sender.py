@@ -1,8 +1,8 @@
 """Send the journals to MLflow: every record exactly once, despite server outages.
 
-A request whose answer was lost is repeated, so every request is idempotent: runs have a tag by which an existing one is
-found before one is created, points keep the time at which they were measured (MLflow drops a duplicate point), and
-files, tags and states overwrite themselves.
+A request whose answer was lost is repeated, so every request must be idempotent: before a run is created, an existing
+one is searched for by its tag; points keep their original timestamps (MLflow drops duplicate points); files, tags and
+states overwrite themselves.
 """
 
 import contextlib
@@ -38,47 +38,47 @@ SWEEP_TAG, OWNER_TAG = "unfreeze.sweep", "unfreeze.owner"
 PATIENCE = 5.0
 """Timeout of a request, in seconds."""
 SPEED = 1e6
-"""Bytes a second that an upload is expected to reach; its timeout is longer accordingly."""
+"""Expected upload speed in bytes per second, by which the timeout of a file is extended."""
 REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"}
 REFUSED_BY_DATABASE = "BAD_REQUEST"
-"""What MLflow answers for an error of its database, such as a value that is too long for its column."""
+"""MLflow's error code for a database error, such as a value that is too long for its column."""
 REFUSING = {400, 413, 415, 422}
 """Error codes of MLflow, and HTTP status codes of MLflow or a proxy, of requests that will never succeed."""
 DELETED = (
-    "MLflow's experiment {} was deleted: what is logged to it waits until it is there again "
+    "MLflow's experiment {} was deleted: its records stay queued until it is restored "
     "(`mlflow experiments restore --experiment-id {}`)."
 )
 OTHER_SCHEMA = "out-of-date database schema"
-"""What MLflow says of a database that another version of it has made."""
+"""MLflow's message about a database of another MLflow version."""
 BATCH = 1000
-"""Metrics that MLflow takes in a request; of parameters it takes a tenth."""
+"""Largest number of metrics in a request to MLflow; for parameters it is a tenth of this."""
 
 
 class Unreachable(Exception):
-    """The tracking server does not answer: a sentence that says so, for people."""
+    """The tracking server does not answer; the message is complete for users."""
 
 
 def address() -> str:
-    """The tracking server of the environment, as it may be shown."""
+    """Address of the environment's tracking server, with secrets masked."""
     return mask(os.environ["MLFLOW_TRACKING_URI"])
 
 
 def meant_for(folder: Path) -> str:
-    """The tracking server that a journal was written for, as it may be shown."""
+    """Address of the tracking server that a journal was written for, with secrets masked."""
     return str(read_json(folder / "head.json").get("address"))
 
 
 def waiting_here() -> list[Path]:
-    """The journals that wait for the tracking server of the environment, the oldest first."""
+    """The journals queued for the environment's tracking server, the oldest first."""
     return [folder for folder in waiting() if meant_for(folder) == address()]
 
 
 def client() -> Any:
     """An MLflow client for the tracking server of the environment."""
-    # MLflow's own migrations announce each of their dozens of steps, and its HTTP client each attempt.
+    # MLflow's database migrations log each of their dozens of steps, and its HTTP client each attempt.
     for name, level in (("alembic", logging.WARNING), ("urllib3.connectionpool", logging.ERROR)):
         logging.getLogger(name).setLevel(level)
-    # urllib3 says on import that it could not speak SOCKS, which nobody asked it to.
+    # On import, urllib3 warns that SOCKS is not supported, which is not used here.
     warnings.filterwarnings("ignore", message="SOCKS support in urllib3")
     from mlflow import MlflowClient
 
@@ -88,10 +88,10 @@ def client() -> Any:
 
 @contextlib.contextmanager
 def reaching() -> Iterator[None]:
-    """Say in a sentence when MLflow cannot be reached in the block.
+    """Convert errors of an unreachable MLflow server in the block to `Unreachable`.
 
     Raises:
-        Unreachable: for the errors of a server that is away, or not well.
+        Unreachable: the server does not answer, or has an internal error.
     """
     try:
         yield
@@ -110,7 +110,7 @@ def reason(error: Exception) -> str:
     text = (str(error).splitlines() or [""])[0]
     if OTHER_SCHEMA in text:
         return (
-            "its database is another version's of MLflow; make a copy of it, then run "
+            "its database is of another MLflow version; make a copy of it, then run "
             f"`mlflow db upgrade {address()}` with the newer one of the two"
         )
     for known in ("Connection refused", "timed out", "Connection aborted", "Name or service not known"):
@@ -170,7 +170,7 @@ def _send(client: Any, folder: Path, is_written: bool) -> Iterator[float]:
     head, sent = read_json(folder / "head.json"), read_json(folder / "sent.json")
     yield PATIENCE
     experiment = client.get_experiment_by_name(head["experiment"])
-    if experiment and experiment.lifecycle_stage != "active":  # it would refuse what it takes once it is restored
+    if experiment and experiment.lifecycle_stage != "active":  # it refuses records until it is restored
         raise _OfOne(Unreachable(DELETED.format(mask(head["experiment"]), experiment.experiment_id)))
     if "runs" not in sent:
         try:
@@ -178,7 +178,10 @@ def _send(client: Any, folder: Path, is_written: bool) -> Iterator[float]:
         except Exception as error:
             if not _is_refusal(error) and getattr(error, "error_code", None) != REFUSED_BY_DATABASE:
                 raise
-            text = f"MLflow at {address()} does not take the run {head['name']!r} ({reason(error)}); its records are kept in {folder}."
+            text = (
+                f"MLflow at {address()} does not accept the run {head['name']!r} ({reason(error)}); "
+                f"its records are kept in {folder}."
+            )
             raise _OfOne(Unreachable(mask(text))) from error
         _note(folder, sent)
     ended = sent.get("ended", False)  # True if a power loss has undone the removal of a sent journal
@@ -200,7 +203,7 @@ def _send(client: Any, folder: Path, is_written: bool) -> Iterator[float]:
             yield PATIENCE + copy.stat().st_size / SPEED
             try:
                 _ask(copy.name, client.log_artifact, run, str(copy), record["to"])
-            except Exception as error:  # the files' place may be away
+            except Exception as error:  # the artifact store may be unavailable
                 raise _OfOne(error) from error
         elif "status" in record:
             yield PATIENCE
@@ -223,7 +226,7 @@ def _note(folder: Path, sent: Mapping[str, Any]) -> None:
 
 
 def _open(client: Any, head: Mapping[str, Any], experiment: Any) -> Generator[float, None, dict[str, str]]:
-    """Find or create the runs of a journal, and its experiment where there is none; returns their ids."""
+    """Find or create the runs of a journal, and its experiment if it does not exist; returns the run IDs."""
     yield PATIENCE
     name = head["experiment"]
     experiment_id = experiment.experiment_id if experiment else client.create_experiment(name, files_of(name))
@@ -262,7 +265,7 @@ def _run(
     found = client.search_runs([experiment], f"tags.`{tag[0]}` = '{tag[1]}'", max_results=10)
     noted = read_json(pass_folder(head["pass"]) / "parent.json").get("run")
     found.sort(key=lambda run: (run.info.run_id != noted, not run.data.params, run.info.run_id))
-    for extra in found[1:]:  # duplicates, from a request that a hanging server has processed late
+    for extra in found[1:]:  # duplicates, from a request that a hanging server processed late
         if not extra.data.params and not extra.data.metrics:
             client.delete_run(extra.info.run_id)
     yield PATIENCE
@@ -294,7 +297,7 @@ def is_taken(client: Any, head: Mapping[str, Any], run: str) -> bool:
 
 
 def _take(client: Any, experiment: str, run: str, owner: str) -> Iterator[float]:
-    """Make a pass's parent run this owner's, after ending the runs of steps that a lost worker has left RUNNING."""
+    """Set the owner of a pass's parent run, after ending the runs of steps that a lost worker has left RUNNING."""
     yield PATIENCE
     left = f"tags.`mlflow.parentRunId` = '{run}' and attributes.status = 'RUNNING'"
     for child in client.search_runs([experiment], left):
@@ -306,7 +309,7 @@ def _take(client: Any, experiment: str, run: str, owner: str) -> Iterator[float]
 
 
 def _kill(client: Any, folder: Path, head: Mapping[str, Any], runs: Mapping[str, str]) -> Iterator[float]:
-    """End the run of a step that was killed, and its pass if nothing came after it, here or on another worker."""
+    """End the run of a killed step, and its pass if nothing continues it, here or on another worker."""
     when = int((folder / "records.jsonl").stat().st_mtime * 1000)
     later = [other for other in waiting() if other.parent == folder.parent and other.name > folder.name]
     for kind, run in runs.items():
@@ -316,7 +319,7 @@ def _kill(client: Any, folder: Path, head: Mapping[str, Any], runs: Mapping[str,
 
 
 def _batches(records: Iterator[tuple[Record, int]]) -> Iterator[tuple[Record, int]]:
-    """The records, with the metrics of a run that follow one another joined, as many as a request takes."""
+    """The records, with consecutive metrics of a run joined up to the limit of a request."""
     batch: Record | None = None
     end = 0
     for record, after in records:
@@ -336,7 +339,7 @@ def _batches(records: Iterator[tuple[Record, int]]) -> Iterator[tuple[Record, in
 
 
 def metrics(run: str, values: Mapping[str, float], at: int, when: float) -> Iterator[Record]:
-    """Records of values that were measured at once.
+    """Records of values that were measured at the same time.
 
     Args:
         run: ``child`` or ``parent``.
@@ -356,13 +359,13 @@ def _metrics(points: list[tuple[str, float, int, int]]) -> list[Any]:
 
 
 def _ask(what: str, request: Callable[..., Any], *arguments: Any, **named: Any) -> None:
-    """Make a request; what the server will never take is said and left out, so that it does not hold up the rest."""
+    """Make a request; if the server will never accept it, log this and skip it, so that it does not block the rest."""
     try:
         request(*arguments, **named)
     except Exception as error:
         if not _is_refusal(error):
             raise
-        logger.warning("MLflow does not take %s: %s", what, reason(error))
+        logger.warning("MLflow does not accept %s: %s", what, reason(error))
 
 
 def _is_refusal(error: Exception) -> bool:

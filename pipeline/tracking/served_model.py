@@ -19,7 +19,7 @@ from mlflow.pyfunc import PythonModel
 
 EXPECTED = '{"dataframe_records": [{"image": "<base64>"}, ...]}'
 NAMED = 3
-"""So many of the images that cannot be read are named in the answer to a request in which none can."""
+"""Number of unreadable images named in the response if no image of a request can be read."""
 
 
 class Classifier(PythonModel):
@@ -37,12 +37,12 @@ class Classifier(PythonModel):
         Args:
             context: not used.
             model_input: a column ``image`` of base64 text (also URL-safe, without padding, or as a data URI) or bytes; a
-                dictionary with such a column, or a list of images, does as well.
+                dictionary with such a column and a list of images also work.
             params: not used.
 
         Returns:
-            A row per image: ``predicted``, ``p_<class>``..., and ``reason`` why it could not be read (else empty), in which
-            case the rest is None, as JSON has no NaN.
+            A row per image: ``predicted``, ``p_<class>``..., and ``reason``. For an image that cannot be read,
+            ``reason`` says why, and the rest is None, as JSON has no NaN; otherwise it is empty.
 
         Raises:
             MlflowException: there are no images, or none of them can be read; MLflow answers with status 400.
@@ -64,7 +64,7 @@ class Classifier(PythonModel):
 
 
 def _images(model_input: Any) -> list[Any]:
-    """The images of a request, which MLflow hands on as a table, a dictionary of columns, or an array."""
+    """The images of a request, which MLflow passes as a table, a dictionary of columns, or an array."""
     if isinstance(model_input, pd.DataFrame | dict):
         if "image" not in model_input:
             raise _refused(f"There is no column 'image' but {', '.join(map(repr, model_input)) or 'none at all'}.")

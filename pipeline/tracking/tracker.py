@@ -1,11 +1,11 @@
 """MLflow: one parent run per pass through the recipe, one child run per step that is executed.
 
-A *pass* is one `unfreeze run`, one `dvc repro`, one run of a deployment. Its key is a tag on the parent run, so that the
-processes of its steps find their parent by themselves, whoever started them.
+A *pass* is one `unfreeze run`, one `dvc repro`, one run of a deployment. Its key is a tag on the parent run, by which
+the processes of its steps find the parent run, regardless of the process that started them.
 
-What is to be logged is written to a journal on disk first (`pipeline/tracking/journal.py`), and sent from there by a thread about
-once a second (`pipeline/tracking/sender.py`): importing MLflow takes seconds, and training neither waits for the tracking server
-nor fails because of it. Records that are unsent when a step ends are sent by the next process of any pass.
+Records are first written to a journal on disk (`pipeline/tracking/journal.py`), and a thread sends them about once a
+second (`pipeline/tracking/sender.py`): importing MLflow takes seconds, and training neither waits for the tracking
+server nor fails because of it. Records that are unsent when a step ends are sent by the next process of any pass.
 """
 
 import json
@@ -33,11 +33,11 @@ from unfreeze.errors import UserError
 logger = logging.getLogger("unfreeze")
 
 PASS, DOOR, SWEEP = "UNFREEZE_PASS", "UNFREEZE_DOOR", "UNFREEZE_SWEEP"
-"""Environment variables: the key of the pass, its entry point, and the search that it is a trial of, if any."""
+"""Environment variables: the key of the pass, its entry point, and, for a trial, the name of its search."""
 ADDRESS, OWNER = "UNFREEZE_FLOW_RUN", "UNFREEZE_OWNER"
-"""Environment variables: the page of Prefect's flow run, and who executes the pass, as `owner` writes it."""
+"""Environment variables: the URL of Prefect's flow run, and the owner of the pass, as `owner` returns it."""
 SHOWN = ("*.png", "*.html", "confusion_matrix.csv", "predictions.csv")
-"""Files of a step that are logged beside its metrics."""
+"""Files of a step that are logged in addition to its metrics."""
 LONGEST_PAUSE = 30.0
 """Longest pause in seconds between two attempts to reach the server."""
 
@@ -45,8 +45,8 @@ LONGEST_PAUSE = 30.0
 def current_pass() -> tuple[str, str]:
     """The key of the pass that this process belongs to, and its entry point.
 
-    The flow names both in the environment. Without it the nearest `dvc` among the parent processes is the pass; without
-    that, a step started by hand is a pass of its own.
+    The flow sets both in the environment. Without a flow, the nearest `dvc` among the parent processes is the pass.
+    Without either, a step started by hand is a separate pass.
     """
     if key := os.environ.get(PASS):
         return key, os.environ.get(DOOR, "flow")
@@ -56,12 +56,12 @@ def current_pass() -> tuple[str, str]:
 
 
 def owner(attempt: int) -> str:
-    """Who executes a pass, ``<attempt>@<host>``: there is another attempt, on another host, where a worker is lost."""
+    """The owner of a pass, ``<attempt>@<host>``; after a worker is lost, there is a new attempt on another host."""
     return f"{attempt}@{socket.gethostname()}"
 
 
 def begin_journal(stage: str, params: Mapping[str, Any], step_params: Mapping[str, Any]) -> Journal:
-    """A journal of this pass: of a step that is executed, or, without a stage, of the pass alone."""
+    """Create a journal of this pass: for a step, or, without a stage, for the pass itself."""
     key, door = current_pass()
     return Journal(
         {
@@ -82,8 +82,7 @@ def begin_journal(stage: str, params: Mapping[str, Any], step_params: Mapping[st
 
 
 class Delivery:
-    """Thread that sends the unsent journals of earlier steps, then the given one while it is written (None: only
-    those)."""
+    """Thread that sends the unsent journals of earlier steps, then the given journal, if any, while it is written."""
 
     def __init__(self, journal: Journal | None, warn: Callable[..., None] = logger.warning) -> None:
         self._journal, self._warn = journal, warn
@@ -127,7 +126,7 @@ class Delivery:
         if not self._said:
             self._said = True
             self._warn(
-                "MLflow at %s: %s. It goes on without; what is to be logged waits in %s and is sent when MLflow is back,"
+                "MLflow at %s: %s. Continuing without it; records are queued in %s and sent when MLflow is back,"
                 " or with `unfreeze publish`.",
                 address(),
                 trouble,
@@ -136,7 +135,7 @@ class Delivery:
 
 
 class Tracker:
-    """Takes one step's curves, metrics and files, for MLflow.
+    """Logs one step's curves, metrics and files to MLflow.
 
     If the tracking server cannot be reached, this is logged once, and the step continues.
     """
@@ -148,7 +147,7 @@ class Tracker:
         self._curves: set[str] = set()
 
     def curve(self, values: Mapping[str, float], at: int) -> None:
-        """A point of the step's curves: name -> value, at an iteration or epoch."""
+        """Log a point of the step's curves: name -> value, at an iteration or epoch."""
         self._curves |= values.keys()
         self._journal.write(*metrics("child", values, at, time.time()))
 
@@ -168,11 +167,11 @@ class Tracker:
                 except Busy:
                     continue
             if is_taken(client(), self._journal.head, known["run"]):
-                raise UserError("Another worker has taken this run up: it is left alone here.")
+                raise UserError("Another worker has taken over this run: this one stops.")
         return str(known["run"])
 
     def close(self, status: str, final: Mapping[str, float], seconds: float) -> None:
-        """End the child run as FINISHED, FAILED or KILLED, with the step's final metrics and how long it took.
+        """End the child run as FINISHED, FAILED or KILLED, with the step's final metrics and duration.
 
         A metric with a curve gets no further point in the child run; the parent run has it as ``<step>/<metric>``.
         """
@@ -195,10 +194,10 @@ def conclude(journal: Journal, stages: Sequence[str], status: str, before: Seque
     """Log metrics and files to the parent run, end the run until another step resumes it, and close the journal.
 
     Args:
-        journal: of the step or the pass that has ended.
-        stages: the steps whose results are up to date, also those that came from the cache.
+        journal: journal of the step or pass that has ended.
+        stages: steps whose results are up to date, including those from the cache.
         status: FINISHED, FAILED or KILLED.
-        before: records to be written first.
+        before: records to write first.
     """
     noted_file = pass_folder(journal.head["pass"]) / "noted.json"
     noted = read_json(noted_file)

@@ -51,7 +51,7 @@ def test_a_missing_program_is_a_sentence_with_what_installs_it(
         servers, "postgresql_programs", lambda: servers.program("no-such-program", "apt-get install it")
     )
     assert local_team.main(["--folder", str(tmp_path / "team")]) == 2
-    assert "The program no-such-program is not there: `apt-get install it` installs it." in capsys.readouterr().err
+    assert "The program no-such-program is not installed: `apt-get install it` installs it." in capsys.readouterr().err
     monkeypatch.setattr(local_team, "NEEDED", ("no_such_module",))
     assert local_team.main(["--folder", str(tmp_path / "team")]) == 2
     assert "are not installed (no_such_module)" in capsys.readouterr().err
@@ -70,7 +70,7 @@ def test_a_port_that_is_taken_is_named_before_anything_starts(
         assert not is_free(port)
         assert local_team.main(["--folder", str(tmp_path / "team"), "--mlflow", str(port)]) == 2
     said = capsys.readouterr().err
-    assert "taken already: name another one with --" in said
+    assert "already in use: choose another one with --" in said
     assert {file.name for file in (tmp_path / "team").iterdir()} == {"secrets.env", "lock"}
 
 

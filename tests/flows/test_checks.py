@@ -121,7 +121,7 @@ def test_check_says_how_the_folder_was_understood(workspace: Path, capsys: pytes
     assert main(["check", *options]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == [
         *(f"       24  {label}" for label in ("Dark", "bright", "dark")),
-        "- These may mean one class, and are 2, which differ only in capitals: 'Dark', 'dark'.",
+        "- These 2 classes may be the same, as their names differ only in capitals: 'Dark', 'dark'.",
     ]
 
 
@@ -158,7 +158,7 @@ def test_a_copy_of_the_project_does_not_run_the_originals_code(
     Path("flows").mkdir()
     Path("flows/cli.py").touch()
     assert main([command, "-S", "data.source=photos"]) == 2
-    assert f"`unfreeze` is the code in {PARAMS.parent}" in capsys.readouterr().err
+    assert f"`unfreeze` runs the code in {PARAMS.parent}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["run", "check"])
@@ -176,7 +176,7 @@ def test_where_mlflow_cannot_be_is_said_before_anything_is_written(
 def test_settings_of_a_run_that_cannot_begin_are_put_back(workspace: Path, settings: Any) -> None:
     """Here DVC cannot tell what is stale: there is no Git."""
     before = Path("params.yaml").read_bytes()
-    with disable_run_logger(), pytest.raises(UserError, match="DVC cannot tell|no Git"):
+    with disable_run_logger(), pytest.raises(UserError, match="DVC cannot tell|not a Git repository"):
         recipe.fn(settings)
     assert Path("params.yaml").read_bytes() == before
 

@@ -163,7 +163,7 @@ def c_lost_worker(team: RealTeam) -> None:
         seconds = (datetime.fromisoformat(again) - killed).total_seconds()
         team.finish(run)
     log = team.log("second").read_text()
-    assert "takes the checkpoint of another machine from s3://dvc/team.checkpoints" in log, log
+    assert "continuing from another machine's checkpoint at s3://dvc/team.checkpoints" in log, log
     epoch, batch = map(int, re.findall(r"goes on in epoch (\d+), batch (\d+), from a checkpoint", log)[0])
     print(f"   taken over after {seconds:.0f} seconds, goes on in epoch {epoch}, batch {batch}")
     assert seconds < 180 and batch > 1, (seconds, epoch, batch)

@@ -231,7 +231,7 @@ def end(step: subprocess.Popen[str]) -> tuple[str, float]:
     return output, float(closed[1])
 
 
-SENTENCE = "It goes on without"
+SENTENCE = "Continuing without it"
 
 
 def test_a_server_that_fails_at_the_start_has_everything_when_it_is_back(

@@ -41,9 +41,9 @@ def test_a_pass_goes_on_while_mlflow_and_the_remote_are_away(project: Project) -
     project.run("dvc", "remote", "add", "-d", "away", str(project.folder / "in the way/remote"))
     make_stale(project)
     output = alone.run("flows.cli", "run")
-    assert output.count("It goes on without") == 2  # the step says so, and the pass
+    assert output.count("Continuing without it") == 2  # the step says so, and the pass
     assert "not yet sent to MLflow at http://***@127.0.0.1:9." in output and "a:b@" not in output
-    assert "DVC's remote did not take everything" in output and "Traceback" not in output
+    assert "Not everything was pushed to DVC's remote" in output and "Traceback" not in output
 
     assert "does not answer (connection refused)" in alone.run("flows.cli", "publish", code=1)
     (project.folder / "in the way").unlink()
@@ -99,7 +99,7 @@ def test_a_lock_file_that_was_cut_off_costs_nothing(project: Project) -> None:
 def test_a_pass_goes_on_when_prefects_server_is_away_from_the_start(project: Project) -> None:
     environment = project.environment | {"PREFECT_API_URL": "http://127.0.0.1:9/api"}
     output = Project(project.folder, environment).run("flows.cli", "run")
-    assert output.count("Prefect's server at http://127.0.0.1:9/api does not answer. The run goes on") == 1
+    assert output.count("Prefect's server at http://127.0.0.1:9/api does not answer. The run continues") == 1
     assert "Nothing to run" in output
 
 
@@ -123,7 +123,7 @@ def test_a_pass_goes_on_when_prefects_server_dies(project: Project, tmp_path: Pa
                 break
     output += process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
-    assert output.count("does not answer. The run goes on with a temporary one") == 1
+    assert output.count("does not answer. The run continues with a temporary one") == 1
     assert "Prefect's server" in output and project.run("dvc", "status").count("up to date") == 1
     parents, children = project.runs()
     assert [run.data.tags["mlflow.parentRunId"] for run in children].count(parents[0].info.run_id) == 1

@@ -178,7 +178,7 @@ def test_a_run_that_is_stopped_as_soon_as_it_begins_says_so(number: int) -> None
             time.sleep(0.05)
         run.send_signal(number)
         _, said = run.communicate(timeout=60)
-    assert begun and said == "unfreeze: stopped. `unfreeze run` goes on where it was.\n"
+    assert begun and said == "unfreeze: stopped. `unfreeze run` continues where it stopped.\n"
     # Where the signal comes within an `exec` of text, as in the making of a dataclass, `python -m` ends by it after all,
     # although it was caught. A shell says 130 of both.
     assert run.returncode in (130, -signal.SIGINT)

@@ -102,7 +102,7 @@ def test_a_merges_conflict_in_the_lock_file_is_told_with_what_to_do(
     subprocess.run(dvc.dvc("init", "--no-scm", "--quiet"), check=True)
     Path("dvc.yaml").write_text("stages:\n  a:\n    cmd: echo\n")
     Path("dvc.lock").write_text("schema: '2.0'\n<<<<<<< HEAD\nstages: {}\n=======\nstages: {a: 1}\n>>>>>>> other\n")
-    with pytest.raises(UserError, match=r"dvc.lock has a merge's conflicts.*git checkout --ours dvc.lock") as caught:
+    with pytest.raises(UserError, match=r"dvc.lock has merge conflicts.*git checkout --ours dvc.lock") as caught:
         dvc.stale_stages()
     assert not isinstance(caught.value, dvc.DamagedLock)
 
@@ -111,7 +111,7 @@ def test_a_copy_without_git_is_told_what_it_lacks(tmp_path: Path, monkeypatch: p
     (tmp_path / ".dvc").mkdir()
     (tmp_path / ".dvc" / "config").touch()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="after `git init`"):
+    with pytest.raises(UserError, match="or run `git init` here"):
         dvc.stale_stages()
 
 
@@ -130,7 +130,7 @@ def files(source: Path | str) -> list[str]:
 
 def test_images_behind_links_to_folders_are_refused(photos: Path) -> None:
     source = linked(photos, "cat", "dog")
-    with pytest.raises(UserError, match="does not look behind links to folders, and would not notice") as caught:
+    with pytest.raises(UserError, match="does not follow links to folders, and would not notice") as caught:
         check_watched(source, files(source))
     assert str(caught.value).splitlines()[-2:] == [f"  {source}/cat", f"  {source}/dog"]
 
@@ -155,7 +155,7 @@ def test_a_step_that_dvc_runs_refuses_links_to_folders(photos: Path) -> None:
     params = photos.parent / "params.yaml"
     params.write_text(PARAMS.read_text())
     apply_overrides(params, [f"data.source={linked(photos, 'cat', 'dog')}"])
-    with pytest.raises(UserError, match="does not look behind links"):
+    with pytest.raises(UserError, match="does not follow links"):
         ingest.function(None, 0, load_settings(params).data)
 
 
@@ -164,7 +164,7 @@ def test_a_folder_in_which_a_run_writes_is_refused(photos: Path, monkeypatch: py
     project = photos / "project"
     (project / "artifacts").mkdir(parents=True)
     monkeypatch.chdir(project)
-    with pytest.raises(UserError, match=f"{source} has {project}.* in it, where a run writes"):
+    with pytest.raises(UserError, match=f"{source} contains {project}.*, where a run writes"):
         check_readable(source)
     check_readable("../cat")
 

@@ -29,10 +29,10 @@ class Chain:
     """Consecutive calls of a `traced` network whose intermediate results are used nowhere else.
 
     Attributes:
-        calls: a convolution's, and of what follows, each at most once and in this order: a BatchNorm, the addition of a
-            tensor of the same shape, an activation.
-        conv: the convolution, which computes with its weights as they are.
-        norm: the BatchNorm, which has kept statistics.
+        calls: the convolution, then in this order, each at most once: a BatchNorm, the addition of a tensor of the same
+            shape, an activation.
+        conv: the convolution, which uses its weights unchanged.
+        norm: the BatchNorm, which has running statistics.
         act: the activation, of a type in `POST_OPS`; after an addition a ReLU.
         adds: whether there is an addition.
     """
@@ -56,7 +56,7 @@ def traced(network: nn.Module, images: torch.Tensor, trains: bool) -> fx.GraphMo
     Args:
         network: in eval mode.
         images: (B, 3, S, S), which are run through it once.
-        trains: whether the calls of training count as well: else those that do nothing here, as a dropout's, are left out.
+        trains: whether to keep calls that do nothing in eval mode but may in training, such as dropout.
 
     Returns:
         A module that uses the network's own modules, with the ``shape`` of each call's output in the call's ``meta``.
@@ -107,12 +107,12 @@ class _Seen(fx.Interpreter):
 
 
 def called(graph: fx.GraphModule, call: fx.Node) -> nn.Module | None:
-    """The module that is called, where it is one."""
+    """The called module, or None if the call is not of a module."""
     return graph.get_submodule(str(call.target)) if call.op == "call_module" else None
 
 
 def chains(graph: fx.GraphModule) -> list[Chain]:
-    """The chains of a `traced` network; each call is in one at most."""
+    """The chains of a `traced` network; each call is in at most one chain."""
     found: list[Chain] = []
     for call in graph.graph.nodes:
         conv = called(graph, call)
@@ -152,7 +152,7 @@ def _adds(call: fx.Node) -> bool:
 
 
 def plain(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
-    """Whether a module is a convolution that computes with its weights as they are: some standardise them on the way."""
+    """Whether a module is a convolution that uses its weights unchanged; some classes standardise them first."""
     from timm.layers import Conv2dSame
 
     if not isinstance(module, nn.Conv2d) or type(module) not in (nn.Conv2d, Conv2dSame):
@@ -161,8 +161,8 @@ def plain(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
 
 
 def edges(conv: nn.Conv2d, size: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """Zeros that the convolution puts around an image of this height and width: left, right, top, bottom."""
-    if type(conv) is not nn.Conv2d:  # TensorFlow's way: as many as it takes, the odd one at the end
+    """Zero padding of the convolution for an image of this height and width: left, right, top, bottom."""
+    if type(conv) is not nn.Conv2d:  # TensorFlow's "same" padding, with an odd row or column at the end
         needed = [
             max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
             for n, s, k, d in zip(size, conv.stride, conv.kernel_size, conv.dilation, strict=True)

@@ -1,8 +1,8 @@
 """Depthwise convolutions with faster gradients on a CPU.
 
-oneDNN has fast kernels for the forward pass, and for the gradient of weights that are at most three columns wide. For wider
-ones, and in bfloat16 for the gradient of a strided convolution's input, it falls back to plain loops: ten to fifty times
-the time of the forward pass. Here both gradients are computed with its fast kernels.
+oneDNN has fast kernels for the forward pass, and for the gradient of weights that are at most three columns wide. For
+wider weights, and in bfloat16 for the gradient of a strided convolution's input, it falls back to plain loops, which
+take ten to fifty times as long as the forward pass. Here both gradients are computed with oneDNN's fast kernels.
 """
 
 from typing import Any
@@ -19,18 +19,19 @@ Edges = tuple[int, int, int, int]
 
 
 def slow_to_train(conv: nn.Conv2d, half: bool) -> bool:
-    """Whether oneDNN has no fast gradient for a convolution that `depthwise` computes.
+    """Whether `depthwise` can compute a convolution for which oneDNN has no fast gradient.
 
     Args:
         conv: any convolution.
-        half: in bfloat16, where strides are slow too; in float32 it has a kernel for them, of any width.
+        half: whether in bfloat16, in which strides are slow too; in float32 oneDNN has fast kernels for them, of any
+            width.
     """
     per_channel = conv.groups == conv.in_channels > 1
     return per_channel and _computed(conv) and (conv.kernel_size[1] > COLUMNS if conv.stride == (1, 1) else half)
 
 
 def slow_in_half(conv: nn.Conv2d) -> bool:
-    """Whether a convolution's gradient takes longer in bfloat16 than in float32, and `depthwise` does not compute it."""
+    """Whether a convolution's gradient takes longer in bfloat16 than in float32, and `depthwise` cannot compute it."""
     return conv.groups == conv.in_channels > 1 and not _computed(conv)
 
 
@@ -51,7 +52,7 @@ def depthwise(
         weight: (C, 1, K, L), of the same type as ``x``.
         bias: (C,) or None.
         stride: of rows and columns.
-        edges: zeros around the image, left, right, top, bottom: fewer than the kernel is wide and high.
+        edges: zero padding left, right, top, bottom; less than the kernel's width and height.
 
     Returns:
         (B, C, H', W').
@@ -92,7 +93,7 @@ class _Depthwise(torch.autograd.Function):
 def _of_input(
     grad: torch.Tensor, weight: torch.Tensor, size: tuple[int, ...], stride: tuple[int, ...], edges: Edges
 ) -> torch.Tensor:
-    """The gradient of the input is a convolution as well: of the output's, spread by the stride, with the kernel turned."""
+    """The input's gradient: a convolution of the output's gradient, dilated by the stride, with the flipped kernel."""
     (left, right, above, below), turned = edges, weight.flip(2, 3)
     rows, columns = weight.shape[2:]
     top, first = rows - 1 - above, columns - 1 - left
@@ -106,7 +107,7 @@ def _of_input(
 
 
 def _of_weight(grad: torch.Tensor, padded: torch.Tensor, weight: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
-    """The gradient of the weights, a few columns at a time: those of a narrower kernel on a part of the image."""
+    """The weights' gradient, a few columns at a time: each as that of a narrower kernel on a part of the image."""
     rows, columns = weight.shape[2:]
     width = min(columns, COLUMNS)
     height, span = (grad.shape[2] - 1) * stride[0] + rows, (grad.shape[3] - 1) * stride[1] + width

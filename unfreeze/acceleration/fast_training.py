@@ -1,8 +1,8 @@
-"""Train the same network in less time on a CPU: kept statistics, frozen layers, depthwise convolutions.
+"""Faster training on a CPU: BatchNorms with fixed statistics, frozen layers, depthwise convolutions.
 
-A BatchNorm with kept statistics is one multiplication and one addition per channel. They are folded into weights and
-bias of the convolution before it, so that the work is on these instead of on every pixel, in both passes. The gradients
-of its scale and shift follow by the chain rule. Completely frozen layers run as inference
+A BatchNorm with fixed statistics is one multiplication and one addition per channel. They are folded into weights and
+bias of the convolution before it: forward and backward pass process these instead of every pixel. The gradients of the
+BatchNorm's scale and shift follow by the chain rule. Completely frozen layers run as inference
 (`unfreeze.acceleration.frozen`).
 """
 
@@ -39,8 +39,10 @@ def fast_training(network: nn.Module, images: torch.Tensor) -> Iterator[None]:
     depthwise convolutions are accelerated. On other devices nothing changes, because the speed was not measured there.
 
     Args:
-        network: ready to train: frozen parameters require no gradient, kept BatchNorms are in eval mode.
-        images: (B, 3, S, S) normalised, on the network's device: a typical training batch. Two of them are computed.
+        network: ready to train: frozen parameters require no gradient, BatchNorms with fixed
+            statistics are in eval mode.
+        images: (B, 3, S, S) normalised, on the network's device: a typical training batch. The network is run
+            on two of them.
     """
     forwards = _forwards(network, images) if images.device.type == "cpu" else {}
     with _replaced(forwards):

@@ -1,7 +1,7 @@
 """Faster inference of frozen networks: a copy of a network with the same output.
 
-BatchNorm with kept statistics is one multiplication and one addition per channel. Both are folded into weights and bias
-of the convolution before it (Jacob et al., 2018, section 3.2). On a CPU with native bfloat16, oneDNN then computes
+BatchNorm with fixed statistics is one multiplication and one addition per channel. Both are folded into weights and
+bias of the convolution before it (Jacob et al., 2018, section 3.2). On a CPU with native bfloat16, oneDNN then computes
 convolution and activation in one pass over memory, with weights that are reordered for it once.
 """
 
@@ -28,7 +28,7 @@ logger = logging.getLogger("unfreeze")
 FROZEN = "frozen copy"
 """Key of a copy's `Sources` in its ``meta``."""
 Sources = dict[str, tuple[str, str | None]]
-"""By the name of a `ConvAct` or `OneDNNConvAct`, the convolution and the BatchNorm, if any, that it does the work of."""
+"""Maps the name of a `ConvAct` or `OneDNNConvAct` to the names of the convolution and the BatchNorm, if any, in it."""
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -42,7 +42,7 @@ class StandIn:
 
     @classmethod
     def put(cls, module: nn.Module, compute: Forward) -> None:
-        """Let a module compute with this from now on."""
+        """Replace a module's ``forward`` by ``compute``."""
         module.forward = cls(compute, vars(module).get("forward"))
 
     @staticmethod
@@ -55,15 +55,15 @@ class StandIn:
                 module.forward = here.before
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Activations of activations."""
+        """Call the replacement."""
         return self.compute(x)
 
 
 class ConvAct(nn.Module):
-    """A convolution, what is added to it, if anything, and the activation that follows.
+    """A convolution, the addition of another tensor, if any, and an activation.
 
     Attributes:
-        into: whether the result may take the memory of what is added.
+        into: whether the result may overwrite the added tensor.
     """
 
     def __init__(self, conv: nn.Conv2d, act: nn.Module) -> None:
@@ -71,13 +71,13 @@ class ConvAct(nn.Module):
         self.conv, self.act, self.into = conv, act, False
 
     def take(self, conv: nn.Conv2d) -> None:
-        """Compute with the weights of this convolution from now on."""
+        """Copy the weights of a convolution."""
         self.conv.weight.copy_(conv.weight)
         if self.conv.bias is not None and conv.bias is not None:
             self.conv.bias.copy_(conv.bias)
 
     def forward(self, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
-        """Activations (B, O, H', W') of (B, C, H, W), and of what is added to them before the activation."""
+        """Activations (B, O, H', W') of x (B, C, H, W); ``other`` is added before the activation, if given."""
         y = self.conv(x)
         return self.act(y if other is None else y + other)
 
@@ -108,15 +108,15 @@ class OneDNNConvAct(nn.Module):
         self.take(conv)
 
     def take(self, conv: nn.Conv2d) -> None:
-        """Compute with the weights of this convolution from now on."""
-        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # whose stub lacks the last argument
+        """Use the weights of a convolution, reordered for oneDNN."""
+        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its stub lacks the last argument
         weight = F.pad(conv.weight.detach(), self.zeros)
         packed = reorder(weight.bfloat16().to_mkldnn(), *self.arguments, self.padded)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().bfloat16(), requires_grad=False)
 
     def forward(self, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
-        """Activations (B, O, H', W'), bfloat16, of (B, C, H, W), as of `ConvAct`."""
+        """Activations (B, O, H', W') in bfloat16; arguments as for `ConvAct`."""
         x = x.bfloat16()
         if any(self.edges):
             x = F.pad(x, self.edges)
@@ -138,13 +138,14 @@ def frozen_copy(network: nn.Module, images: torch.Tensor, earlier: nn.Module | N
 
     Args:
         network: maps the images to one tensor; the copy predicts what the network predicts in eval mode.
-        images: (B, 3, S, S) normalised, on the network's device: a batch of the size that the copy is for. Two of them
-            are computed.
-        earlier: a copy that this function made of the same network, for batches of the same size. Its weights are updated
-            to the network's, which takes less time than a new copy, and it is returned.
+        images: (B, 3, S, S) normalised, on the network's device: a batch of the size that the copy is for. The
+            network is run on two of them.
+        earlier: a copy that this function made of the same network, for batches of the same size. It is returned with
+            updated weights, which takes less time than a new copy.
 
     Returns:
-        The copy in eval mode without gradients; the network itself where it is one already, or has no convolutions.
+        The copy in eval mode without gradients; the network itself if it is such a copy already, or has no
+            convolutions.
     """
     if earlier is not None and _refreshed(earlier, network):
         return earlier
@@ -161,7 +162,7 @@ def frozen_copy(network: nn.Module, images: torch.Tensor, earlier: nn.Module | N
         shapes, folded.meta[FROZEN] = _fold(folded)
         found = folded(images)
     if not torch.allclose(found, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max())):
-        logger.info("folded, the network predicts something else: it is used as it is, which takes longer")
+        logger.info("The folded network predicts something else: the original network is used, which takes longer")
         return _eval_copy(network)
     dtype = precision(images.device)
     if dtype == torch.float32:
@@ -177,7 +178,7 @@ def frozen_copy(network: nn.Module, images: torch.Tensor, earlier: nn.Module | N
 
 
 def _refreshed(copied: nn.Module, network: nn.Module) -> bool:
-    """Update a copy's weights to the network's; False where it is not a folded copy, or has weights of its own."""
+    """Update a copy's weights to the network's; False if it is not a folded copy, or the network lacks some of them."""
     sources: Sources | None = getattr(copied, "meta", {}).get(FROZEN)
     if sources is None:
         return False
@@ -214,10 +215,10 @@ def _eval_copy(network: nn.Module) -> nn.Module:
 
 
 def _fold(graph: fx.GraphModule) -> tuple[dict[str, tuple[int, ...]], Sources]:
-    """Make each chain of a traced network one call: of a `ConvAct`, whose convolution does the BatchNorm's work.
+    """Replace each chain of a traced network by one call of a `ConvAct`; the BatchNorm is folded into the convolution.
 
     Returns:
-        Shape (B, C, H, W) of the input of each `ConvAct`, by its name; and what it does the work of.
+        Shape (B, C, H, W) of the input of each `ConvAct`, by its name; and the modules that it replaces.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     sources: Sources = {}

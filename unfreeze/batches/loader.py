@@ -1,4 +1,4 @@
-"""Which images make a batch, in what order and in which views; `unfreeze.batches.rendering` makes their pixels."""
+"""Compose batches: images, their order and their views; `unfreeze.batches.rendering` computes their pixels."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ READERS = 4
 
 @dataclass(frozen=True)
 class Loader:
-    """What it takes to turn packed images into batches for one network on one device."""
+    """Makes batches of packed images for one network on one device."""
 
     packed: PackedImages
     norm: Normalisation
@@ -66,7 +66,7 @@ class Loader:
     ) -> Iterator[Batch]:
         """One epoch of ``rows``, shuffled and augmented, from the batch number ``first`` on.
 
-        The random state depends on seed, epoch and batch only, so that any batch of any epoch can be made again.
+        The random state depends on seed, epoch and batch only, so that any batch of any epoch can be reproduced.
         ``together`` batches are joined into one. ``probabilities`` as for `shuffled`.
         """
         chunks = shuffled(rows, self.batch_size, seed, epoch, probabilities)
@@ -87,7 +87,7 @@ class Loader:
 
     @cached_property
     def on_card(self) -> torch.Tensor | None:
-        """All packed pixels (P, 3) on the GPU, where they take at most `SHARE_OF_CARD` of its free memory; else None."""
+        """All packed pixels (P, 3) on the GPU, if they take at most `SHARE_OF_CARD` of its free memory; else None."""
         count = int(self.packed.sizes.prod(1).sum())
         if 3 * count > SHARE_OF_CARD * torch.cuda.mem_get_info(self.device)[0] or not _contiguous(self.packed):
             return None
@@ -126,16 +126,17 @@ def _contiguous(packed: PackedImages) -> bool:
 
 
 def batches_per_epoch(images: int, batch_size: int) -> int:
-    """Batches in an epoch: whole ones only, so that no small last batch upsets BatchNorm; at least one."""
+    """Number of batches in an epoch: full ones only, as a small last batch would disturb BatchNorm; at least one."""
     return max(1, images // batch_size)
 
 
 def shuffled(
     rows: NDArray[np.int64], batch_size: int, seed: int, epoch: int, probabilities: NDArray[np.float64] | None = None
 ) -> list[NDArray[np.int64]]:
-    """One epoch's batches of row numbers: another order each epoch, the rest that fills no batch left out.
+    """One epoch's batches of row numbers, in a different order each epoch; an incomplete last batch is dropped.
 
-    With a probability for each row (N,) as many rows are drawn with replacement, as torch's `WeightedRandomSampler` does.
+    With ``probabilities`` (N,), one for each row, N rows are drawn with replacement, as by torch's
+    `WeightedRandomSampler`.
     """
     rng = np.random.default_rng([seed, epoch, 0])
     order = rng.permutation(rows) if probabilities is None else rng.choice(rows, len(rows), p=probabilities)

@@ -1,9 +1,10 @@
-"""From packed pixels to the batch that a network sees: one warp and one multiply-add for each view.
+"""Render batches from packed pixels: one warp and one multiply-add for each view.
 
 On a GPU everything (mirroring, turning, zooming, cropping, lighting, normalising) is computed for the whole batch at
-once. Of each image only the rectangle that its views touch is needed. These bytes are on the GPU already if all packed
-pixels fit there; else the CPU copies them, one byte per value, once for all views of an image. On a CPU, OpenCV warps image by image, which takes half
-the time of warping all images as one batch. The views are the same, but OpenCV rounds to whole values from 0 to 255.
+once. Only the rectangle of each image that its views cover is needed. It is on the GPU already if all packed pixels fit
+there; otherwise the CPU copies it, one byte per value, once for all views of the image. On a CPU, OpenCV warps image by
+image, which takes half the time of warping all images as one batch. The views are the same, but OpenCV rounds to whole
+values from 0 to 255.
 """
 
 from dataclasses import dataclass
@@ -21,23 +22,23 @@ LINEAR = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
 PIECE = 400_000
 """Values per block for lighting on a CPU, so that a block of floats fits into a core's cache."""
 ROUNDING = 1e-3
-"""Pixels by which rounding may place a view beyond the edge of its image. Not more: the batch's canvas has no pixels
-outside of a smaller image."""
+"""Pixels by which rounding may place a view beyond the edge of its image. A larger tolerance would read pixels that the
+batch's canvas does not have outside of a smaller image."""
 
 
 @dataclass(frozen=True)
 class Normalisation:
-    """Per-channel mean and standard deviation of pixel values as shares of full white, as the backbone was trained."""
+    """Per-channel mean and standard deviation that the backbone was trained with, for pixel values from 0 to 1."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
 
 def render_here(packed: PackedImages, views: Views, norm: Normalisation, dtype: torch.dtype) -> torch.Tensor:
-    """Render a batch on the processor: (B, 3, S, S) of that type, channels last."""
+    """Render a batch on the CPU: (B, 3, S, S) of type ``dtype``, channels last."""
     count, size = len(views), packed.image_size
     low, high = _rectangles(packed, views)
-    # Where the first pixel of each output looks in its rectangle, and the steps from there.
+    # Affine maps from output pixels to their rectangles: the steps, and the position of the first pixel.
     corner = views.centre - views.linear.sum(2) * ((size - 1) / 2) - low
     maps = np.concatenate([views.linear, corner[:, :, None]], 2)
     pixels = np.empty((count, size, size, 3), np.uint8)
@@ -62,12 +63,12 @@ def render_here(packed: PackedImages, views: Views, norm: Normalisation, dtype: 
 
 @dataclass(frozen=True)
 class BatchPixels:
-    """Where the pixels are that a batch of views needs.
+    """The pixels that a batch of views needs, and their locations.
 
     Attributes:
         values: (P, 3) uint8, of several images.
-        first: (B,) the place in `values` of the first pixel that is there of each view's image.
-        width: (B,) pixels in each of its rows.
+        first: (B,) index in `values` of the first pixel of each view's image.
+        width: (B,) number of pixels in a row of that image in `values`.
         origin: (B, 2) column and row of that first pixel in the image.
     """
 
@@ -83,7 +84,7 @@ class Canvas:
 
     Attributes:
         pixels: (B, H, W, 3) uint8; each view's rectangle in the upper left corner. Values beyond it are not used.
-        origin: (B, 2) where in the image (x, y) the rectangle begins.
+        origin: (B, 2) position (x, y) in the image of the rectangle's upper left corner.
     """
 
     pixels: torch.Tensor
@@ -91,7 +92,7 @@ class Canvas:
 
 
 def read_pixels(packed: PackedImages, views: Views) -> BatchPixels:
-    """Read the rectangle of every image that its views touch, once for all views; page-locked if there is a GPU."""
+    """Read the rectangle of every image that its views cover, once for all views; page-locked if there is a GPU."""
     rows, image = np.unique(views.rows, return_inverse=True)
     lows, highs = _rectangles(packed, views)
     low, high = packed.sizes[rows], np.zeros((len(rows), 2), np.int64)
@@ -121,7 +122,7 @@ def gather_canvas(pixels: BatchPixels, packed: PackedImages, views: Views, devic
 
 
 def _rectangles(packed: PackedImages, views: Views) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The rectangle of each image that its view touches: the first column and row, and those behind the last, (B, 2) each."""
+    """The rectangle of the image that each view covers: first column and row, and ends (exclusive), (B, 2) each."""
     reach = np.abs(views.linear).sum(2) * (packed.image_size - 1) / 2
     low = np.maximum(np.floor(views.centre - reach), 0).astype(np.int64)
     return low, np.minimum(np.ceil(views.centre + reach) + 1, packed.sizes[views.rows]).astype(np.int64)
@@ -133,9 +134,9 @@ def render(
     """Warp, light and normalise a batch on the device.
 
     Args:
-        canvas: what `gather_canvas` gathered.
+        canvas: as `gather_canvas` returns it.
         views: the views to render.
-        sizes: (B, 2) width and height of the images in pixels, at whose edges places outside are mirrored.
+        sizes: (B, 2) width and height of the images in pixels; positions outside are mirrored at the edges.
         image_size: side of the output square in pixels.
         norm: the backbone's normalisation.
         device: where to compute.
@@ -157,7 +158,7 @@ def render(
 
 
 def _lighting(views: Views, norm: Normalisation) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """What lights and normalises pixels as bytes: a factor and a term for each image and channel, (B, 3) each.
+    """Factor and offset that light and normalise byte values, for each image and channel, (B, 3) each.
 
     ((p/255 - 1/2) * gain + 1/2 + shift - mean) / std as one multiply-add.
     """
@@ -169,9 +170,9 @@ def _lighting(views: Views, norm: Normalisation) -> tuple[NDArray[np.float32], N
 def _grid(
     canvas: Canvas, views: Views, sizes: NDArray[np.int64], image_size: int, device: torch.device
 ) -> torch.Tensor:
-    """Where in its canvas each output pixel looks, (B, S, S, 2) as `grid_sample` wants it: -1 to 1 from edge to edge.
+    """Position in its canvas of each output pixel, (B, S, S, 2), as `grid_sample` takes it: -1 to 1 from edge to edge.
 
-    The large arithmetic is one addition; places outside the image are mirrored only where there are any.
+    The only large operation is one addition; positions outside the image are mirrored only if there are any.
     """
     last = (sizes - 1).astype(np.float32)
     reach = np.abs(views.linear).sum(2) * (image_size - 1) / 2
@@ -197,7 +198,7 @@ def _grid(
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on the device; the copy goes on beside the work."""
+    """The tensor on the device; a copy to a GPU is asynchronous."""
     if device.type == "cpu" or tensor.is_cuda:
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,8 +1,8 @@
 """Views: which square of an image the network sees, as one affine map per image.
 
 Flip, quarter turns, rotation, zoom and crop of a view are composed into a single matrix before any pixel is touched,
-so that a view is warped once (`unfreeze.batches.rendering`), not once per transform. Everything here is drawn with NumPy
-from a generator the caller seeds: the same seed gives the same views on every device.
+so that a view is warped once (`unfreeze.batches.rendering`), not once per transform. All random numbers are drawn
+with NumPy from a generator that the caller seeds: the same seed gives the same views on every device.
 
 Coordinates are in pixels of the packed image, x to the right, y down, pixel centres at whole numbers. A view's matrix
 maps the offset of an output pixel from the centre of the output square to a place in the image.
@@ -45,8 +45,8 @@ class Views:
         linear: (B, 2, 2) linear part of the map from output offsets (x, y) to image places.
         centre: (B, 2) where in the image (x, y) the centre of the output square lies.
         gain: (B,) factor on pixel values around mid-grey (contrast).
-        shift: (B,) what is then added, as a share of full white (brightness).
-        plain: whether all are whole-pixel crops without change, which need no warp.
+        shift: (B,) offset added afterwards, as a share of full white (brightness).
+        plain: whether all views are unchanged whole-pixel crops, which need no warp.
     """
 
     rows: NDArray[np.int64]
@@ -95,8 +95,8 @@ def random_views(
         rows: (B,) row numbers.
         sizes: (B, 2) width and height in pixels of each image.
         image_size: side of the square in pixels.
-        augment: how much of what.
-        rng: the source of chance.
+        augment: strength of each augmentation.
+        rng: the random generator.
     """
     count = len(rows)
     flips = FLIPS[augment.flip]
@@ -131,8 +131,8 @@ def tta_views(size: NDArray[np.int64], image_size: int, augment: Augment, count:
     Args:
         size: (2,) width and height in pixels.
         image_size: side of the square in pixels.
-        augment: the symmetries, and how close training looked.
-        count: how many views there should be.
+        augment: the symmetries, and the largest zoom of the training.
+        count: number of views to aim for.
 
     Returns:
         linear (V, 2, 2) and centre (V, 2), as in `Views`.
@@ -144,7 +144,7 @@ def tta_views(size: NDArray[np.int64], image_size: int, augment: Augment, count:
         rounds = min(rounds, max(len(flips) - (squares == 1), 1))
     place = np.linspace(0, 1, squares) if squares > 1 else np.array([0.5])
     centre = (image_size - 1) / 2 + np.tile(np.outer(place, size - image_size), (rounds, 1))
-    # A single square has been seen plain already, in its first symmetry.
+    # A single square in its first symmetry is the plain view, which is predicted separately.
     turn = np.repeat(np.arange(rounds), squares) + (squares == 1)
     closer = turn // len(flips)
     scale = augment.zoom ** -(closer / max(closer.max(), 1))

@@ -28,16 +28,16 @@ from unfreeze.errors import TransientError
 T = TypeVar("T")
 
 FULL_RANGE = (0.0, 65535.0)
-"""Black and white, where greys of 16 bits take all of them."""
+"""Black and white of 16-bit greys that use the full range."""
 MAX_ASPECT = 20
 """Largest ratio of the longer to the shorter side; beyond it, no square crop represents the image."""
 MAX_HELD = 2**28
-"""Largest file in bytes that a decoder may read as a whole; of a larger one (a long multi-page TIFF) it maps parts."""
+"""Largest file in bytes that is read as a whole; decoders map parts of larger ones (long multi-page TIFFs)."""
 FAINT = 16
-"""Opacity, of 255, below which a pixel counts as invisible; also the smallest range of colours that is a picture."""
+"""Opacity, of 255, below which a pixel is invisible; also the smallest range of a colour channel in a picture."""
 EDGE = 1 / 16
 """Width of the border that is ignored when looking for opaque pixels, as a share of width and height."""
-HIDDEN = "transparent all over: its colours are shown, as if it were opaque"
+HIDDEN = "completely transparent: shown as if opaque"
 """Remark on an image that is completely transparent."""
 PROGRAMS = ("EPS", "WMF")
 """Formats that are programs, which a decoder would have to run."""
@@ -50,14 +50,15 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What sets an image upright, for each value of the EXIF tag Orientation; from 5 on, width and height change places."""
+"""Transposition that sets an image upright, by the EXIF tag Orientation; from 5 on, width and height are swapped."""
 ORIENTATION = 0x0112
 
-# What Pillow warns of ends up in a picture, or in a reason. Set once: `warnings.catch_warnings` is not for threads.
+# Pillow's warnings are not needed: an image is read, or refused with a reason. Set once, because
+# `warnings.catch_warnings` is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-logging.getLogger("PIL").setLevel(logging.CRITICAL)  # which would print it where nobody has set up logging
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # otherwise printed if logging is not configured
 
-with contextlib.suppress(ImportError):  # an extra: HEIC, of telephones
+with contextlib.suppress(ImportError):  # optional dependency for HEIC, the format of many phones
     importlib.import_module("pillow_heif").register_heif_opener()
 
 
@@ -77,7 +78,7 @@ class BrokenImage(Exception):
 
 
 class UnknownGreyRange(BrokenImage):
-    """Greys of more than 8 bits, where nobody has said which of them is black and which is white."""
+    """Greys of more than 8 bits whose values of black and white are not known."""
 
     def __init__(self) -> None:
         super().__init__("greys of more than 8 bits, and no range of them is known (data.grey_range)")
@@ -89,28 +90,30 @@ def decode(
     size: int = 0,
     grey_range: tuple[float, float] | None = FULL_RANGE,
 ) -> tuple[tuple[int, int], Image.Image]:
-    """Read an image as RGB, with its width and height in the file (upright, as people see it).
+    """Read an image as RGB, and its width and height in the file (after the EXIF orientation is applied).
 
     If the greys have more than 8 bits, ``info["greys"]`` is the image with unrounded values on the scale 0 to 255.
     ``info["remark"]``, if present, says how the image was read, for the log and the report.
 
     Args:
         file: path, or bytes in memory.
-        max_megapixels: larger images are refused by what their header says, before they are decoded.
+        max_megapixels: larger images are refused by the size in their header, before they are decoded.
         size: shorter side in pixels that is needed; a JPEG much larger is decoded at half, quarter or eighth size, but
             never below twice ``size``.
         grey_range: values of black and of white in greys of more than 8 bits; None if unknown.
 
     Raises:
-        BrokenImage: the image cannot be read, is too large, or too narrow; `UnknownGreyRange` where one is needed.
+        BrokenImage: the image cannot be read, is too large, or too narrow; `UnknownGreyRange` if the range is needed.
         TransientError: the disk, the network or the system fails.
     """
     return _opened(file, max_megapixels, lambda image: _read(image, max_megapixels, size, grey_range))
 
 
 def raw_greys(file: str | Path | io.BytesIO, max_megapixels: float) -> NDArray[Any] | None:
-    """The values (H, W) of an image whose greys have more than 8 bits; None for any other, which is not decoded. Errors as
-    for `decode`."""
+    """The values (H, W) of an image whose greys have more than 8 bits; None for other images, which are not decoded.
+
+    Errors as for `decode`.
+    """
 
     def read(image: Image.Image) -> NDArray[Any] | None:
         _check_size(image.size, max_megapixels)
@@ -120,12 +123,12 @@ def raw_greys(file: str | Path | io.BytesIO, max_megapixels: float) -> NDArray[A
 
 
 def check_header(file: str | Path, max_megapixels: float) -> None:
-    """See that a file is an image by what its header says. Errors as for `decode`."""
+    """Check by a file's header that it is an image of an allowed size. Errors as for `decode`."""
     _opened(file, max_megapixels, lambda image: _check_size(image.size, max_megapixels))
 
 
 def _opened(file: str | Path | io.BytesIO, max_megapixels: float, read: Callable[[Image.Image], T]) -> T:
-    """What ``read`` makes of an image, with errors as `decode` tells them."""
+    """Open an image, and return the result of ``read``. Errors as for `decode`."""
     # Pillow's own limit, which also applies to images in a container whose header gives another size.
     Image.MAX_IMAGE_PIXELS = int(max_megapixels * 1e6)
     try:
@@ -144,8 +147,8 @@ def _opened(file: str | Path | io.BytesIO, max_megapixels: float, read: Callable
     except Exception as error:  # of any kind: unless it is one of `PASSING`, it is due to this image
         if isinstance(error, OSError) and error.errno in PASSING:
             raise TransientError(
-                f"{file} cannot be read now: {error.strerror}. That is the system's trouble and not the image's: "
-                "start again, and remove the image should it stay so."
+                f"{file} cannot be read now: {error.strerror}. This is a system error, not a damaged image: "
+                "start again, and remove the image if the error persists."
             ) from None
         if isinstance(error, OSError) and error.errno:
             raise BrokenImage(f"cannot be read: {error.strerror}") from None
@@ -155,7 +158,7 @@ def _opened(file: str | Path | io.BytesIO, max_megapixels: float, read: Callable
 
 def _check_file(file: str | Path) -> os.stat_result:
     status = os.stat(file)
-    if not stat.S_ISREG(status.st_mode):  # a pipe would keep us waiting
+    if not stat.S_ISREG(status.st_mode):  # reading from a pipe would block
         raise BrokenImage("not a file but a folder, pipe or device")
     if status.st_size == 0:
         raise BrokenImage("empty file")
@@ -179,7 +182,7 @@ class _Stream(io.FileIO):
 
 
 def _open(file: str | Path, size: int) -> BinaryIO:
-    # Should a pipe have taken the file's place since, opening it does not wait for whoever writes into it.
+    # O_NONBLOCK: if a pipe has replaced the file since, opening it does not wait for a writer.
     kind = _Stream if size <= MAX_HELD else io.FileIO
     return io.BufferedReader(kind(file, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)))
 
@@ -215,13 +218,13 @@ def _read(
         image.load()
     else:
         image.load()
-        seen = image.size  # containers and TIFF know only now
+        seen = image.size  # of containers and TIFF it is known only now
         _check_size(seen, max_megapixels)
     orientation = _orientation(image)
     upright = image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
     rgb, said = _as_rgb(upright, grey_range)
     rgb.info.clear()
-    rgb.info.update(said)  # and nothing of what the file says of itself
+    rgb.info.update(said)  # without the file's own metadata
     return (seen[::-1] if orientation in UPRIGHT and orientation >= 5 else seen), rgb
 
 
@@ -242,7 +245,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _as_rgb(image: Image.Image, grey_range: tuple[float, float] | None) -> tuple[Image.Image, dict[str, Any]]:
-    """An image as RGB, and what there is to say of it, as in `decode`."""
+    """An image as RGB, and its ``info`` as in `decode`."""
     if _is_deep(image):
         if grey_range is None:
             raise UnknownGreyRange
@@ -261,7 +264,7 @@ def _as_rgb(image: Image.Image, grey_range: tuple[float, float] | None) -> tuple
 def _hides_a_picture(image: Image.Image) -> bool:
     """Whether an RGBA image is transparent everywhere except perhaps at its edges, but has a picture in its colours.
 
-    Masks, sprites and exports of tiles are written so; other readers ignore their alpha channel.
+    Masks, sprites and exported tiles are saved like this; other readers ignore their alpha channel.
     """
     width, height = image.size
     x, y = int(width * EDGE), int(height * EDGE)
@@ -271,12 +274,12 @@ def _hides_a_picture(image: Image.Image) -> bool:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether it has greys of more than 8 bits: whole numbers (``I``, ``I;16``, ``I;16B``) or real ones."""
+    """Whether an image has greys of more than 8 bits: integers (``I``, ``I;16``, ``I;16B``) or floats (``F``)."""
     return image.mode.startswith("I") or image.mode == "F"
 
 
 def _scaled(values: NDArray[np.float64], black: float, white: float) -> NDArray[np.float64]:
-    """Greys of more than 8 bits with black at 0 and white at 255; what is no number is black."""
+    """Scale greys of more than 8 bits so that black is 0 and white is 255; NaN becomes black."""
     values = np.nan_to_num(values, nan=black, posinf=white, neginf=black)
     return (values - black) * (255 / (white - black))
 

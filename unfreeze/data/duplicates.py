@@ -1,4 +1,4 @@
-"""Images that are in a data set twice: exactly, or nearly (resized, saved anew)."""
+"""Find duplicate images in a data set: exact ones, and near ones (resized, saved again)."""
 
 from collections.abc import Callable
 
@@ -18,9 +18,9 @@ DIFFERENCE = 4.0
 SMALL = 32
 """Side in pixels at which images are compared."""
 COPIES = 20
-"""Copies of an image, exact or near, that each is paired with: a thousand need not make half a million pairs."""
+"""Largest number of copies that an image is paired with: a thousand copies would make half a million pairs."""
 REACH = 2000
-"""Images with a part of their hash in common that each is compared with."""
+"""Largest number of images with the same part of the hash that an image is compared with."""
 TOGETHER = 4096
 """Pairs whose pixels are compared at once."""
 
@@ -59,7 +59,7 @@ def _near(packed: PackedImages, hashes: NDArray[np.uint64], digest: Rows) -> Row
     """Pairs (M, 2) of rows whose hashes and pixels are nearly, but not exactly, the same."""
     structured = np.flatnonzero((np.bitwise_count(hashes) >= FLAT) & (np.bitwise_count(hashes) <= 64 - FLAT))
     some, of = hashes[structured], digest[structured]
-    small = np.empty((len(structured), SMALL * SMALL), np.uint8)  # a row has its pixels once it is compared
+    small = np.empty((len(structured), SMALL * SMALL), np.uint8)  # rows are filled when they are first compared
     is_known = np.zeros(len(structured), bool)
 
     def alike(a: Rows, b: Rows) -> Mask:
@@ -83,15 +83,15 @@ def _sharing(
 ) -> Rows:
     """Pairs (M, 2) of rows that have the same key, and hashes that differ in at most `NEAR` bits.
 
-    Among rows of one key each is compared with the ``reach`` next ones in the order of their hashes, until it has `COPIES`
-    of them. ``alike`` takes rows a and b, (N,) each, and returns which of the pairs count.
+    Each row is compared with the next ``reach`` rows of the same key, in the order of their hashes, until it is in
+    `COPIES` pairs with them. ``alike`` takes rows a and b, (N,) each, and returns which of the pairs count.
     """
     order = np.lexsort((hashes, key))
     found = [np.empty((0, 2), np.int64)]
     start, copies = np.arange(len(order)), np.zeros(len(order), int)
     for step in range(1, reach + 1):
         start = start[(start + step < len(order)) & (copies[start] < COPIES)]
-        start = start[key[order[start]] == key[order[start + step]]]  # who has no neighbour has none further on
+        start = start[key[order[start]] == key[order[start + step]]]  # after the last row of a key there are no more
         if not len(start):
             break
         a, b = order[start], order[start + step]

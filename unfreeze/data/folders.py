@@ -1,4 +1,4 @@
-"""Folders of images: which are classes, which are splits, which are masks, and what is not read.
+"""Recognise the layout of image folders: classes, splits, masks, and what is not read.
 
 Unambiguous layouts are recognised, with a note in the report; ambiguous ones raise a UserError.
 """
@@ -61,12 +61,14 @@ NO_IMAGES = frozenset((
 # fmt: on
 """Extensions of files that are not images. Files with any other extension, or none, are tried as images."""
 LITTER = frozenset(("__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found", "@eaDir", "Icon\r"))
-"""What systems leave in folders, beside hidden files."""
+"""Names of files and folders that operating systems create; ignored, as hidden files are."""
 
 
 def shown(name: str) -> str:
-    """A name of a file as text that can be stored and printed: bytes that are not UTF-8, and control characters but for
-    the line feed, are escaped."""
+    """A file name as text that can be stored and printed.
+
+    Bytes that are not UTF-8, and control characters except the line feed, are escaped.
+    """
     if name.isprintable():
         return name
     return "".join(
@@ -76,15 +78,16 @@ def shown(name: str) -> str:
 
 
 def named(names: Iterable[str], most: int = 20) -> str:
-    """Names in a sentence, in quotes; what cannot be told apart by eye is escaped."""
+    """Names for a message, in quotes and with unprintable characters escaped."""
     all_ = [repr(name) for name in names]
     return ", ".join(all_[:most]) + (f" and {len(all_) - most} more" if len(all_) > most else "")
 
 
 def split_of(name: str) -> str:
-    """The split that a name means: train, valid or test; empty where it means none, or is not only that.
+    """The split that a folder name stands for: train, valid or test; empty if it names no split, or has other words.
 
-    Capitals, digits, signs and words that say nothing do not count: ``Train``, ``train2017``, ``seg_train``, ``TrainSet``.
+    Case, digits, punctuation and the words in `FILLERS` are ignored: ``Train``, ``train2017``, ``seg_train``,
+    ``TrainSet``.
     """
     words = [_word(word) for word in re.findall("[a-z]+", re.sub("([a-z])([A-Z])", r"\1 \2", name).lower())]
     found = {SPLITS[word] for word in words if word in SPLITS}
@@ -117,7 +120,7 @@ def exclusion(patterns: str | None) -> tuple[Excluded, Callable[[], list[str]]]:
 
 
 def is_path_excluded(path: str, excluded: Excluded) -> bool:
-    """Whether a file or one of the folders that it lies in is left out."""
+    """Whether a file or one of its parent folders is left out."""
     parts = path.split(os.sep)
     return any(excluded(os.sep.join(parts[: i + 1])) for i in range(len(parts)))
 
@@ -135,7 +138,7 @@ def list_folder(root: str, excluded: Excluded) -> tuple[list[Row], list[str]]:
     folders = tree.subfolders("")
     splits = {name: split for name in folders if (split := split_of(name))}
     notes: list[str] = []
-    # "train" may be a class, beside "bus" and "car"; then there are no classes in it.
+    # "train" may be a class, like "bus" and "car"; then it has no class folders in it.
     if any(split == "train" and tree.subfolders(name) for name, split in splits.items()):
         places = _splits_then_classes(tree, splits, notes)
     elif splits and len(splits) == len(folders):
@@ -162,7 +165,7 @@ def list_folder(root: str, excluded: Excluded) -> tuple[list[Row], list[str]]:
 
 @dataclass(frozen=True)
 class Tree:
-    """A folder without what is left out of it; folders in it are named by their paths from there."""
+    """A folder without its excluded files and folders; folders in it are given by their relative paths."""
 
     root: str
     excluded: Excluded
@@ -223,7 +226,10 @@ def _unwrapped(tree: Tree, folder: str, split: str) -> str:
 
 
 def _splits_below(tree: Tree, inner: dict[str, list[str]]) -> dict[str, dict[str, str]]:
-    """The folders of splits below each class, of the folders in it; none where classes have none."""
+    """The split folders in each class folder, with their splits; empty if no class has any.
+
+    ``inner``: all folders in each class folder.
+    """
     below = {label: {name: split for name in names if (split := split_of(name))} for label, names in inner.items()}
     divided = [label for label, splits in below.items() if "train" in splits.values() and len(set(splits.values())) > 1]
     if not divided:
@@ -261,8 +267,8 @@ def _classes(tree: Tree, inner: dict[str, list[str]], notes: list[str]) -> list[
             )
         if len(shared) > 1:
             notes.append(
-                f"Each of the classes {named(labels, 5)} has the folders {named(shared, 5)} in it: see that the "
-                "former are the classes, and not the latter."
+                f"Each of the classes {named(labels, 5)} has the folders {named(shared, 5)} in it: check that the "
+                "outer folders are the classes, not the inner ones."
             )
     masks = [label for label in labels if label.lower() in MASK_FOLDERS]
     images = [label for label in labels if label.lower() in FILLERS]
@@ -289,7 +295,7 @@ def _note_unread(folders: list[str], notes: list[str]) -> None:
 
 
 def _two_forms(labels: Iterable[str]) -> list[str]:
-    """A note on labels that differ only in how Unicode composes them, and so are one class."""
+    """A note on labels that differ only in their Unicode normalization, and are therefore one class."""
     forms: dict[str, set[str]] = defaultdict(set)
     for label in labels:
         forms[unicodedata.normalize("NFC", shown(label))].add(label)

@@ -1,8 +1,8 @@
-"""One scale for the greys of more than 8 bits (16-bit PNG and TIFF, real numbers) of a data set.
+"""One scale for the greys of more than 8 bits (16-bit PNG and TIFF, floats) of a data set.
 
 A file does not say which of its values are black and white: those of a 12-bit detector end at 4095, Hounsfield units in
-16 bits lie around 32768. A scale for each image by itself would make the images of a data set incomparable, so the range
-of values is that of all of them (`data.grey_range: auto`), found before the first such image is packed.
+16 bits lie around 32768. A separate scale for each image would make the images of a data set incomparable, so the
+common range of all their values is used (`data.grey_range: auto`), found before the first such image is packed.
 """
 
 import logging
@@ -32,7 +32,7 @@ AHEAD = 4
 
 
 class _Values(NamedTuple):
-    """Of one image: its lowest and highest value, and some of its pixels' values (K,)."""
+    """An image's lowest and highest value, and the values (K,) of some of its pixels."""
 
     low: float
     high: float
@@ -44,7 +44,7 @@ def look_at_greys(files: Sequence[str], data: Data) -> Greys:
 
     Args:
         files: all images of the data set.
-        data: with `grey_range`, which stands if it is no ``auto``: a sample of the files is looked at then.
+        data: settings; if `grey_range` is not ``auto``, it is used, and only a sample of the files is examined.
 
     Raises:
         TransientError: the disk, the network or the system fails.
@@ -69,6 +69,6 @@ def _values(file: str, most: int, max_megapixels: float) -> _Values | None:
         return None
     if greys is None or not (values := greys[np.isfinite(greys)]).size:
         return None
-    # An odd step is in step with no image's rows for long.
+    # An odd step, so that the pixels are not all from the same columns.
     some = values[:: -(-values.size // most) | 1].astype(float)
     return _Values(float(values.min()), float(values.max()), some)

@@ -1,4 +1,4 @@
-"""Labels that may not be what somebody meant: spellings of one class, missing values, several labels in one."""
+"""Find labels that may be mistakes: spellings of one class, missing values, several labels in one."""
 
 import re
 import unicodedata
@@ -8,24 +8,24 @@ from collections.abc import Iterable
 from unfreeze.data.folders import named
 
 MISSING = frozenset(("nan", "-nan", "none", "null", "nil", "na", "n/a", "#n/a", "<na>", "nat", "undefined", "-", "?"))
-"""How tables write that there is no value."""
+"""Spellings of a missing value in tables."""
 NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
 
 
 def look_alikes(labels: Iterable[str]) -> list[str]:
-    """Sentences on labels that may mean one class: which, and how they differ."""
+    """Notes on labels that may mean the same class, and how they differ."""
     groups: dict[str, list[str]] = defaultdict(list)
     for label in sorted(set(labels)):
         groups[_plain(label).casefold()].append(label)
     return [
-        f"These may mean one class, and are {len(group)}, which differ {_difference(group)}: {named(group)}."
+        f"These {len(group)} classes may be the same, as their names differ {_difference(group)}: {named(group)}."
         for group in groups.values()
         if len(group) > 1
     ]
 
 
 def _plain(label: str) -> str:
-    """A label without what the eye passes over: blanks, hyphens, what cannot be seen, and how a number is written."""
+    """A label without inconspicuous differences: blanks, hyphens, invisible characters, and the notation of numbers."""
     text = "".join(c for c in unicodedata.normalize("NFKC", label) if unicodedata.category(c) != "Cf")
     return repr(float(text)) if NUMBER.fullmatch(text.strip()) else re.sub(r"[\s_-]+", " ", text).strip()
 
@@ -41,7 +41,7 @@ def _difference(labels: list[str]) -> str:
 
 
 def strange_labels(labels: Iterable[str]) -> list[str]:
-    """Sentences on labels of a table that may be missing values, or several labels in one cell."""
+    """Notes on labels of a table that may be missing values, or several labels in one cell."""
     known = sorted(set(labels))
     missing = [label for label in known if label.casefold() in MISSING]
     several = [label for label in known if _is_several(label, {name.casefold() for name in known})]
@@ -56,7 +56,7 @@ def strange_labels(labels: Iterable[str]) -> list[str]:
 
 
 def _is_several(label: str, known: set[str]) -> bool:
-    """Whether a label is a list, or is put together from words of which at least half are labels of their own."""
+    """Whether a label is a list, or consists of several words, at least half of which are labels themselves."""
     if re.fullmatch(r"[\[({].*[\])}]", label) or re.search(r"[|;]", label):
         return True
     parts = [part for part in re.split(r"[\s,/&+]+", label.casefold()) if part]

@@ -1,4 +1,4 @@
-"""Masks: pictures that say which pixels of an image are what, and that lie beside it under the same name."""
+"""Find masks: pictures that label the pixels of an image, and that lie beside it under the same name."""
 
 import os
 import re
@@ -23,19 +23,19 @@ MASK_FOLDERS = frozenset(
 )
 """Names of folders of masks, beside the folder or folders of a class's images."""
 MARKED = re.compile(r"[ _.-]+(mask|seg|segmentation|gt|groundtruth|ground_truth)([ _.-]*\d+)?$", re.IGNORECASE)
-"""What the name of a mask has at its end, beyond that of the image: ``0001_mask.png``, ``0001_mask_1.png``."""
+"""Suffix of a mask's name after the name of its image: ``0001_mask.png``, ``0001_mask_1.png``."""
 EXACT, LOSSY = frozenset((".png", ".bmp", ".gif", ".tif", ".tiff")), frozenset((".jpg", ".jpeg"))
 
 
 def find_masks(files: Iterable[str], folder: str) -> set[str]:
-    """Which files of a class are masks of others of them, as far as names tell.
+    """Files of a class that are masks of its other files, judged by their names.
 
-    That is: ``a_mask.png`` beside ``a.png``; ``masks/a.png`` where an ``a.png`` lies elsewhere in the class; and ``a.png``
-    beside ``a.jpg``, where every file in .png of that folder has such a twin, and half of its JPEGs have one.
+    That is: ``a_mask.png`` beside ``a.png``; ``masks/a.png`` if there is an ``a.png`` elsewhere in the class; and
+    ``a.png`` beside ``a.jpg`` if every .png file of that folder has such a twin, and at least half of its JPEGs do.
 
     Args:
         files: full names of the files of the class.
-        folder: the class's own folder, whose name says nothing.
+        folder: the class's own folder, whose name is ignored.
     """
     folders: dict[str, list[str]] = defaultdict(list)
     for file in files:
@@ -56,7 +56,7 @@ def find_masks(files: Iterable[str], folder: str) -> set[str]:
 
 
 def _twins(files: list[str]) -> Iterator[str]:
-    """Files without loss beside JPEGs of the same name, where all of one ending are, and half of the JPEGs have one."""
+    """Lossless files beside JPEGs of the same name, if all files of that type are, and half of the JPEGs have one."""
     photos = {_stem(file) for file in files if _ending(file) in LOSSY}
     others: dict[str, list[str]] = defaultdict(list)
     for file in files:

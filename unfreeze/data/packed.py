@@ -1,7 +1,7 @@
 """Packed images: every image decoded once, its pixels in one file that is read image by image.
 
-`pixels.bin` holds the images one after the other, (H, W, 3) bytes each, the shorter side `image_size`; `images.csv` says
-for every image that was found where its pixels begin, or why there are none; `dataset.json` describes the whole set.
+`pixels.bin` holds the images one after the other, (H, W, 3) bytes each, the shorter side `image_size`; `images.csv` has
+for every image found the offset of its pixels, or the reason why it has none; `dataset.json` describes the whole set.
 """
 
 import json
@@ -27,10 +27,10 @@ ROWS = 5_000
 
 Pixels = NDArray[np.uint8]
 GreyRange = tuple[float, float]
-"""Of greys of more than 8 bits, the value that is shown as black and the one that is shown as white."""
+"""Values shown as black and as white, for greys of more than 8 bits."""
 Pair = Sequence[int] | NDArray[np.int64]
 Read = Callable[[int, Pixels], None]
-"""``read(start, into)``: fill a contiguous array with the bytes from that one on."""
+"""``read(start, into)``: fill the contiguous array ``into`` with the bytes from position ``start`` on."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Greys:
     """The greys of more than 8 bits in a data set.
 
     Attributes:
-        range: what is black and what is white.
-        images: how many images were looked at that have such greys.
+        range: values of black and of white.
+        images: number of examined images with such greys.
         found: their lowest and highest value.
-        counts: histogram of their values, in bins of one width from the lowest to the highest.
+        counts: histogram of their values, in bins of equal width from the lowest to the highest.
     """
 
     range: GreyRange
@@ -52,15 +52,15 @@ class Greys:
 
 @dataclass(frozen=True)
 class PackedImages:
-    """Images that lie in a file; ``packed[i]`` reads image i, a (H, W, 3) array of bytes whose shorter side is `image_size`.
+    """Images in a file; ``packed[i]`` reads image i, a (H, W, 3) array of bytes whose shorter side is `image_size`.
 
     Attributes:
-        read: how to get at the pixels.
+        read: function that reads the pixels.
         table: a row per image: path, label, split, group, width, height, digest and more.
-        classes: sorted names; a class's number is its place here.
+        classes: sorted names; a class's number is its index here.
         labels: (N,) class numbers.
         sizes: (N, 2) width and height in pixels.
-        offsets: (N,) where an image begins, in bytes.
+        offsets: (N,) where each image begins, in bytes.
         image_size: shorter side in pixels.
         greys: of more than 8 bits, if there are such images.
     """
@@ -82,16 +82,16 @@ class PackedImages:
 
     @property
     def grey_range(self) -> GreyRange | None:
-        """Which greys of more than 8 bits are black and white; None where no image has such."""
+        """Values of black and white for greys of more than 8 bits; None if no image has such greys."""
         return None if self.greys is None else self.greys.range
 
     def crop(self, row: int, low: Pair, high: Pair, out: Pixels | None = None) -> Pixels:
-        """Read a rectangle of image ``row``, and of the image no rows but the rectangle's.
+        """Read a rectangle of image ``row``; only the rectangle's rows are read from the file.
 
         Args:
             row: number of the image.
-            low, high: first column and row of the rectangle, and those behind the last.
-            out: (H, W, 3) to write it to, without a copy in between where it is as wide as the image.
+            low, high: first column and row of the rectangle, and their ends (exclusive).
+            out: array (H, W, 3) to write to, without an intermediate copy if it is as wide as the image.
 
         Raises:
             UserError: the file has been cut short.
@@ -115,7 +115,7 @@ class PackedImages:
 
 
 def open_packed(folder: Path) -> PackedImages:
-    """Open what `unfreeze.data.packing.pack` wrote. Raises UserError where it is not there, or not whole."""
+    """Open the output of `unfreeze.data.packing.pack`. Raises UserError if it is missing or incomplete."""
     pixels = folder / "pixels.bin"
     try:
         about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
@@ -166,9 +166,9 @@ def _packed(part: pd.DataFrame) -> pd.DataFrame:
 
 
 def _reader(path: Path) -> Read:
-    """Reads a file piece by piece.
+    """Return a `Read` of a file, which uses no memory map.
 
-    With a memory map, pages near those that are touched would count as this process's memory, some 100 MB for a batch,
+    With a memory map, pages near those that are accessed would count as this process's memory, some 100 MB for a batch,
     and a file that is truncated meanwhile would kill the process by a signal.
     """
     descriptor = os.open(path, os.O_RDONLY)
@@ -176,7 +176,7 @@ def _reader(path: Path) -> Read:
     def read(start: int, into: Pixels) -> None:
         left = into.reshape(-1)
         while left.size and (found := os.preadv(descriptor, [left.data], start)):
-            left, start = left[found:], start + found  # some file systems give less than there is
+            left, start = left[found:], start + found  # some file systems return fewer bytes than requested
         if left.size:
             raise UserError(f"{path} has been cut short: run the step ingest again.")
 
@@ -185,7 +185,7 @@ def _reader(path: Path) -> Read:
 
 
 def in_memory(pixels: Pixels) -> Read:
-    """Reads from an array (N,) of bytes."""
+    """Return a `Read` of an array (N,) of bytes."""
 
     def read(start: int, into: Pixels) -> None:
         into.reshape(-1)[:] = pixels[start : start + into.size]

@@ -36,13 +36,13 @@ Row = dict[str, Any]
 Decoded = tuple[Row, bytes, list[int] | None]
 
 SET_ASIDE = dict.fromkeys((*NUMBERS, "digest", "difference_hash", "remark"), "")
-"""What `images.csv` says of an image that could not be read, beside the reason."""
+"""Columns of `images.csv` that are empty for an image that could not be read."""
 AHEAD = 4
 """Images in memory at once while packing, times the number of cores."""
 SAME = 1e-3
-"""Difference of greys, of 255, that a mean of real numbers may have by rounding."""
+"""Largest difference of two means of grey values (0 to 255) that rounding may cause."""
 SHAPE = 1.4
-"""Long side over short side of an average photograph, to estimate the space that it takes."""
+"""Long side over short side of an average photograph, to estimate the disk space for the pixels."""
 
 
 def pack(
@@ -52,11 +52,11 @@ def pack(
 
     Args:
         table: as `unfreeze.data.sources.read_source` gives it.
-        folder: where to write; nothing is there under its final name before everything is done.
+        folder: output folder; no file has its final name before all of them are complete.
         data: settings of packing and splitting.
         seed: of the splits.
-        pixels: where the pixels are written meanwhile, perhaps with what an interrupted process left; without it they
-            are written in the folder, and an interruption leaves nothing.
+        pixels: file for the pixels until then, perhaps with those of an interrupted process; without it they are
+            written to the folder, and removed after an interruption.
 
     Returns:
         Metrics: numbers of images, broken images, classes, and images per split.
@@ -101,8 +101,8 @@ def pack(
         sync(folder)
     except OSError as error:
         raise UserError(
-            f"The packed pixels could not be written to {folder.absolute()}: {error.strerror}. Make space, or see who may "
-            "write there."
+            f"The packed pixels could not be written to {folder.absolute()}: {error.strerror}. Make space, or check "
+            "the write permissions."
         ) from None
     finally:
         _clear(folder)
@@ -136,12 +136,12 @@ def _pack_pixels(table: pd.DataFrame, file: ResumableFile, data: Data) -> tuple[
 
 
 def _scaled(data: Data, greys: Greys | None) -> Data:
-    """The settings with the range of greys as it is known, or ``auto``."""
+    """The settings with the range of greys, or ``auto`` if it is not known yet."""
     return replace(data, grey_range=greys.range if greys else "auto")
 
 
 def _write_pixels(table: pd.DataFrame, file: ResumableFile, data: Data) -> None:
-    """Write the pixels of the images that are not in the file yet. Raises UnknownGreyRange where that is needed."""
+    """Write the pixels of the images that are not in the file yet. Raises UnknownGreyRange if an image needs it."""
     kept = file.notes
     broken = [f"{note['path']}: {note['row']['reason']}" for note in kept if note["row"]["reason"]]
     left = table[len(kept) :]
@@ -195,12 +195,12 @@ def _keep_unchanged(table: pd.DataFrame, file: ResumableFile, data: Data) -> Non
 
 
 def stamps(table: pd.DataFrame) -> list[list[int] | None]:
-    """What changes when one of the files of a source's table does, in their order."""
+    """The `_stamp` of each file in a source's table, in order."""
     return [_stamp(file) for file in table["file"]]
 
 
 def _stamp(file: str) -> list[int] | None:
-    """What changes when a file does: its size in bytes, and when (ns) its content and its rights were last changed."""
+    """Size in bytes, mtime and ctime in ns, to detect that a file has changed; None if it cannot be examined."""
     try:
         found = os.stat(file)
     except (OSError, ValueError):
@@ -209,7 +209,7 @@ def _stamp(file: str) -> list[int] | None:
 
 
 def _decoded(files: list[str], data: Data) -> Iterator[Decoded]:
-    """Rows, pixels and stamps of images in their order, a few images ahead of what has been taken."""
+    """Rows, pixels and stamps of images in their order, computed a few images ahead."""
     return in_order(lambda file: _read(file, data), files, AHEAD)
 
 
@@ -223,7 +223,7 @@ def _read(file: str, data: Data) -> Decoded:
         raise
     except BrokenImage as error:
         return {**SET_ASIDE, "reason": str(error)}, b"", stamp
-    fine = image.info.get("greys", image)  # two images whose greys differ are not the same, though we show them so
+    fine = image.info.get("greys", image)  # images with different greys are different, even if they are shown alike
     digest = hashlib.blake2b(fine.tobytes(), digest_size=16, key=f"{image.size}".encode()).hexdigest()
     small = resize_shorter(image, data.image_size)
     row = {
@@ -241,15 +241,18 @@ def _read(file: str, data: Data) -> Decoded:
 
 
 def difference_hash(image: Image.Image) -> str:
-    """64 bits, as hex, that stay nearly the same when an image is resized or saved anew: whether it gets brighter from
-    each of 8 x 8 cells to the next (Krawetz's dHash, 2013)."""
+    """Difference hash of an image (Krawetz's dHash, 2013), 64 bits as hex.
+
+    A bit says whether one of 8 x 8 cells is darker than the next. The hash hardly changes when the image is resized or
+    saved again.
+    """
     grey = image if image.mode == "F" else image.convert("L")
     cells = np.asarray(grey.resize((9, 8), Image.Resampling.BOX), float)
     return np.packbits(cells[:, 1:] > cells[:, :-1] + SAME).tobytes().hex()
 
 
 def _fingerprint(table: pd.DataFrame) -> str:
-    """A hash of all that the data is: which images, with which pixels, labels and splits."""
+    """Hash of the data set: the paths, pixels, labels and splits of its images."""
     lines = sorted("\t".join(row) for row in table[["path", "label", "split", "digest"]].itertuples(index=False))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -257,13 +260,11 @@ def _fingerprint(table: pd.DataFrame) -> str:
 def _check_classes(found: pd.DataFrame, good: pd.Series) -> None:
     empty = sorted(set(found["label"]) - set(found.loc[good, "label"]))
     if empty:
-        raise UserError(
-            f"data.source: of the class{'es' * (len(empty) > 1)} {named(empty)} not a single image could be read."
-        )
+        raise UserError(f"data.source: of the class{'es' * (len(empty) > 1)} {named(empty)} no image could be read.")
 
 
 def _check_space(file: ResumableFile, folder: Path, images: int, image_size: int) -> None:
-    """Raises UserError where the pixels will not fit on the disk they grow on, or on that of the folder they go to."""
+    """Raise a UserError if the pixels do not fit on the disk of the unfinished file, or on that of the final folder."""
     whole = int(images * image_size * image_size * 3 * SHAPE)
     elsewhere = file.path.stat().st_dev != folder.stat().st_dev
     for where, needed in ((file.path.parent, whole - file.size), (folder, whole if elsewhere else 0)):
@@ -276,7 +277,7 @@ def _check_space(file: ResumableFile, folder: Path, images: int, image_size: int
 
 
 def _clear(folder: Path) -> None:
-    """Remove what is not whole."""
+    """Remove unfinished files."""
     for left in folder.glob("*.partial*"):
         with contextlib.suppress(OSError):
             left.unlink()

@@ -7,7 +7,7 @@ from typing import BinaryIO
 TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 """Chunks with text (an editor's history, a workflow, XMP), and with the colour profile, which is not applied."""
 REFUSED = "PngImagePlugin.MAX_TEXT_CHUNK", "MAX_TEXT_MEMORY"
-"""How Pillow's messages end about a text that unpacked is larger than 1 MB, and about texts larger than 64 MB in all."""
+"""Ends of Pillow's messages about a text of more than 1 MB when unpacked, and about more than 64 MB of texts in all."""
 
 
 def is_refused_for_its_texts(error: Exception) -> bool:

@@ -1,4 +1,4 @@
-"""What a file is that is no image Pillow reads, and what to do about it."""
+"""Recognise files that Pillow cannot read as images, and say what to do about them."""
 
 from typing import BinaryIO
 
@@ -23,15 +23,15 @@ BEGINNINGS = (
     (b"\x1f\x8b", "packed (gzip); unpack it"),
     (b"\x1aE\xdf\xa3", "a video; extract its frames"),
 )
-"""How files begin that people have among their images, and what they are."""
+"""First bytes of other files that are found among images, and what the files are."""
 # fmt: on
 
 
 def recognised(stream: BinaryIO) -> str:
-    """What a file is and what to do about it, in a few words; empty where nobody knows.
+    """What a file is and what to do about it, in a few words; empty if it is not recognised.
 
     Args:
-        stream: the file, at any place in it.
+        stream: the file, at any position.
     """
     stream.seek(0)
     head = stream.read(HEAD)
@@ -66,7 +66,7 @@ def _in_boxes(head: bytes) -> str:
 
 
 def _tiff(stream: BinaryIO) -> str:
-    """What Pillow does not read in a TIFF: mostly it is one of more bands than colours."""
+    """Why Pillow cannot read a TIFF: mostly because it has more bands than colours."""
     stream.seek(0)
     try:
         tags = TiffImagePlugin.ImageFileDirectory_v2(stream.read(8))

@@ -1,4 +1,4 @@
-"""The built-in sample: `sample:elpv`, photographs of solar cells that a package of the package index carries."""
+"""The built-in sample: `sample:elpv`, photographs of solar cells from a Python package."""
 
 import importlib.util
 from contextlib import suppress
@@ -7,14 +7,14 @@ from pathlib import Path
 from unfreeze.errors import UserError
 
 SAMPLES = {"sample:elpv": Path("samples/elpv.yaml")}
-"""What `data.source` calls them, and the file that says which version of the package is meant."""
+"""Their names in `data.source`, and the file that pins the version of the package."""
 
 
 def link_sample(source: str, folder: Path = Path()) -> None:
-    """Give a built-in sample's file in ``folder`` the name that `data.source` gives it: a link, by which DVC watches it.
+    """Create a link in ``folder`` to a built-in sample's file, named as in `data.source`, so that DVC watches it.
 
     `dvc.yaml` lists `data.source` as a dependency of `ingest`. A file named ``sample:elpv`` could not be checked out on
-    Windows, so none is under version control.
+    Windows, so the link is not under version control.
     """
     if source in SAMPLES and not (folder / source).exists():
         with suppress(FileExistsError):  # another process was quicker
@@ -24,7 +24,7 @@ def link_sample(source: str, folder: Path = Path()) -> None:
 def elpv() -> list[tuple[Path, str, str]]:
     """Files of the elpv dataset (Buerhop-Lutz et al., 2018), with path to show and label.
 
-    A cell is ``defective`` where the experts' defect probability is above 0.5, else ``functional``.
+    A cell is ``defective`` if the experts' defect probability is above 0.5, else ``functional``.
 
     Raises:
         UserError: the package is not installed.

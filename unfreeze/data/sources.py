@@ -1,8 +1,7 @@
-"""Where the images are: folders, CSV files and the built-in sample, all read into one table.
+"""Read the list of images from a folder, a CSV file or the built-in sample, as one table.
 
-The table has a row per image: ``file`` (where it lies), ``path`` (how people are shown it), ``label``, ``split``
-(``train``, ``valid``, ``test``, or empty where the source does not say) and ``group`` (images that belong together, or
-empty).
+The table has a row per image: ``file`` (its path), ``path`` (as shown to users), ``label``, ``split`` (``train``,
+``valid``, ``test``, or empty if the source gives none) and ``group`` (images that belong together, or empty).
 """
 
 import csv
@@ -21,7 +20,7 @@ from unfreeze.errors import UserError
 
 COLUMNS = ["file", "path", "label", "split", "group"]
 SHOWN_CLASSES = 200
-"""Names of classes in a note."""
+"""Largest number of class names in a note."""
 LEGEND = (
     "labels.csv is not read, as it lists no images (it has no columns path and label, and few rows): the folders are the "
     "classes."
@@ -29,7 +28,7 @@ LEGEND = (
 
 
 class WrongColumns(UserError):
-    """A CSV file lacks the columns that say which image has which label; ``rows`` are how many it has."""
+    """A CSV file lacks the column path or label; ``rows`` is its number of rows."""
 
     def __init__(self, sentence: str, rows: int) -> None:
         super().__init__(sentence)
@@ -43,7 +42,7 @@ def read_source(source: str, exclude: str | None = None, min_images: int = 1) ->
         source: a folder with a subfolder per class; a folder with ``train/``, ``valid/`` and optionally ``test/``, each
             with a subfolder per class, or the other way round; a folder with a ``labels.csv``; a CSV file with columns
             ``path,label`` and optionally ``split`` and ``group``; or ``sample:elpv``.
-        exclude: files and folders to leave out: patterns of their names or paths, with commas between them.
+        exclude: comma-separated patterns of names or paths of files and folders to leave out.
         min_images: classes with fewer images are left out.
 
     Returns:
@@ -59,7 +58,7 @@ def read_source(source: str, exclude: str | None = None, min_images: int = 1) ->
     except OSError as error:
         raise UserError(f"data.source: {shown(str(error.filename))} cannot be read: {error.strerror}.") from None
     if idle := unused():
-        notes.append(f"data.exclude leaves nothing out by {named(idle)}: it takes names or paths of files and folders.")
+        notes.append(f"data.exclude: nothing matches {named(idle)}; patterns are names or paths of files and folders.")
     if table.empty:
         raise UserError(f"data.source: there are no images in {source}; see docs/data.md for what it can be.")
     notes += look_alikes(table["label"])
@@ -78,8 +77,8 @@ def read_source(source: str, exclude: str | None = None, min_images: int = 1) ->
         )
     if len(classes) < 2:
         raise UserError(
-            f"data.source: all {len(table)} images of {source} are of the class {classes[0]!r}; it takes two classes or "
-            f"more.{_deeper(source, classes[0])}{' ' + notes[-1] if small else ''}"
+            f"data.source: all {len(table)} images of {source} are of the class {classes[0]!r}; at least two classes "
+            f"are needed.{_deeper(source, classes[0])}{' ' + notes[-1] if small else ''}"
         )
     table = table.sort_values("path", kind="stable", ignore_index=True)
     table.attrs["notes"] = notes
@@ -109,8 +108,10 @@ def _table(source: str, excluded: Excluded) -> tuple[pd.DataFrame, list[str]]:
 
 
 def _labels_or_folders(where: Path, excluded: Excluded) -> tuple[pd.DataFrame, list[str]]:
-    """A folder with a ``labels.csv``, or with folders of images; a ``labels.csv`` that only says what the classes' names mean
-    lies beside the latter."""
+    """A folder with a ``labels.csv``, or with folders of images.
+
+    A ``labels.csv`` beside folders of images may only explain the names of the classes; then it is not read.
+    """
     labels = where / "labels.csv"
     if not labels.is_file():
         rows, notes = list_folder(str(where), excluded)
@@ -125,7 +126,7 @@ def _labels_or_folders(where: Path, excluded: Excluded) -> tuple[pd.DataFrame, l
         # A legend has a row for each class, a list of images one for each image.
         if len({row[2] for row in rows}) < 2 or error.rows > len(rows) / 2:
             raise UserError(
-                f"{error} Or remove it, or give it another name, where folders in {where} are the classes (docs/data.md)."
+                f"{error} Or remove it, or give it another name, if folders in {where} are the classes (docs/data.md)."
             ) from None
         return _frame(rows), [
             LEGEND,
@@ -134,7 +135,7 @@ def _labels_or_folders(where: Path, excluded: Excluded) -> tuple[pd.DataFrame, l
 
 
 def _frame(rows: list[Row]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=COLUMNS, dtype=object)  # pandas' own text cannot hold names that are not UTF-8
+    return pd.DataFrame(rows, columns=COLUMNS, dtype=object)  # pandas' string dtype holds only UTF-8
 
 
 def _where(source: str) -> Path:
@@ -150,7 +151,7 @@ def _deeper(source: str, label: str) -> str:
 
 
 def _csv(file: Path, excluded: Excluded) -> tuple[pd.DataFrame, list[str]]:
-    """A CSV file of images, whose paths start at its own folder; and what looks wrong in it."""
+    """The table of a CSV file, whose paths are relative to its own folder; and notes on labels that look wrong."""
     table = _cells(file)
     columns = list(table.columns)
     lacking = [name for name in ("path", "label") if name not in columns]
@@ -198,12 +199,12 @@ def _as_on_disk(root: str, path: str) -> str:
 
 
 def _with_slashes(root: str, path: str) -> str:
-    """A path as Windows writes it in this system's way, unless a file has a name with a backslash."""
+    """A path with Windows' backslashes replaced by slashes, unless a file has a name with a backslash."""
     return path if os.path.exists(os.path.join(root, path)) else path.replace("\\", "/")
 
 
 def _cells(file: Path) -> pd.DataFrame:
-    """The cells of a CSV file as text without blanks around it; names of columns in lower case."""
+    """The cells of a CSV file as stripped text; column names in lower case."""
     raw = file.read_bytes()
     try:
         text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
@@ -236,7 +237,7 @@ def _cells(file: Path) -> pd.DataFrame:
 
 
 def _refuse(file: Path, wrong: pd.Series, table: pd.DataFrame, what: str) -> None:
-    """Raise a UserError that names the first wrong rows, where there are any."""
+    """Raise a UserError that names the first wrong rows, if there are any."""
     if wrong.any():
         named = ", ".join(repr(path) for path in table.loc[wrong, "path"].head(3))
         raise UserError(f"data.source: of {len(table)} rows of {file}, {int(wrong.sum())} {what}: {named}.")

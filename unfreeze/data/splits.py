@@ -28,15 +28,15 @@ def assign_splits(
     Args:
         table: columns ``label``, ``split`` (may be empty), ``group`` (may be empty) and ``digest`` (empty: no
             duplicates) of each image.
-        valid, test: shares of the images of each class that are to be split.
-        seed: of the order in which clusters are dealt.
+        valid, test: shares of these splits in the images to be split, for each class.
+        seed: of the order in which clusters are assigned.
         pairs: positions in the table of images that must stay together as well, such as near duplicates.
 
     Returns:
         Names of splits, with the table's index.
 
     Raises:
-        UserError: a class cannot be in every split that is made, or not in the training split.
+        UserError: a class has too few images for every split that is made, or none in the training split.
     """
     stated = table["split"]
     given = set(stated) - {"", "train"}
@@ -59,10 +59,10 @@ def assign_splits(
 def _deal(
     labels: pd.Series, cluster: pd.Series, wanted: dict[str, float], trained: set[str], seed: int
 ) -> dict[int, str]:
-    """A split for each cluster, so that every class has its share in each of them.
+    """A split for each cluster, so that every class has its share in each split.
 
-    Rare classes first, as Sechidis et al. (2011), "On the stratification of multi-label data", have it: a cluster with
-    images of several classes is dealt when its rarest class is.
+    Rare classes come first, as in Sechidis et al. (2011), "On the stratification of multi-label data": a cluster with
+    images of several classes is assigned together with its rarest class.
     """
     sizes: dict[str, dict[int, int]] = {label: {} for label in labels.unique()}
     members: dict[int, list[str]] = {}
@@ -91,7 +91,7 @@ def _deal(
 
 
 def _take(order: list[int], sizes: dict[int, int], goal: int, spare: int) -> list[int]:
-    """Clusters from the end of ``order`` with about ``goal`` images in all, at least one; ``spare`` of them are left."""
+    """Clusters from the end of ``order`` with about ``goal`` images, at least one cluster; ``spare`` ones are left."""
     most = len(order) - spare
     if goal <= 0 or most <= 0:
         return []
@@ -100,21 +100,21 @@ def _take(order: list[int], sizes: dict[int, int], goal: int, spare: int) -> lis
     for number in reversed(order):
         if count >= goal or len(taken) == most:
             break
-        if sizes[number] <= 2 * (goal - count):  # else one is nearer to the goal without it
+        if sizes[number] <= 2 * (goal - count):  # otherwise the count is nearer to the goal without it
             taken.append(number)
             count += sizes[number]
     return taken or [min(reversed(order), key=lambda number: sizes[number])]
 
 
 def _check(labels: pd.Series, split: pd.Series, cluster: pd.Series, wanted: dict[str, float]) -> None:
-    """Raise a UserError that names the classes that are missing where they are needed."""
+    """Raise a UserError that names the classes that are missing from a split that needs them."""
     made = ["train", *wanted] if wanted else []
     present = set(zip(labels, split, strict=True))
     classes = sorted(labels.unique())
     short = [label for label in classes if any((label, name) not in present for name in made)]
     if short:
         counts = cluster.groupby(labels[cluster.index]).nunique().reindex(short, fill_value=0)
-        tied = ", and some of them cannot be parted from other classes' by group" if (counts >= len(made)).any() else ""
+        tied = ", and some of them are in one group with images of other classes" if (counts >= len(made)).any() else ""
         ways = ["add images of " + ("this class" if len(short) == 1 else "these classes")]
         sizes = labels.value_counts()
         least = int(sizes[short].max()) + 1

@@ -18,7 +18,7 @@ def fit_baseline(activations: NDArray[np.float32], labels: NDArray[np.int64]) ->
     from sklearn.linear_model import LogisticRegression
 
     with warnings.catch_warnings():
-        # scikit-learn takes few images per class for a regression problem.
+        # With few images per class scikit-learn suspects a regression problem.
         warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%", UserWarning)
         return LogisticRegression(max_iter=1000).fit(activations, labels)
 
@@ -31,14 +31,14 @@ def baseline_probabilities(model: Any, activations: NDArray[np.float32], classes
 
 
 def baseline_head(model: Any, features: int, classes: int) -> Head:
-    """The regression as a head, in eval mode: with the backbone before it, it is a classifier like the trained ones."""
+    """The regression as a head in eval mode; with the backbone it is a classifier like the trained ones."""
     head = Head(features, classes, dropout=0.0).eval()
     logits = head.logits
     weight, bias = model.coef_, model.intercept_
-    if len(model.classes_) == 2:  # for which scikit-learn has one row, of the second class against the first
+    if len(model.classes_) == 2:  # scikit-learn then has one row, for the second class against the first
         weight, bias = np.concatenate([0 * weight, weight]), np.concatenate([0 * bias, bias])
     with torch.no_grad():
-        cast(torch.Tensor, head.norm.running_var).fill_(1 - head.norm.eps)  # with which BatchNorm changes nothing
+        cast(torch.Tensor, head.norm.running_var).fill_(1 - head.norm.eps)  # makes BatchNorm the identity
         logits.weight.zero_()
         logits.bias.fill_(NEVER)
         logits.weight[model.classes_] = torch.from_numpy(weight).float()

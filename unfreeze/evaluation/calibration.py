@@ -12,18 +12,18 @@ from unfreeze.evaluation.predicting import ViewPredictions
 LIMITS = (0.1, 10.0)
 """Bounds of the search for a temperature."""
 SPREAD = 0.5
-"""Standard deviation of the prior of a temperature's logarithm, whose mean is 0: most are between 0.6 and 1.6."""
+"""Standard deviation of the prior of the temperature's logarithm (mean 0): most temperatures are from 0.6 to 1.6."""
 
 
 def fit_temperature(found: ViewPredictions, labels: Labels) -> float:
     """The maximum a posteriori temperature, fitted on images that the model was not trained on.
 
-    The log-likelihood is the mean of that without TTA and that with TTA, because both predictions are used. The prior
+    The log-likelihood is the mean of the values with and without TTA, because both predictions are used. The prior
     matters only if there are few images, or nearly all predictions are correct: without it, the best temperature is 0
     if all predictions are correct, which means a confidence of 1 for every image.
 
     Args:
-        found: what the model predicts for N images without a temperature.
+        found: the model's predictions for N images without a temperature.
         labels: (N,) class numbers.
     """
     from scipy.optimize import minimize_scalar

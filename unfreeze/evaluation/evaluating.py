@@ -23,7 +23,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was predicted for a split, how good it is, and the temperature that logits were divided by."""
+    """Predictions for a split, their metrics, and the temperature, by which the logits were divided."""
 
     predictions: Predictions
     metrics: dict[str, float]
@@ -40,7 +40,7 @@ def evaluate_split(
     """Calibrate a model's predictions of one split, and measure them with and without TTA beside the baseline.
 
     Args:
-        found: what the model predicts without a temperature (`predict_tta`).
+        found: the model's predictions without a temperature (`predict_tta`).
         rows: (N,) row numbers of the split, at least one.
         packed: the images.
         baseline: (N, C) probabilities of the logistic regression on the frozen activations.

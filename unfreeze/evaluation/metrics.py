@@ -1,4 +1,4 @@
-"""How good predictions are: accuracy and its interval, confusion matrix, what to look at."""
+"""Metrics of predictions: accuracy and its interval, calibration error, confusion matrix, images to look at."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ BINS = 15
 
 
 def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
-    """The 95 % interval of an accuracy by Wilson's score (1927): ``correct`` of ``total`` were right; (0, 1) of none."""
+    """95 % Wilson score interval (1927) of an accuracy, ``correct`` of ``total``; (0, 1) if ``total`` is 0."""
     if not total:
         return 0.0, 1.0
     from scipy.stats import binomtest  # here, as it takes a second to import
@@ -48,7 +48,7 @@ def measure(labels: Labels, probabilities: NDArray[Any]) -> dict[str, float]:
     scores = score(probabilities, labels)
     return {
         "accuracy": scores.accuracy,
-        "macro_f1": float(f1_score(labels, probabilities.argmax(1), average="macro")),  # of classes that are there
+        "macro_f1": float(f1_score(labels, probabilities.argmax(1), average="macro")),  # of the classes that occur
         "log_loss": scores.loss,
         "ece": expected_calibration_error(probabilities, labels),
         "ece_by_chance": calibration_error_by_chance(probabilities),
@@ -61,11 +61,11 @@ def reliability(probabilities: NDArray[Any], labels: Labels, bins: int = BINS) -
     Args:
         probabilities: (N, C).
         labels: (N,) class numbers.
-        bins: of equal width.
+        bins: number of bins of equal width.
 
     Returns:
-        A row per bin that has images: confidence and accuracy (their means), images (how many), and low and high, the 95 %
-        interval of the accuracy.
+        A row per bin that has images: confidence and accuracy (their means), images (their number), and low and high,
+        the 95 % interval of the accuracy.
     """
     confidence = probabilities.max(1).astype(float)
     bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
@@ -79,7 +79,7 @@ def reliability(probabilities: NDArray[Any], labels: Labels, bins: int = BINS) -
 
 
 def expected_calibration_error(probabilities: NDArray[Any], labels: Labels, bins: int = BINS) -> float:
-    """Mean difference of confidence and accuracy over the bins of `reliability`, weighted by their images, 0 to 1."""
+    """Mean absolute difference of confidence and accuracy in the bins of `reliability`, weighted by images, 0 to 1."""
     table = reliability(probabilities, labels, bins)
     return float(((table["confidence"] - table["accuracy"]).abs() * table["images"]).sum() / len(labels))
 
@@ -88,7 +88,8 @@ def calibration_error_by_chance(probabilities: NDArray[Any], bins: int = BINS, d
     """The expected calibration error that these probabilities (N, C) would have if they were perfectly calibrated.
 
     The fewer images are in a bin, the further its accuracy is from its confidence by chance. This is the mean over labels
-    drawn from the probabilities themselves (Bröcker and Smith, Increasing the Reliability of Reliability Diagrams, 2007).
+    drawn from the probabilities themselves (Bröcker and Smith, Increasing the Reliability of Reliability Diagrams,
+    2007).
     """
     confidence = probabilities.max(1).astype(float)
     bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
@@ -132,7 +133,7 @@ def most_confused(matrix: Labels, classes: list[str]) -> pd.DataFrame:
 
 
 def gallery_places(labels: Labels, probabilities: NDArray[Any], kind: str, count: int, seed: int) -> Labels:
-    """Which images to look at: places among N predictions, as the fast.ai lesson looks at them.
+    """Indices of the images to look at among N predictions, selected as in the fast.ai lesson.
 
     Args:
         labels: (N,) class numbers.

@@ -48,7 +48,7 @@ def choose(candidates: list[Candidate]) -> tuple[Candidate, str]:
     else:
         names = ", ".join(c.name for c in level[:-1]) + f" and {level[-1].name}"
         why = f"the accuracies of {names} on the validation images are not significantly different, and it has the lowest log loss"
-    return best, f"{best.name} is handed on: {why} (accuracy and log loss: {shown})."
+    return best, f"{best.name} is selected: {why} (accuracy and log loss: {shown})."
 
 
 def _worse(candidate: Candidate, top: Candidate) -> bool:

@@ -28,7 +28,7 @@ logger = logging.getLogger("unfreeze")
 Probabilities = NDArray[np.float32]
 
 PART = 4096
-"""Views that are averaged at once: all of them may be more than memory holds."""
+"""Number of views that are averaged at once: all of them may not fit into memory."""
 TOGETHER = 8
 """Batches whose predictions are fetched and stored together, because the CPU waits for the device each time."""
 
@@ -44,7 +44,7 @@ def infer(network: nn.Module, batches: Iterable[Batch], fast: nn.Module | None =
     Args:
         network: maps inputs to one tensor; left in eval mode.
         batches: of its inputs.
-        fast: a frozen copy of it, made for the first batch where none is given.
+        fast: a frozen copy of the network; by default one made for the first batch.
 
     Yields:
         Outputs (B, ...) float32 and class numbers (B,).
@@ -58,7 +58,7 @@ def infer(network: nn.Module, batches: Iterable[Batch], fast: nn.Module | None =
 
 
 def with_temperature(probabilities: NDArray[Any], temperature: float) -> Probabilities:
-    """The probabilities (N, C) that the same logits give, divided by a temperature."""
+    """The probabilities (N, C) after dividing the logits by a temperature."""
     if temperature == 1:
         return probabilities
     logits = np.log(np.maximum(probabilities.astype(float), np.finfo(np.float32).tiny)) / temperature
@@ -73,7 +73,7 @@ class ViewPredictions:
     Attributes:
         plain: (N, C) of the plain centre squares.
         views: (V, C) of the views.
-        owner: (V,) the image (0 to N - 1) whose view it is; each has one at least.
+        owner: (V,) number of each view's image (0 to N - 1); every image has at least one view.
     """
 
     plain: Probabilities
@@ -87,7 +87,7 @@ class ViewPredictions:
         (benchmarks/notes/choices.md).
 
         Args:
-            temperature: that logits are divided by (`unfreeze.evaluation.calibration`).
+            temperature: divisor of the logits (`unfreeze.evaluation.calibration`).
         """
         plain = with_temperature(self.plain, temperature)
         total = np.zeros(plain.shape)
@@ -108,17 +108,17 @@ def predict_tta(
 ) -> ViewPredictions:
     """Test-time augmentation: probabilities of the plain image and of its augmented views, to be averaged.
 
-    The average of probabilities over views was made popular by Krizhevsky et al. (2012). Where an image is not square, its
-    views together cover all of it.
+    The average of probabilities over views was made popular by Krizhevsky et al. (2012). The views of an image that is
+    not square cover all of it together.
 
     Args:
         model: the classifier.
         loader: of the packed images.
         rows: (N,) row numbers, at least one.
-        augment: what the model was trained with; its views stay within it.
-        views: the least number of views beside the plain one (fewer where more would be the same again).
-        kept: where to keep what is predicted, and to go on from; an interrupted prediction that goes on is the same, bit
-            for bit, as one that was never interrupted.
+        augment: augmentation that the model was trained with; the views do not exceed it.
+        views: minimum number of views beside the plain one (fewer if more would be duplicates).
+        kept: file to store the predictions in, and to resume from; a resumed prediction is the same, bit for bit, as
+            one that was never interrupted.
     """
     owner, found = _predict_views(model, loader, rows, augment, views, kept)
     return ViewPredictions(np.array(found[len(owner) :]), found[: len(owner)], owner)
@@ -133,7 +133,7 @@ def predict_tta_of_heads(
     views: int,
     kept: ResumableFile | None = None,
 ) -> list[ViewPredictions]:
-    """`predict_tta` of each head on one backbone, which computes each view once. Other arguments as there."""
+    """`predict_tta` for several heads on one backbone, which computes each view once. Other arguments as there."""
     model = SeveralHeads(backbone, heads).to(loader.device)
     owner, found = _predict_views(model, loader, rows, augment, views, kept)
     of_heads = np.moveaxis(found.reshape(len(found), len(heads), -1), 1, 0)
@@ -148,7 +148,7 @@ def _predict_views(
     views: int,
     kept: ResumableFile | None,
 ) -> tuple[NDArray[np.int64], Probabilities]:
-    """The image that each view is of (V,); and a row of probabilities for each view, then for each plain image."""
+    """Number of each view's image (V,); and a row of probabilities for each view, then for each plain image."""
     sizes = loader.packed.sizes[rows]
     plans = [tta_views(size, loader.packed.image_size, augment, views) for size in sizes]
     linear = np.concatenate([linear for linear, _ in plans])
@@ -172,16 +172,16 @@ def _predict_views(
         found = predict(model, batches(0))
     else:
         _predict_on(model, batches, kept)
-        found = np.memmap(kept.path, np.float32, "r")  # views times images: more than memory may hold
+        found = np.memmap(kept.path, np.float32, "r")  # views times images may not fit into memory
     return owner, found.reshape(len(owner) + len(rows), -1)
 
 
 def _predict_on(model: nn.Module, batches: Callable[[int], Iterator[Batch]], kept: ResumableFile) -> None:
-    """As `predict`, of the batches from a number on; those that a file has are not predicted again."""
+    """Predict the batches that are not in the file yet, and append their probabilities."""
     done, fast = sum(kept.notes), None
     if done:
         logger.info("%d batches were predicted before an interruption", done)
-        fast = frozen_copy(model, next(batches(0))[0])  # a full batch, which the remaining ones may not be
+        fast = frozen_copy(model, next(batches(0))[0])  # for a full batch; the remaining ones may be smaller
     outputs = infer(model, batches(done), fast)
     while some := list(islice(outputs, TOGETHER)):
         kept.append(torch.cat([logits.softmax(-1) for logits, _ in some]).cpu().numpy().tobytes(), len(some))
@@ -194,19 +194,19 @@ def backbone_activations(backbone: Backbone, loader: Loader, first: int = 0) -> 
     Args:
         backbone: the network.
         loader: of the packed images.
-        first: the image to begin with, of whose batch it is the first.
+        first: number of the image to begin with, the first of its batch.
 
     Yields:
-        (B, F) in the order of the images; the same whatever image it begins with.
+        (B, F) in the order of the images; they do not depend on ``first``.
     """
     rows = np.arange(len(loader.packed))
-    [(whole, _)] = loader.plain(rows[: loader.wide])  # a full batch, which the remaining ones may not be
+    [(whole, _)] = loader.plain(rows[: loader.wide])  # a full batch; the remaining ones may be smaller
     outputs = infer(backbone, loader.plain(rows[first:]), frozen_copy(backbone, whole))
     yield from _fetched(activations for activations, _ in outputs)
 
 
 def _fetched(outputs: Iterable[torch.Tensor], ahead: int = 3) -> Iterator[NDArray[np.float32]]:
-    """Outputs as arrays, in their order; a GPU goes on with the next ones while one is on its way to the processor."""
+    """Outputs as arrays, in their order; a GPU computes the next ones while one is copied to the CPU."""
     waiting: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
     for output in outputs:
         if output.is_cuda:

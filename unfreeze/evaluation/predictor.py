@@ -23,16 +23,16 @@ from unfreeze.parallel import in_order
 CHUNK = 256
 """Images in memory at once."""
 MAX_MEGAPIXELS = 400.0
-"""Larger images are refused by their header, before they are decoded, which would take more than a gigabyte."""
+"""Larger images are refused by their header, because decoding them would take more than a gigabyte."""
 BATCH = 64
 """Images or views per batch."""
 
 
 class Predictor:
-    """A trained classifier, ready for images as people have them."""
+    """A trained classifier for image files."""
 
     def __init__(self, weights: str | Path) -> None:
-        """Load the weights. Raises UserError where there are none, or they are damaged."""
+        """Load the weights. Raises UserError if they are missing or damaged."""
         model, self._meta = load_classifier(Path(weights))
         self._device = best_device()
         self._model = to_device(model, self._device)
@@ -41,7 +41,7 @@ class Predictor:
         self._copies: dict[int, nn.Module] = {}
 
     def predict(self, images: Sequence[str | Path | io.BytesIO], tta: bool = False) -> pd.DataFrame:
-        """Classify images; threads that ask at once wait for one another.
+        """Classify images; calls from several threads run one after another.
 
         Args:
             images: files, or their bytes.
@@ -69,7 +69,7 @@ class Predictor:
         return table.assign(reason=reasons)
 
     def _read(self, image: str | Path | io.BytesIO) -> NDArray[np.uint8] | str:
-        """Its pixels (H, W, 3), the shorter side as the network wants it; or why it cannot be read."""
+        """The image's pixels (H, W, 3), the shorter side in the network's size; or the reason why it cannot be read."""
         size = self._meta["image_size"]
         try:
             _, decoded = decode(image, MAX_MEGAPIXELS, size, self._meta["grey_range"])
@@ -92,7 +92,7 @@ class Predictor:
         return averaged
 
     def _frozen(self, loader: Loader, rows: NDArray[np.int64]) -> nn.Module:
-        """The frozen copy for batches of this size: the last one is kept, as requests and chunks are often of one size."""
+        """The frozen copy for batches of this size; the last one is cached, as requests often repeat a size."""
         count = min(len(rows), loader.wide)
         if count not in self._copies:
             [(images, _)] = loader.plain(rows[:count])

@@ -1,4 +1,4 @@
-"""A model soup: one network whose weights are the average of those at the ends of several cycles.
+"""A model soup: one network with the average of the weights at the ends of several cycles.
 
 Snapshots of one training are in the same basin of the loss, and their average often generalizes better than the best
 of them, at the cost of one network (Izmailov et al., Averaging Weights Leads to Wider Optima and Better Generalization,
@@ -11,7 +11,7 @@ import torch
 
 
 def average_weights(states: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The mean of several state dicts of one network; what is no floating-point number is the first one's."""
+    """The mean of several state dicts of one network; tensors that are not floating-point are the first one's."""
     return {
         name: torch.stack([state[name] for state in states]).mean(0) if tensor.is_floating_point() else tensor
         for name, tensor in states[0].items()

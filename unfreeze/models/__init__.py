@@ -1,4 +1,4 @@
-"""The networks: backbones, the classifier, its layer groups and what of it is frozen, weights on disk.
+"""The networks: backbones, the classifier, its layer groups and their freezing, weights on disk.
 
 It may import `unfreeze.settings` and `unfreeze.persistence`; batches, evaluation, training and the pipeline may import it.
 """

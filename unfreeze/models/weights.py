@@ -22,12 +22,12 @@ Meta = dict[str, Any]
 
 
 def save_backbone(backbone: Backbone, path: Path) -> None:
-    """Write a backbone: its weights, and under which name to build it again."""
+    """Write a backbone: its weights, and the name to build it again."""
     _save(backbone, path, {"kind": "backbone", **_backbone_meta(backbone)})
 
 
 def load_backbone(path: Path) -> Backbone:
-    """Read a backbone. Raises UserError where the file is damaged or something else."""
+    """Read a backbone. Raises UserError if the file is damaged or not a backbone."""
     tensors, meta = _load(path, "backbone")
     with _described(path):
         backbone = create_backbone(meta["name"], "none", meta["image_size"])
@@ -40,7 +40,7 @@ def save_head(head: Head, path: Path) -> None:
 
 
 def load_head(path: Path) -> Head:
-    """Read a head. Raises UserError where the file is damaged or something else."""
+    """Read a head. Raises UserError if the file is damaged or not a head."""
     tensors, meta = _load(path, "head")
     with _described(path):
         head = Head(meta["features"], meta["classes"], meta["dropout"])
@@ -60,12 +60,12 @@ def save_classifier(
 
     Args:
         model: the classifier.
-        path: where to; replaced whole or not at all.
+        path: output file; replaced atomically.
         classes: names of the classes in order of the logits.
         image_size: side in pixels of the squares it was trained on.
-        augment: what it was trained with, for the views of test-time augmentation.
-        grey_range: which greys of more than 8 bits were black and white in what it was trained on, if it has such.
-        tta_views: views of an image that test-time augmentation averages; those that the model was evaluated with.
+        augment: augmentation it was trained with, for the views of test-time augmentation.
+        grey_range: values of black and white in the training images, if they have greys of more than 8 bits.
+        tta_views: number of views that test-time augmentation averages, as in the model's evaluation.
     """
     meta = {
         "kind": "classifier",
@@ -87,7 +87,7 @@ def load_classifier(path: Path) -> tuple[Classifier, Meta]:
         The model, and what was saved with it: classes, image_size, augment, grey_range, tta_views.
 
     Raises:
-        UserError: the file is missing, damaged, of an earlier version, or something else.
+        UserError: the file is missing, damaged, of an earlier version, or not a classifier.
     """
     tensors, meta = _load(path, "classifier")
     with _described(path):
@@ -133,9 +133,9 @@ def _load(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], Meta]:
             meta = json.loads((file.metadata() or {})["unfreeze"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:
-        raise UserError(f"{path} is damaged, or no weights that unfreeze wrote: {error}") from None
+        raise UserError(f"{path} is damaged, or was not written by unfreeze: {error}") from None
     if not isinstance(meta, dict) or "kind" not in meta:
-        raise UserError(f"{path} is damaged, or no weights that unfreeze wrote: it does not say what it holds.")
+        raise UserError(f"{path} is damaged, or was not written by unfreeze: it does not say what it holds.")
     if name := not_finite(tensors):
         raise UserError(f"The tensor {name} of {path} {NOT_FINITE}, or run the recipe again with lower rates.")
     if meta["kind"] != kind:

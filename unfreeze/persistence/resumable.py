@@ -25,12 +25,12 @@ BLOCK = 1 << 20
 COPIES = 3
 """Multiple of a finished file's size that must be free to keep a hard link to it.
 
-DVC copies the file into its cache, and from there.
+DVC copies the file into its cache, and from its cache.
 """
 
 
 class Piece(NamedTuple):
-    """A note of a piece; where it ends, in bytes; and the checksum (CRC-32) of the file up to there."""
+    """A piece's note, its end in bytes, and the checksum (CRC-32) of the file up to there."""
 
     note: Any
     end: int
@@ -62,7 +62,7 @@ class ResumableFile:
             _copy(path, path)  # it is a hard link to an output, perhaps in DVC's cache, which must not change
         self._file, self._noted = path.open("r+b"), _notes(path).open("a+b")
         self._pieces: list[Piece] = []
-        self._safe = 0, 0  # pieces that are noted, and the bytes of their notes
+        self._safe = 0, 0  # number of noted pieces, and size of their notes in bytes
         self._restore()
         self._last = time.monotonic()
 
@@ -73,7 +73,7 @@ class ResumableFile:
 
     @property
     def size(self) -> int:
-        """Bytes of the pieces that are there."""
+        """Size of all pieces in bytes."""
         return self._end.end
 
     @property
@@ -81,9 +81,9 @@ class ResumableFile:
         return self._pieces[-1] if self._pieces else START
 
     def append(self, content: bytes, note: Any) -> None:
-        """Add a piece, with a note that JSON can write."""
+        """Add a piece, with a JSON-serializable note."""
         self._file.write(content)
-        # One operation, which a signal comes before or after.
+        # A single operation, which a signal cannot interrupt.
         self._pieces.append(Piece(note, self.size + len(content), zlib.crc32(content, self._end.checksum)))
         if time.monotonic() - self._last >= max(self._seconds, self._cost / SHARE):
             self.keep()
@@ -165,7 +165,7 @@ class ResumableFile:
             self._pieces += pieces
             size += len(line)
         if size < self._noted.seek(0, os.SEEK_END):
-            logger.warning("%s is damaged, or of other settings: only its valid beginning is used.", self.path)
+            logger.warning("%s is damaged, or from other settings: only its valid beginning is used.", self.path)
         self._safe = len(self._pieces), size
         self._file.seek(self.size)
         self._file.truncate()

@@ -45,12 +45,12 @@ GALLERIES = {
 }
 SHOWN, SHOWN_WEAKEST, SHOWN_BINS = 12, 10, 10
 MANY_CLASSES = 20
-"""With more, the table of all is folded (`folded` in page.html), and the weakest classes are shown."""
+"""With more classes, the table of all classes is folded (`folded` in page.html), and the weakest ones are shown."""
 
 
 @dataclass(frozen=True)
 class Course:
-    """How training went.
+    """The course of the trainings.
 
     Attributes:
         curves: for each learning-rate finder its curve (`lr_find_plot`) and its picks.
@@ -75,7 +75,7 @@ def evaluate_report(
     course: Course,
     seed: int,
 ) -> str:
-    """The page.
+    """The report as HTML.
 
     Args:
         packed: the images.
@@ -110,7 +110,7 @@ def evaluate_report(
 def _accuracy(
     predictions: Mapping[str, Predictions], metrics: Mapping[str, float]
 ) -> tuple[list[tuple[str, str, str]], list[tuple[Any, ...]]]:
-    """Key numbers and a table of them, of each split and way of predicting."""
+    """Key numbers, and table rows of all numbers, for each split and prediction method."""
     numbers, rows = [], []
     for split, found in reversed(list(predictions.items())):
         count = len(found.rows)
@@ -139,17 +139,17 @@ def _calibration(packed: PackedImages, judged: Predictions, split: str, metrics:
     before, after = metrics[f"{split}_uncalibrated_ece"], metrics[f"{split}_ece"]
     text = (
         f"The expected calibration error, the gap between confidence and accuracy, of the {split} images without TTA "
-        f"is {after:.3f}; before calibration it was {before:.3f}. With as many images a perfectly calibrated model "
-        f"would have {metrics[f'{split}_ece_by_chance']:.3f} by chance. Logits are divided by the temperature "
-        f"{metrics['temperature']:.2f}, which fits the validation images best; the model's file has it, and every "
-        "prediction uses it."
+        f"is {after:.3f}; before calibration it was {before:.3f}. With this number of images a perfectly calibrated "
+        f"model would have {metrics[f'{split}_ece_by_chance']:.3f} by chance. Logits are divided by the temperature "
+        f"{metrics['temperature']:.2f}, which fits the validation images best; it is saved with the model, and "
+        "every prediction uses it."
     )
     figure = reliability_plot(*reliability_tables(packed.labels[judged.rows], judged))
     return {"text": text, "figure": figure}
 
 
 def reliability_tables(labels: NDArray[np.int64], judged: Predictions) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What `reliability_plot` shows: of the plain predictions before and after calibration."""
+    """Tables for `reliability_plot`: of the plain predictions before and after calibration."""
     return reliability(judged.uncalibrated, labels, SHOWN_BINS), reliability(judged.plain, labels, SHOWN_BINS)
 
 

@@ -1,4 +1,4 @@
-"""The exploration report: what the images are, before anything is trained on them."""
+"""The exploration report: a description of the images, before any training."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,11 +17,11 @@ SPLITS = ("train", "valid", "test")
 
 
 def explore_metrics(packed: PackedImages, found: pd.DataFrame, duplicates: pd.DataFrame) -> dict[str, float]:
-    """Numbers of the exploration.
+    """Metrics of the exploration.
 
     Args:
         packed: the images.
-        found: a row per image found, with a reason where it was set aside.
+        found: a row per image found, with a reason if it was set aside.
         duplicates: pairs, as `unfreeze.data.duplicates.find_duplicates` gives them.
     """
     counts = packed.table["label"].value_counts()
@@ -40,7 +40,10 @@ def explore_metrics(packed: PackedImages, found: pd.DataFrame, duplicates: pd.Da
 def explore_report(
     packed: PackedImages, found: pd.DataFrame, duplicates: pd.DataFrame, source: str, notes: Sequence[str] = ()
 ) -> str:
-    """The page. Arguments as for `explore_metrics`; ``source`` as the settings name it, and notes on how it was understood."""
+    """The report as HTML.
+
+    Arguments as for `explore_metrics`; ``source`` as in the settings, ``notes`` on how it was understood.
+    """
     metrics = explore_metrics(packed, found, duplicates)
     remarks = packed.table[packed.table["remark"] != ""]
     return render(
@@ -82,16 +85,16 @@ def _notes(packed: PackedImages, metrics: Mapping[str, float]) -> list[str]:
             "The classes are far from balanced: look at each class's recall and at macro F1, not at accuracy alone."
         )
     if len(tiny) == 1:
-        notes.append(f"The class {tiny.index[0]} has only {tiny.iloc[0]} images: what is measured of it is rough.")
+        notes.append(f"The class {tiny.index[0]} has only {tiny.iloc[0]} images: its metrics are imprecise.")
     elif len(tiny):
         notes.append(
-            f"{len(tiny)} classes have fewer than {FEW} images each, {tiny.index[0]} only {tiny.iloc[0]}: what is "
-            "measured of them is rough."
+            f"{len(tiny)} classes have fewer than {FEW} images each, {tiny.index[0]} only {tiny.iloc[0]}: their "
+            "metrics are imprecise."
         )
     if metrics["leaks"]:
         notes.append(
-            f"{metrics['leaks']:.0f} pairs of exact or near duplicates lie in different splits: where they truly show the "
-            "same, the network is tested on what it was trained on. Remove one of each pair, or give both the same group."
+            f"{metrics['leaks']:.0f} pairs of exact or near duplicates lie in different splits: if they truly show the "
+            "same, the network is tested on its training images. Remove one of each pair, or give both the same group."
         )
     if metrics["conflicts"]:
         notes.append(
@@ -107,8 +110,8 @@ def _notes(packed: PackedImages, metrics: Mapping[str, float]) -> list[str]:
     levels = _levels(packed.greys)
     if levels is not None and levels < FEW_LEVELS:
         notes.append(
-            f"Of greys of more than 8 bits, 99 % of the pixels are shown in {levels} of 256 greys: look at their histogram, "
-            "and set data.grey_range to [low, high] of what matters."
+            f"99 % of the pixels with greys of more than 8 bits are shown in {levels} of 256 greys: look at their "
+            "histogram, and set data.grey_range to [low, high] of the relevant values."
         )
     if "test" not in set(packed.table["split"]):
         notes.append("There is no test split: the retrained model cannot be evaluated.")
@@ -136,10 +139,10 @@ def _sizes(packed: PackedImages) -> dict[str, Any]:
 def _greys(greys: Greys) -> dict[str, Any]:
     black, white = greys.range
     if not greys.images:
-        text = f"None of the images that were looked at has such: {black:g} would be black, {white:g} white."
+        text = f"None of the examined images has greys of more than 8 bits: {black:g} would be black, {white:g} white."
         return {"text": text, "figure": None}
     text = (
-        f"In the {greys.images:,} images that were looked at, values lie between {greys.found[0]:g} and {greys.found[1]:g}. "
+        f"In the {greys.images:,} examined images, values lie between {greys.found[0]:g} and {greys.found[1]:g}. "
         f"{black:g} is shown as black and {white:g} as white in every image (data.grey_range), in predictions too."
     )
     return {"text": text, "figure": greys_plot(greys.counts, greys.found, greys.range)}
@@ -191,6 +194,6 @@ def _what(pair: Mapping[Any, Any]) -> str:
 
 
 def _files(table: pd.DataFrame, column: str) -> dict[str, Any]:
-    """Rows of file, class and what a column says of it."""
+    """Rows of file, class and the value in a column."""
     rows = list(table[["path", "label", column]].head(SHOWN_FILES).itertuples(index=False, name=None))
     return {"rows": rows, "unseen": len(table) - len(rows)}

@@ -1,4 +1,4 @@
-"""Render a report: one HTML page that needs nothing beside it, no script, no network.
+"""Render a report: one self-contained HTML page, without scripts or network access.
 
 The templates escape every text, because file names, class names and reasons come from outside.
 """

@@ -62,18 +62,18 @@ def save_png(figure: Figure, path: Path | io.BytesIO) -> None:
 
 
 def to_data_uri(figure: Figure) -> str:
-    """A figure as a data URI, for a page that needs nothing beside it."""
+    """A figure as a data URI, for a self-contained page."""
     buffer = io.BytesIO()
     save_png(figure, buffer)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def lr_find_plot(curve: pd.DataFrame, picks: Mapping[str, float | None]) -> Figure:
-    """Change of the loss against learning rate, with the rate picked and the points it was chosen among.
+    """Change of the loss against the learning rate, with the picked rate and the points it was selected from.
 
     Args:
         curve: columns rate, change, smoothed and error, as `unfreeze.training.lr_curve.make_curve` gives them.
-        picks: rate, minimum, divergence, steepest and valley, as learning rates; what is None or not a number is left out.
+        picks: rate, minimum, divergence, steepest and valley, as learning rates; None and non-finite ones are left out.
     """
     figure, axes = _figure(7.0, 4.4)
     rate, smoothed, error = curve["rate"], curve["smoothed"], curve["error"]
@@ -97,13 +97,13 @@ def lr_find_plot(curve: pd.DataFrame, picks: Mapping[str, float | None]) -> Figu
     if picked is not None and np.isfinite(picked):
         axes.axvline(picked, color=ORANGE, linewidth=2, linestyle="--", label=f"picked {picked:.1e}")
     axes.set_xlabel("learning rate")
-    axes.set_ylabel("loss less that of the starting weights")
+    axes.set_ylabel("loss minus loss of the starting weights")
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
 def reliability_plot(before: pd.DataFrame, after: pd.DataFrame) -> Figure:
-    """Reliability diagram: how many of the predictions are right against how sure they are, before and after calibration.
+    """Reliability diagram: accuracy of the predictions against their confidence, before and after calibration.
 
     Args:
         before, after: rows of confidence, accuracy and its interval from low to high, as
@@ -149,7 +149,7 @@ def learning_curves_plot(history: pd.DataFrame, best_cycle: int | None = None) -
 
     Args:
         history: columns epoch, cycle, train_loss, valid_loss, valid_accuracy (the last two may be empty).
-        best_cycle: number of the cycle that was kept, from 0; None where that is not to be marked.
+        best_cycle: number of the cycle that was kept, from 0; None to mark none.
     """
     figure = Figure((7.0, 3.4), dpi=110, layout="constrained")
     axes = figure.subplots(1, 2)
@@ -179,7 +179,7 @@ def learning_curves_plot(history: pd.DataFrame, best_cycle: int | None = None) -
 
 
 def confusion_plot(matrix: NDArray[np.int64], classes: Sequence[str]) -> Figure:
-    """The confusion matrix, coloured by its rows' shares; with counts and percentages where there is room for them."""
+    """Confusion matrix, coloured by the share of each row; with counts and percentages if there is room for them."""
     count = len(classes)
     side = min(9.4, 3.2 + 0.62 * count)
     figure = Figure((side + 1.0, side), dpi=110, layout="constrained")
@@ -209,7 +209,10 @@ def confusion_plot(matrix: NDArray[np.int64], classes: Sequence[str]) -> Figure:
 
 
 def balance_plot(table: pd.DataFrame) -> Figure:
-    """Images per class and split, from a table with columns label and split; of many classes the largest and smallest."""
+    """Images per class and split, from a table with columns label and split.
+
+    If there are more than `MOST_BARS` classes, only the largest and smallest are shown.
+    """
     counts = table.groupby(["label", "split"]).size().unstack(fill_value=0)
     counts = counts[[split for split in ("train", "valid", "test") if split in counts]]
     counts = counts.loc[counts.sum(axis=1).sort_values(kind="stable").index]
@@ -237,12 +240,12 @@ def balance_plot(table: pd.DataFrame) -> Figure:
 
 
 def greys_plot(counts: Sequence[int], found: tuple[float, float], shown: tuple[float, float]) -> Figure:
-    """Histogram of greys of more than 8 bits, on a logarithmic axis, with what is shown as black and as white.
+    """Histogram of greys of more than 8 bits, on a logarithmic axis, with the values shown as black and as white.
 
     Args:
-        counts: of values, in bins of one width.
-        found: ends of the first and the last bin.
-        shown: the values that are black and white.
+        counts: number of pixels in each bin; all bins have the same width.
+        found: lower end of the first bin, and upper end of the last.
+        shown: the values shown as black and as white.
     """
     figure, axes = _figure(7.0, 3.4)
     edges = np.linspace(*found, len(counts) + 1)
@@ -256,7 +259,7 @@ def greys_plot(counts: Sequence[int], found: tuple[float, float], shown: tuple[f
 
 
 def sizes_plot(width: pd.Series, height: pd.Series, image_size: int) -> Figure:
-    """Width and height of the images as they were found; larger dots for more images of one size."""
+    """Width and height of the original images; larger dots mean more images of that size."""
     sizes = pd.DataFrame({"width": width, "height": height}).value_counts().reset_index(name="count")
     figure, axes = _figure(5.4, 4.2)
     area = 12 + 200 * np.sqrt(sizes["count"] / sizes["count"].max())

@@ -65,7 +65,7 @@ def with_overrides(path: str | Path, overrides: list[str]) -> str:
     """The text of a file of settings with some values changed. Arguments and errors as for `apply_overrides`."""
     text = read_text(path)
     if not isinstance(read_yaml(text, str(path)), Mapping):
-        parse_text(text, str(path))  # says why not
+        parse_text(text, str(path))  # raises an error that says why
     yaml = _yaml()
     try:
         content = yaml.load(text)
@@ -94,7 +94,7 @@ def as_overrides(values: Mapping[str, Any]) -> list[str]:
     """``section.key -> value`` as `apply_overrides` takes them; text is quoted only where it has to be.
 
     Raises:
-        UserError: a value is a mapping or anything else that no setting can be.
+        UserError: a value has a type that no setting has, such as a mapping.
     """
     return [f"{key}={_written(key, value)}" for key, value in values.items()]
 
@@ -134,15 +134,15 @@ def _set(content: Any, override: str, path: str) -> None:
         near = difflib.get_close_matches(key[:80], flatten(content), 1, 0.5)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise UserError(f"{shown}: {path} has no key {_short(key)!r}.{hint}")
-    read_yaml(text, f"{shown}: {_short(text)!r}")  # refuses what is no value
+    read_yaml(text, f"{shown}: {_short(text)!r}")  # rejects what is not a value
     try:
-        # A key without a value would be null, which turns some settings off: that has to be said.
+        # An empty value would be null, which turns some settings off: null must be written out.
         value = _yaml().load(text) if text.strip() else ""
     except (YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{shown}: {_short(text)!r} is not valid YAML: {_problem(error)}.") from None
     if isinstance(value, LiteralScalarString | FoldedScalarString):
-        value = str(value)  # in a line of its own, as all others are
-    # DVC does not know ~, and a shell leaves it as it is after the equals sign.
+        value = str(value)  # on one line, as all other values
+    # DVC does not expand ~, and neither does a shell after the equals sign.
     target[last] = os.path.expanduser(value) if key == "data.source" and isinstance(value, str) else value
 
 
@@ -152,7 +152,7 @@ def _short(text: str) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -168,7 +168,7 @@ def _problem(error: Exception) -> str:
 
 
 class _Representer(RoundTripRepresenter):
-    """Writes null as it stands in the file, not as nothing."""
+    """Writes null as ``null``, not as an empty value."""
 
     def represent_null(self, data: None) -> Any:
         return self.represent_scalar("tag:yaml.org,2002:null", "null")
@@ -181,5 +181,5 @@ def _yaml() -> YAML:
     yaml = YAML()
     yaml.Representer = _Representer
     yaml.preserve_quotes = True
-    yaml.width = 4096  # no line is broken
+    yaml.width = 4096  # do not wrap lines
     return yaml

@@ -1,7 +1,7 @@
 """The settings of the recipe: a typed, validated model of `params.yaml`.
 
-One dataclass per section, one field per key; what a key may be stands beside it. Everything that is wrong is reported
-at once, before anything expensive starts.
+One dataclass per section, one field per key, annotated with its allowed values. All errors are reported at once, before
+anything expensive starts.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Augment:
-    """How much a training image is changed."""
+    """Augmentation of the training images."""
 
     flip: Annotated[str, OneOf(("none", "horizontal", "both", "dihedral"))]
     rotate: Annotated[float, In(0, 180)]
@@ -66,7 +66,7 @@ class Augment:
 
 @dataclass(frozen=True)
 class Train:
-    """What all trainings share."""
+    """Settings that all trainings share."""
 
     optimizer: Annotated[str, OneOf(("adamw", "sgd"))]
     weight_decay: Annotated[float, In(0, 1)]
@@ -131,21 +131,21 @@ class TrainFull(TrainAugmented):
 
 @dataclass(frozen=True)
 class Evaluate:
-    """How the result is judged."""
+    """Evaluation of the trained models."""
 
     tta_views: Annotated[int, In(1, 64)]
 
 
 @dataclass(frozen=True)
 class Register:
-    """The name of the registered model, which MLflow wants to put into addresses."""
+    """Name of the registered model; MLflow puts it into URLs."""
 
     model_name: Annotated[str, Without("/:")]
 
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """Checkpoint interval, and where checkpoints are shared with other machines. Changing it makes no step stale."""
+    """Checkpoint interval, and where checkpoints are shared with other machines. Changing them makes no step stale."""
 
     seconds: Annotated[float, In(0, 86_400)]
     batches: Annotated[int, In(1, 1_000_000)] | None
@@ -183,13 +183,13 @@ def load_settings(path: str | Path = "params.yaml") -> Settings:
     """Read and check a file of settings.
 
     Raises:
-        UserError: the file is missing, is no YAML, or anything in it is wrong; names every key that is.
+        UserError: the file is missing, is not YAML, or has errors; names every wrong key.
     """
     return parse_text(read_text(path), str(path))
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file of settings. Raises UserError where it cannot be read."""
+    """The text of a file of settings. Raises UserError if it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -207,7 +207,7 @@ def parse_text(text: str, where: str = "params.yaml") -> Settings:
 
 
 def parse_settings(content: object, where: str = "params.yaml") -> Settings:
-    """Check settings as they come from YAML and give them types.
+    """Validate settings read from YAML, and convert them to their types.
 
     Args:
         content: a mapping of sections.
@@ -226,13 +226,13 @@ def parse_settings(content: object, where: str = "params.yaml") -> Settings:
 
 
 def parse_section(kind: type[S], content: object, name: str, where: str) -> S:
-    """Check one section of settings that is kept somewhere else than in `params.yaml`.
+    """Validate one section of settings that is not from `params.yaml`.
 
     Args:
         kind: the section's type, such as `Augment`.
         content: a mapping of keys to values.
         name: the section's name, for the message.
-        where: what keeps it, for the message.
+        where: the section's origin, such as a file, for the message.
 
     Raises:
         UserError: lists, in one line, every key that is missing, unknown or has a wrong value.
@@ -255,7 +255,7 @@ def flatten(settings: object, prefix: str = "") -> dict[str, Any]:
 
 
 def _across(settings: Settings) -> list[str]:
-    """Problems between keys."""
+    """Errors in combinations of keys."""
     problems = []
     if settings.data.source.startswith("~"):
         full = os.path.expanduser(settings.data.source)

@@ -1,6 +1,6 @@
 """Validate settings: their types and limits, and the error messages.
 
-Settings are dataclasses: a field per key, annotated with its type and its limit, a section being a dataclass of its own.
+Settings are dataclasses: one for each section, with a field for each key, annotated with its type and its limit.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ KINDS: dict[type, str] = {
     types.NoneType: "null",
 }  # fmt: skip
 UNSEEN = ("Cc", "Cs", "Zl", "Zp")
-"""Unicode categories of what is no character of a text: controls, line breaks, halves of a character."""
+"""Unicode categories that are not allowed in text: control characters, line breaks, surrogates."""
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
@@ -70,7 +70,7 @@ class Rising:
 
 @dataclass(frozen=True)
 class Without:
-    """Text in which some characters must not be."""
+    """Text without certain characters."""
 
     characters: str
 
@@ -94,12 +94,12 @@ def key_names(settings: type) -> Iterator[str]:
 
 
 def check_section(kind: type[S], content: object, prefix: str, known: Collection[str], problems: list[str]) -> S | None:
-    """One section of settings with the types of its fields, or None where anything in it is wrong.
+    """One section of settings, with the types of its fields; None if anything in it is wrong.
 
     Args:
         kind: the section's dataclass.
-        content: what was written: a mapping of keys to values.
-        prefix: what the names of its keys begin with in a message, such as ``augment.``.
+        content: the section as read: a mapping of keys to values.
+        prefix: prefix of its keys in messages, such as ``augment.``.
         known: every key of all sections, to recognise a key in the wrong section.
         problems: gets a sentence for every key that is missing, unknown or has a wrong value.
     """
@@ -130,7 +130,7 @@ def _unknown(key: object, prefix: str, keys: Collection[str], known: Collection[
 
 
 def _value(hint: Any, value: object, key: str, problems: list[str]) -> Any:
-    """A single value with the type and range of its field; what is wrong goes to the problems."""
+    """A single value with the type of its field; a wrong value is reported in ``problems``, and None returned."""
     several = typing.get_origin(hint) in (types.UnionType, typing.Union)
     choices = [_kind_and_limit(one) for one in (typing.get_args(hint) if several else (hint,))]
     if value is None and (types.NoneType, None) in choices:
@@ -157,7 +157,7 @@ def _allowed(kind: type, limit: object) -> str:
 
 
 def _kind_and_limit(hint: Any) -> tuple[type, Any]:
-    """The type of a field, and what of that type it may be."""
+    """The type of a field, and its limit, if any."""
     if typing.get_origin(hint) is not Annotated:
         return hint, None
     kind, limit = typing.get_args(hint)
@@ -165,7 +165,7 @@ def _kind_and_limit(hint: Any) -> tuple[type, Any]:
 
 
 def _typed(kind: type, value: object) -> Any:
-    """The value as one of ``kind``, or None where it is not: no truth value is a number, no quoted number either."""
+    """The value converted to ``kind``, or None if it has another type: booleans and quoted numbers are not numbers."""
     if isinstance(value, bool) and kind is not bool:
         return None
     if kind is tuple:
@@ -173,7 +173,7 @@ def _typed(kind: type, value: object) -> Any:
         return tuple(numbers) if len(numbers) == 2 and None not in numbers else None
     if kind is float:
         if isinstance(value, str) and EXPONENT.fullmatch(value):
-            value = float(value)  # readers of YAML 1.1 take 1e-5 for text
+            value = float(value)  # YAML 1.1 parsers read 1e-5 as text
         try:
             return float(value) if isinstance(value, int | float) else None
         except OverflowError:
@@ -196,7 +196,7 @@ _short.maxlevel, _short.maxstring, _short.maxother, _short.maxlist, _short.maxdi
 
 
 def _shown(value: object) -> str:
-    """A value as a message shows it: as in YAML, and never longer than a line."""
+    """A value for a message: as in YAML, and at most a line long."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     try:

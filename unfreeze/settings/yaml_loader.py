@@ -32,7 +32,7 @@ def read_yaml(text: str, where: str) -> Any:
         where: the file's name, for the messages.
 
     Raises:
-        UserError: it is no YAML, or a key stands twice in a mapping; names the line.
+        UserError: the text is not YAML, or a mapping has a key twice; names the line.
     """
     loader: Any = YAML(typ="safe", pure=True)
     loader.Composer, loader.Constructor = _Composer, _Constructor
@@ -46,7 +46,7 @@ def read_yaml(text: str, where: str) -> Any:
     except (ValueError, OverflowError):  # an escape sequence for a character that does not exist
         line, what = loader.reader.line, "an escape sequence that is no character"
     if conflict := re.search(r"^<<<<<<< ", text, re.MULTILINE):
-        line, what = text.count("\n", 0, conflict.start()), "a merge's conflict, which is to be resolved"
+        line, what = text.count("\n", 0, conflict.start()), "an unresolved merge conflict"
     raise UserError(f"{where}, line {line + 1} is not valid YAML: {what}.")
 
 
@@ -54,7 +54,7 @@ class _Composer(Composer):
     def __init__(self, loader: Any) -> None:
         super().__init__(loader)
         self.level = 0
-        self.sizes: dict[int, int] = {}  # values in each node that is complete, aliases written out
+        self.sizes: dict[int, int] = {}  # number of values in each complete node, with aliases expanded
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         mark, alias = self.parser.peek_event().start_mark, self.parser.check_event(AliasEvent)
@@ -64,7 +64,7 @@ class _Composer(Composer):
         node = super().compose_node(parent, index)
         self.level -= 1
         if alias and id(node) not in self.sizes:
-            raise ComposerError(None, None, "an alias stands within what it names", mark)
+            raise ComposerError(None, None, "an alias is inside the node that it refers to", mark)
         parts: list[Any] = node.value if isinstance(node, CollectionNode) else []
         if isinstance(node, MappingNode):
             parts = [part for pair in parts for part in pair]
@@ -78,7 +78,7 @@ class _Constructor(SafeConstructor):
     def construct_object(self, node: Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):  # whatever a value unlike its tag trips
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):  # a value that does not fit its tag
             problem = f"{str(node.value)[:40]!r} is no {str(node.tag).rpartition(':')[2]}"
             raise ConstructorError(None, None, problem, node.start_mark) from None
 

@@ -1,4 +1,4 @@
-"""Classes of unequal size: weights in the loss, or batches that are drawn with every class equally often."""
+"""Class imbalance: class weights in the loss, or sampling of every class equally often."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from unfreeze.settings.schema import Train
 
 
 def class_weights(labels: NDArray[np.int64], classes: int) -> NDArray[np.float64]:
-    """Weight of each class (C,), in inverse proportion to its number of images; 1 where all classes are of one size.
+    """Weight of each class (C,), in inverse proportion to its number of images; 1 if all classes have the same size.
 
     scikit-learn's "balanced" weights. A class without images has the weight 0.
 
@@ -40,10 +40,10 @@ def make_loss(train: Train, labels: NDArray[np.int64], classes: int, device: tor
 def chance_loss(train: Train, labels: NDArray[np.int64], classes: int) -> float:
     """The lowest loss of a prediction that is the same for every image, in nats.
 
-    As `make_loss` computes losses, but that with weights PyTorch weighs the smoothing of labels as well.
+    Computed as by `make_loss`, except that with class weights PyTorch weights the label smoothing as well.
 
     Args:
-        train: the settings; with ``train.balance`` all classes count the same.
+        train: the settings; unless ``train.balance`` is ``none``, all classes count the same.
         labels: class numbers of the training images (N,).
         classes: how many classes there are.
     """
@@ -56,7 +56,8 @@ def chance_loss(train: Train, labels: NDArray[np.int64], classes: int) -> float:
 def sampling_probabilities(train: Train, labels: NDArray[np.int64]) -> NDArray[np.float64] | None:
     """Probability of each training image (N,) to be drawn next, for `unfreeze.batches.loader.shuffled`.
 
-    Every class has the same share where ``train.balance`` is ``sampler``. None where every image comes once an epoch.
+    If ``train.balance`` is ``sampler``, every class has the same share. Otherwise None: every image is used once an
+    epoch.
     """
     if train.balance != "sampler":
         return None

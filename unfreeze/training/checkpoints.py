@@ -1,9 +1,10 @@
 """Checkpoints of a training, to resume it in the middle of an epoch with the same result, bit for bit.
 
-A checkpoint is one safetensors file: trained weights and buffers, the states of the optimizer and of the gradient scaler,
-the best cycle's weights, the random state, and the progress. A new checkpoint is written beside the last one, flushed to disk and renamed, and the last one is
-kept: after a power loss at any moment, one of the two is complete, and its checksum tells which. The key identifies what
-the training depends on, so that a checkpoint is not used with other settings, images or code, or on another device.
+A checkpoint is one safetensors file: trained weights and buffers, the states of the optimizer and of the gradient
+scaler, the best cycle's weights, the random state, and the progress. A new checkpoint is written beside the last one,
+flushed to disk and renamed, and the last one is kept: after a power loss at any moment, one of the two is complete, and
+the checksums tell which. The key identifies what the training depends on, so that a checkpoint is not used with other
+settings, images or code, or on another device.
 """
 
 import json
@@ -37,10 +38,10 @@ class Progress:
 
     Attributes:
         epoch: number of the epoch, from 0.
-        batch: the epoch's next batch, from 0.
-        iteration: the next batch of all, from 0.
+        batch: number of the next batch in the epoch, from 0.
+        iteration: number of the next batch over all epochs, from 0.
         history: what happened so far.
-        best: weights of the history's best cycle, where they are not simply the newest.
+        best: weights of the history's best cycle; empty if the newest weights are kept.
         done: there is nothing left to train.
     """
 
@@ -85,13 +86,13 @@ class Checkpoint:
     def save(
         self, weights: Tensors, optimizer: torch.optim.Optimizer, progress: Progress, scaler: Scaler | None = None
     ) -> None:
-        """Write a checkpoint, whole or not at all.
+        """Write a checkpoint atomically.
 
         Args:
-            weights: what training changes in the model, as `trainable_state` gives it.
-            optimizer: over it.
+            weights: the tensors that training changes, as `trainable_state` returns them.
+            optimizer: of these weights.
             progress: progress of the training.
-            scaler: of the gradients, if there is one.
+            scaler: the gradient scaler, if there is one.
 
         Raises:
             Interrupted: a stop was requested; raised after the attempt to write the checkpoint.
@@ -229,7 +230,7 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> No
         number, _, rest = name.partition("/")
         state.setdefault(int(number), {})[rest] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    # In the layout of their parameters: fused optimizers walk through the memory of all of them side by side.
+    # In the memory layout of the parameters: fused optimizers traverse the memory of all these tensors in parallel.
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
             if value.shape == parameter.shape:

@@ -1,4 +1,4 @@
-"""What happened in a training, row by row."""
+"""The history of a training: a row for each batch, and one for each epoch."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,7 @@ import pandas as pd
 
 @dataclass
 class History:
-    """What happened, row by row.
+    """The rows of a training's batches and epochs.
 
     Attributes:
         batches: iteration (from 0), rate (of the last layer group), loss; in an LR range test also starting, the
@@ -25,7 +25,7 @@ class History:
         return pd.DataFrame(self.batches, columns=None if self.batches else ["iteration", "rate", "loss"])
 
     def epochs_frame(self) -> pd.DataFrame:
-        """The rows of epochs as a table; what was not validated is not a number."""
+        """The rows of epochs as a table; NaN if there was no validation."""
         return pd.DataFrame(self.epochs).reindex(
             columns=["epoch", "cycle", "train_loss", "valid_loss", "valid_accuracy", "rate"]
         )

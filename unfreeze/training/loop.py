@@ -32,11 +32,11 @@ REPORT_EVERY = 10
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a training sees.
+    """Training batches, and how to validate.
 
     Attributes:
         batches: the batches of epoch n (from 0), from batch i (from 0) on.
-        validate: scores the model as it stands; without it there is nothing to stop early on.
+        validate: returns the scores of the current model; without it there is no early stopping.
     """
 
     batches: Callable[[int, int], Iterable[Batch]]
@@ -48,12 +48,12 @@ class Callbacks:
     """Training callbacks, and the checkpoint.
 
     Attributes:
-        batches: gets rows of ``iteration``, ``rate`` and ``loss``, some batches at a time.
+        batches: gets rows of ``iteration``, ``rate`` and ``loss``, of several batches at once.
         epoch: gets a row at the end of each epoch, after validation.
         cycle: gets a cycle's number (from 0) at its end, while the model has its weights.
         resumed: gets the progress that an earlier process has made.
-        checkpoint: where to save the training's state, and to resume from; a resumed training ends with the same weights,
-            bit for bit, as one that was never interrupted.
+        checkpoint: where to save the training's state, and to resume from; a resumed training ends with the same
+            weights, bit for bit, as one that was never interrupted.
     """
 
     batches: Callable[[Sequence[dict[str, float]]], None] = lambda rows: None
@@ -67,7 +67,7 @@ class Diverged(UserError):
     """The training loss became infinite or not a number.
 
     Attributes:
-        epoch, batch: the epoch (from 0) and its batch (from 0) at which it did.
+        epoch, batch: the epoch (from 0), and the batch in it (from 0), with that loss.
     """
 
     def __init__(self, row: dict[str, float], epoch: int, batch: int) -> None:
@@ -85,7 +85,7 @@ def make_optimizer(groups: list[dict[str, Any]], train: Train) -> torch.optim.Op
     Fused: one pass over all parameters instead of one per operation.
     """
     device = groups[0]["params"][0].device
-    graphs = device.type == "cuda"  # a CUDA graph reads rates and numbers of steps on the card
+    graphs = device.type == "cuda"  # a CUDA graph reads rates and step counts from GPU memory
     groups = [group | {"lr": torch.zeros((), device=device) if graphs else 0.0} for group in groups]
     if train.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=train.weight_decay, fused=True)
@@ -93,7 +93,7 @@ def make_optimizer(groups: list[dict[str, Any]], train: Train) -> torch.optim.Op
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group its share of ``rate``, which the last layer group trains at (differential rates)."""
+    """Set every group's rate: ``rate``, the rate of the last layer group, times ``lr_scale`` (differential rates)."""
     for group in optimizer.param_groups:
         value = rate * group.get("lr_scale", 1.0)
         if isinstance(group["lr"], torch.Tensor):
@@ -114,19 +114,19 @@ def fit(
     loss: nn.Module | None = None,
     callbacks: Callbacks | None = None,
 ) -> History:
-    """Train ``model`` in place along ``schedule``. It ends with the weights of the best cycle.
+    """Train ``model`` in place along ``schedule``.
 
     Args:
         model: maps a batch's inputs to logits (B, classes).
         optimizer: over the parameters that train; its groups may carry ``lr_scale``.
-        schedule: factor on the rate for every iteration, and where cycles end.
+        schedule: factor on the rate for every iteration, and the ends of the cycles.
         rate: the top rate, of the last layer group.
         data: batches, and how to validate.
         train_mode: puts the model's trained parts into training mode; called before every epoch.
         stop_when_overfitting: treat the number of cycles as a maximum, stop as `until_overfitting` says, and go back to
             the weights of the best cycle.
         loss: of logits (B, classes) and class numbers (B,); cross-entropy by default.
-        callbacks: called while it trains; among them the checkpoint to save to and to resume from.
+        callbacks: training callbacks, including the checkpoint to save to and to resume from.
 
     Raises:
         Diverged: the loss became infinite or not a number.

@@ -1,8 +1,9 @@
 """The learning-rate finder's curve: how the loss changes at each rate, and points of it to pick a rate by.
 
-The LR range test is Smith's (Cyclical Learning Rates for Training Neural Networks, 2017). Its losses are those of single
-batches, which differ from one another by more than a whole sweep lowers them. The curve is therefore the change of each
-batch's loss against the starting weights' loss of the same batch (a control variate), smoothed, with its standard error.
+The LR range test is Smith's (Cyclical Learning Rates for Training Neural Networks, 2017). The losses of
+single batches differ from one another by more than a whole sweep lowers them. The curve is therefore the change of each
+batch's loss against the starting weights' loss of the same batch (a control variate), smoothed, with its standard
+error.
 """
 
 from dataclasses import dataclass
@@ -47,11 +48,11 @@ class Picks:
 def make_curve(rates: Floats, losses: Floats, starting: Floats) -> pd.DataFrame:
     """The curve of a sweep, one row per rate.
 
-    The standard error is that of a weighted mean of batches that vary as their neighbours do.
+    The standard error is that of a weighted mean; the variance of each batch is estimated from its neighbours.
 
     Args:
         rates: (n,) rising learning rates.
-        losses: (n,) finite loss of the batch at each.
+        losses: (n,) finite loss of the batch at each rate.
         starting: (n,) the starting weights' loss of the same batch.
 
     Returns:
@@ -65,10 +66,10 @@ def make_curve(rates: Floats, losses: Floats, starting: Floats) -> pd.DataFrame:
 
 
 def _weights(batches: int) -> Floats:
-    """Weights (n, n) of a Gaussian mean: row i is that around batch i, with a standard deviation of a thirtieth of the sweep.
+    """Weights (n, n) of a Gaussian moving average; row i is centred at batch i.
 
-    Unlike a running mean it has no lag. In a sweep of few batches a lag could shift the minimum by an order of magnitude,
-    which is as far as `pick_rate` goes below the minimum.
+    The standard deviation is a thirtieth of the sweep. Unlike a running mean it has no lag. In a sweep of few batches a
+    lag could shift the minimum by an order of magnitude, which is as far as `pick_rate` goes below the minimum.
     """
     width = max(1.0, batches / 30)
     at = np.arange(batches)
@@ -77,7 +78,7 @@ def _weights(batches: int) -> Floats:
 
 
 def _variance(change: Floats) -> Floats:
-    """Variance of each batch's change around its neighbours' straight line, (n,); 0 where there are too few to say."""
+    """Variance (n,) of each batch's change around the line through its neighbours; 0 if there are too few batches."""
     variance = np.zeros(len(change))
     if len(change) > 2:
         variance[1:-1] = np.square(np.diff(change, 2)) / 6
@@ -89,7 +90,7 @@ def suggest(curve: pd.DataFrame, chance: float) -> Picks:
     """Points of a curve (`make_curve`) that a rate can be picked by.
 
     Args:
-        curve: the sweep's.
+        curve: of the sweep.
         chance: loss of the best prediction that is the same for every image (`unfreeze.training.balance.chance_loss`).
 
     Raises:

@@ -1,6 +1,6 @@
 """The recipe's three trainings, each a function: head, augmented head, whole network.
 
-The steps call them one by one; the step `retrain` replays all three with what was found.
+The steps call them one by one; the step `retrain` repeats them with the rates, cycles and epochs found before.
 """
 
 import zlib
@@ -32,7 +32,7 @@ from unfreeze.training.schedules import Schedule, make_schedule
 
 Rows = NDArray[np.int64]
 HEAD = 2
-"""`freeze_to` this layer group and only the head trains: two groups of backbone come before it."""
+"""Layer group that `freeze_to` takes to train only the head: the two groups of the backbone come before it."""
 
 
 def derive_seed(seed: int, name: str) -> int:
@@ -47,7 +47,7 @@ class Activations:
     Attributes:
         features: (N, F), row i belongs to packed image i.
         labels: (N,) class numbers.
-        train, valid: row numbers; no validation where ``valid`` is empty.
+        train, valid: row numbers; no validation if ``valid`` is empty.
         batch_size: images per batch.
         seed: of the order of images.
         device: where to compute.
@@ -68,8 +68,8 @@ class Images:
 
     Attributes:
         loader: makes batches of them.
-        train, valid: row numbers; no validation where ``valid`` is empty.
-        augment: how much a training image is changed.
+        train, valid: row numbers; no validation if ``valid`` is empty.
+        augment: augmentation of the training images.
         seed: of the order of images and of their views.
     """
 
@@ -85,15 +85,15 @@ class Images:
         return make_loss(train, labels, classes, self.loader.device)
 
     def chance_loss(self, train: Train) -> float:
-        """The lowest such loss of a prediction that is the same for every image."""
+        """The lowest value of that loss for a prediction that is the same for every image."""
         return chance_loss(train, self.loader.packed.labels[self.train], len(self.loader.packed.classes))
 
     def augmented(self, train: Train, seed: int, epoch: int, first: int = 0, together: int = 1) -> Iterator[Batch]:
-        """One epoch of augmented training images, drawn as the settings say; the other arguments as of the loader's."""
+        """One epoch of augmented training images, sampled as in the settings; arguments as for `Loader.augmented`."""
         return self.loader.augmented(self.train, self.augment, seed, epoch, first, together, self.probabilities(train))
 
     def probabilities(self, train: Train) -> NDArray[np.float64] | None:
-        """Of each training image to be drawn next, as `sampling_probabilities` says."""
+        """Sampling probability of each training image, as `sampling_probabilities` returns it."""
         return sampling_probabilities(train, self.loader.packed.labels[self.train])
 
 
@@ -113,7 +113,7 @@ def fit_head(
         rate: top learning rate, annealed once along a cosine.
         settings: number of epochs.
         train: the optimizer and its settings.
-        callbacks: called while it trains; among them the checkpoint.
+        callbacks: training callbacks, including the checkpoint.
     """
     seed = derive_seed(data.seed, "train_head")
     schedule = make_schedule("sgdr", 1, settings.epochs, 1, batches_per_epoch(len(data.train), data.batch_size))
@@ -162,7 +162,7 @@ def fit_augmented(
     valid: list[Batch] = []
 
     def batches(epoch: int, first: int) -> Iterator[Batch]:
-        skipped = first % 2  # so that the same two come together whatever batch it begins with
+        skipped = first % 2  # so that the same two batches are paired, whichever is the first
         pairs = data.augmented(train, seed, epoch, first - skipped, together=2)
         halves = (
             batch for x, y in infer(frozen, pairs, frozen) for batch in zip(x.split(size), y.split(size), strict=True)
@@ -254,10 +254,10 @@ def _tracked(batches: Iterable[Batch], schedule: Schedule, epoch: int, first: in
 
 @contextmanager
 def _named_images(data: Images, train: Train, seed: int) -> Iterator[None]:
-    """Name the images of the batch at which the loss became infinite or not a number."""
+    """If the loss becomes infinite or NaN, name the images of the batch in the error."""
     try:
         yield
     except Diverged as error:
         chunk = shuffled(data.train, data.loader.batch_size, seed, error.epoch, data.probabilities(train))[error.batch]
         names = "\n  ".join(map(str, data.loader.packed.table["path"].iloc[chunk]))
-        raise UserError(f"{error} The batch's images, should it be them:\n  {names}") from None
+        raise UserError(f"{error} The batch's images, in case they are the cause:\n  {names}") from None

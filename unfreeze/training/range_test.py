@@ -27,10 +27,10 @@ from unfreeze.training.train_step import TrainStep, batch_loss
 logger = logging.getLogger("unfreeze")
 
 DIVERGED = 1.0
-"""A sweep ends where the loss has risen so far (in nats) above its lowest: the right class has become e times less likely."""
+"""Rise of the loss above its minimum (in nats) that ends a sweep: the right class is e times less likely then."""
 
 Losses = tuple[float, float]
-"""Of a batch: its loss, and the starting weights' loss."""
+"""A batch's loss, and its loss with the starting weights."""
 
 
 def range_test(
@@ -43,12 +43,12 @@ def range_test(
 ) -> pd.DataFrame:
     """LR range test: train on one batch after another, over several epochs if needed, then restore the earlier state.
 
-    Model, optimizer and random state are restored. For every batch the loss of the starting weights is computed as well,
-    with the same views and dropout, which takes one more forward pass.
+    Model, optimizer and random state are restored. For every batch the loss of the starting weights is computed as
+    well, with the same views and dropout, which takes one more forward pass.
 
     Args:
-        model, optimizer: what is trained, in training mode, and left as it was.
-        batches: those of epoch n (from 0), from batch i (from 0) on.
+        model, optimizer: trained, in training mode, and restored afterwards.
+        batches: the batches of epoch n (from 0), from batch i (from 0) on.
         settings: the sweep's ends and its length.
         checkpoint: where to save the sweep's progress, and to resume from, as in `fit`.
         loss: of logits (B, classes) and class numbers (B,); cross-entropy by default.
@@ -63,7 +63,7 @@ def range_test(
         step = TrainStep(model, optimizer, loss)
         at = (checkpoint.load(weights, optimizer, step.scaler) if checkpoint else None) or Progress()
         if at.iteration:
-            logger.info("goes on at batch %d of %d, from a checkpoint", at.iteration + 1, settings.iterations)
+            logger.info("resumed at batch %d of %d, from a checkpoint", at.iteration + 1, settings.iterations)
         line = _endless(batches, at)
 
         def train_at(rate: float) -> Losses:
@@ -82,7 +82,7 @@ def range_test(
 
 
 def _starting_loss(model: nn.Module, weights: Tensors, start: Tensors, batch: Batch, loss: nn.Module) -> float:
-    """The batch's loss with the starting weights; weights and random state are as before afterwards."""
+    """The batch's loss with the starting weights; weights and random state are restored afterwards."""
     now, chance = {name: tensor.clone() for name, tensor in weights.items()}, rng_state()
     put(weights, start)
     with torch.no_grad():
@@ -106,16 +106,16 @@ def exponential_rates(start: float, end: float, iterations: int) -> Floats:
 def lr_find(
     train_at: Callable[[float], Losses], start: float, end: float, iterations: int, before: Sequence[Losses] = ()
 ) -> pd.DataFrame:
-    """Sweep the rate exponentially, a training batch at each, until the loss diverges.
+    """Sweep the rate exponentially, with one training batch per rate, until the loss diverges.
 
-    It diverges when it is not finite, or when its change against the starting weights has risen by `DIVERGED`. The
+    It has diverged if it is not finite, or if its change against the starting weights has risen by `DIVERGED`. The
     caller restores what the training changed (`unfreeze.training.state.preserved`).
 
     Args:
         train_at: trains on the next batch at a rate; returns its loss, and the starting weights' loss.
         start, end: ends of the sweep.
         iterations: batches in the whole sweep.
-        before: losses of its first batches, where an interrupted sweep goes on.
+        before: losses of the sweep's first batches, if an interrupted sweep is resumed.
 
     Returns:
         The curve, as `unfreeze.training.lr_curve.make_curve` makes it; one row per batch with a finite loss.
@@ -142,7 +142,7 @@ def lr_find(
 def _diverged(losses: Sequence[Losses]) -> bool:
     """Whether the last loss is not finite, or the running mean and the median of the last three have risen by `DIVERGED`.
 
-    The median, as of three images a single mistake would raise the mean by as much.
+    The median is used because in batches of three images a single mistake would raise the mean by as much.
     """
     if losses and not math.isfinite(losses[-1][0]):
         return True

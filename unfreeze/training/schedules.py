@@ -16,7 +16,7 @@ Factors = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Schedule:
-    """What the rate does.
+    """The learning rate of a training, and its cycles.
 
     Attributes:
         factors: (iterations,) factor on the top rate.
@@ -33,11 +33,11 @@ class Schedule:
 
 
 def cosine(iterations: int, warmup: float = 0.0) -> Factors:
-    """From 1 along half a cosine towards 0, which the iteration after the last would reach.
+    """Cosine annealing from 1 towards 0, which the iteration after the last would reach.
 
     Args:
         iterations: how many.
-        warmup: share of them in which the factor rises to 1 first, along half a cosine as well.
+        warmup: share of the iterations in which the factor first rises to 1, also along half a cosine.
     """
     rise = int(warmup * iterations)
     fall = iterations - rise
@@ -50,7 +50,7 @@ def one_cycle(iterations: int) -> Factors:
 
     The constants are those of `torch.optim.lr_scheduler.OneCycleLR`; momentum stays as it is.
     """
-    if iterations == 1:  # of which torch makes the floor
+    if iterations == 1:  # for which torch returns the floor
         return np.ones(1)
     low, floor = 1 / 25, 1 / 25 / 1e4
     peak = 0.3 * iterations - 1
@@ -81,16 +81,16 @@ SHAPES: dict[str, Callable[[int], Factors]] = {
 def make_schedule(
     name: str, cycles: int, cycle_len: int, cycle_mult: int, batches_per_epoch: int, warmup: float = 0.0
 ) -> Schedule:
-    """A schedule of cycles, each in the shape of the name, restarting at the top.
+    """A schedule of cycles, each with the shape ``name`` and starting again at the top rate.
 
     With ``sgdr`` this is stochastic gradient descent with warm restarts (Loshchilov and Hutter, 2017): cosine annealing
-    per batch. With a warm-up, it is the one-cycle policy's shape, again and again.
+    per batch. With a warm-up, each cycle has the shape of the one-cycle policy.
 
     Args:
         name: sgdr, one_cycle, step or constant.
         cycles: number of cycles.
         cycle_len: epochs of the first cycle.
-        cycle_mult: how many times as long each next cycle is.
+        cycle_mult: factor by which each next cycle is longer.
         batches_per_epoch: iterations in an epoch.
         warmup: share of each cycle in which the rate rises to its top; only for ``sgdr``.
     """

@@ -21,7 +21,7 @@ State = dict[str, torch.Tensor]
 def preserved(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Restore everything that training changes when the block ends, also when it ends with an exception.
 
-    That is: parameters and buffers (BatchNorm statistics among them), what of them trains, gradients, the optimizer's
+    That is: parameters and buffers (including BatchNorm statistics), ``requires_grad``, gradients, the optimizer's
     state and rates, training or eval mode of every module, and the random state of Python, NumPy and torch on every
     device.
 

@@ -34,7 +34,7 @@ def batch_loss(model: nn.Module, batch: Batch, loss: nn.Module) -> torch.Tensor:
 def train_batch(
     model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, loss: nn.Module, scaler: Any = None
 ) -> torch.Tensor:
-    """One step of the optimizer; returns the batch's loss, still on the device. ``scaler``: of `grad_scaler`, if enabled."""
+    """One step of the optimizer; returns the batch's loss, on the device. ``scaler``: a `grad_scaler`, if enabled."""
     value = batch_loss(model, batch, loss)
     optimizer.zero_grad(set_to_none=True)
     if scaler is None:
@@ -48,14 +48,14 @@ def train_batch(
 
 
 class TrainStep:
-    """`train_batch` for one model and optimizer; on a GPU as a CUDA graph, if that gives the same bits as without one.
+    """`train_batch` for one model and optimizer; on a GPU as a CUDA graph, if its results are the same bit for bit.
 
-    While it is in use, tensors of the model and of the optimizer may be changed in place, but not replaced. Which
-    parameters train, and the modules' modes, must not change.
+    While it is in use, tensors of the model and of the optimizer may be changed in place, but not replaced. The
+    trainable parameters and the modules' modes must stay the same.
 
     Attributes:
-        scaler: scales the gradients if the device computes in float16; its state belongs to a checkpoint. With it there is
-            no CUDA graph: whether the optimizer skips a step depends on the gradients.
+        scaler: scales the gradients if the device computes in float16; its state belongs to a checkpoint. With it there
+            is no CUDA graph: whether the optimizer skips a step depends on the gradients.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: nn.Module) -> None:
@@ -78,7 +78,7 @@ class TrainStep:
 def record(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, loss: nn.Module) -> "GraphedStep | None":
     """Record a training step, and compare it with a step that is not recorded.
 
-    Weights, optimizer and random state are as before afterwards.
+    Weights, optimizer and random state are restored afterwards.
 
     Returns:
         The recorded step; None if the model cannot be recorded, or if a replay gives another result.
@@ -97,15 +97,15 @@ def record(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, los
         expected = deterministically(lambda: bits(eager))
         graph = GraphedStep(model, optimizer, batch, loss)
         if not all(torch.equal(a, b) for a, b in zip(bits(graph), expected, strict=True)):
-            raise RuntimeError("the recorded step computes something else.")
+            raise RuntimeError("the recorded step gives another result.")
         return graph
     except RuntimeError as error:  # an operation that cannot be recorded, or no memory
         logger.info("Training without a CUDA graph: %s", (str(error) or type(error).__name__).splitlines()[0])
-        torch.cuda.set_stream(stream)  # a capture that failed leaves its own
+        torch.cuda.set_stream(stream)  # a failed capture leaves its own stream set
         _end_capture()
         return None
     finally:
-        torch.cuda.empty_cache()  # of the steps that were not recorded
+        torch.cuda.empty_cache()  # free the memory of the steps that were not recorded
 
 
 def _end_capture() -> None:
@@ -122,16 +122,16 @@ class GraphedStep:
     """`train_batch` for one model, optimizer and shape of batch, recorded as a CUDA graph."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, loss: nn.Module) -> None:
-        """Record the step; weights, optimizer and random state are as before afterwards.
+        """Record the step; weights, optimizer and random state are restored afterwards.
 
         Args:
             model: on a GPU, in training mode.
             optimizer: of `make_optimizer`, over the parameters that train.
-            batch: inputs and class numbers, of the shape of all batches to come.
+            batch: inputs and class numbers, of the shape of all later batches.
             loss: of logits (B, classes) and class numbers (B,).
 
         Raises:
-            RuntimeError: the model does something that cannot be recorded, such as looking at a value on the GPU.
+            RuntimeError: the model does something that cannot be recorded, such as reading a value from the GPU.
         """
         self._inputs, self._labels = (tensor.clone() for tensor in batch)
         static = self._inputs, self._labels
@@ -141,7 +141,7 @@ class GraphedStep:
             for _ in range(WARM_UP):
                 train_batch(model, optimizer, static, loss)
         torch.cuda.current_stream().wait_stream(stream)
-        optimizer.zero_grad(set_to_none=True)  # the graph's gradients are to lie in the graph's own memory
+        optimizer.zero_grad(set_to_none=True)  # the gradients must be allocated in the graph's own memory
         torch.cuda.empty_cache()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):

@@ -22,7 +22,7 @@ def test_a_version_is_compared_with_the_one_before(tmp_path: Path, monkeypatch: 
         made = client.create_model_version("photos", f"runs:/{run}/model", run)
         return compare_with_the_one_before("photos", int(made.version))
 
-    assert version("a", retrain__test_tta_accuracy=0.9).endswith("none before it to compare it with.")
+    assert version("a", retrain__test_tta_accuracy=0.9).endswith("no earlier version to compare it with.")
     assert version("a", retrain__test_tta_accuracy=0.95) == (
         "Version 2 of photos is better than version 1: 0.9500 of the test images right, 0.9000 before."
     )

@@ -146,7 +146,7 @@ def test_a_run_that_the_database_refuses_holds_up_no_other(head: dict[str, Any])
         )
     ended(head | {"name": "n" * 251}, "parent")
     ended(head | {"pass": "b"}, "child", "parent")
-    with pytest.raises(sender.Unreachable, match="does not take the run 'nnn.*its records are kept in"):
+    with pytest.raises(sender.Unreachable, match="does not accept the run 'nnn.*its records are kept in"):
         list(sender.send(client))
     assert statuses(client) == ["FINISHED"] * 2 and len(waiting()) == 1
     own = Journal(head | {"pass": "c"})
@@ -283,7 +283,7 @@ def test_no_model_is_logged_to_a_run_that_another_worker_has_taken(
     tracker = Tracker("register", {"data.source": "photos", "backbone.name": "timm:a", "data.image_size": 32}, {})
     parent = tracker.parent()
     sender.client().set_tag(parent, "unfreeze.owner", "2@next")
-    with pytest.raises(UserError, match="Another worker has taken this run"):
+    with pytest.raises(UserError, match="Another worker has taken over this run"):
         tracker.parent()
     tracker.close("KILLED", {}, 0.0)
     assert sender.client().get_run(parent).info.status == "RUNNING"

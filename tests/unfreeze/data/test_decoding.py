@@ -82,7 +82,7 @@ def test_transparency_that_hides_all_of_a_picture_does_not_count(edge: int, opac
     values[edge : 40 - edge, edge : 60 - edge, 3] = opacity
     image = decode(encoded(Image.fromarray(values), "PNG"), 100)[1]
     np.testing.assert_array_equal(image, values[..., :3])
-    assert image.info["remark"] == "transparent all over: its colours are shown, as if it were opaque"
+    assert image.info["remark"] == "completely transparent: shown as if opaque"
 
 
 def test_what_a_file_says_of_itself_is_not_taken_for_our_remark() -> None:

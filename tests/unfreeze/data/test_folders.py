@@ -216,7 +216,7 @@ def test_exclude_of_rows_of_a_csv_file(tmp_path: Path) -> None:
 
 def test_a_pattern_that_leaves_nothing_out_is_said(tmp_path: Path) -> None:
     said = notes(layout(tmp_path, "cat", "dog"), "0.jpg, masks, *.jgp")
-    assert said == "data.exclude leaves nothing out by 'masks', '*.jgp': it takes names or paths of files and folders."
+    assert said == "data.exclude: nothing matches 'masks', '*.jgp'; patterns are names or paths of files and folders."
 
 
 def test_patterns_may_be_in_brackets() -> None:
@@ -254,7 +254,9 @@ def test_classes_with_fewer_images_are_left_out_and_listed(tmp_path: Path, least
 
 def test_min_images_that_leaves_too_little(tmp_path: Path) -> None:
     layout(tmp_path, "a/1.png", "a/2.png", "b/1.png")
-    with pytest.raises(UserError, match=r"two classes or more. Classes with fewer than 2 images, left out .*'b'"):
+    with pytest.raises(
+        UserError, match=r"at least two classes are needed. Classes with fewer than 2 images, left out .*'b'"
+    ):
         read_source(str(tmp_path), min_images=2)
     with pytest.raises(UserError, match=r"data.min_images: no class of .* has 3 images; the largest has 2"):
         read_source(str(tmp_path), min_images=3)

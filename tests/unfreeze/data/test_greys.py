@@ -142,6 +142,6 @@ def test_a_few_odd_pixels_that_take_the_range_are_told(tmp_path: Path) -> None:
     spoilt = packed(source, max_broken=0.3)
     assert explore._levels(fine.greys) > explore.FEW_LEVELS
     report = explore.explore_report(spoilt, spoilt.table, find_duplicates(spoilt), "slices")
-    assert "set data.grey_range to [low, high] of what matters" in report
+    assert "set data.grey_range to [low, high] of the relevant values" in report
     assert "histogram of the greys" in report
     assert "24 is shown as black and 65535 as white" in report

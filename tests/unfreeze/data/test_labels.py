@@ -21,7 +21,7 @@ from unfreeze.data.sources import read_source
 )  # fmt: skip
 def test_look_alikes(labels: list[str], how: str) -> None:
     [said] = look_alikes([*labels, "other", "1e5", "x1", *labels])
-    assert f"which differ only {'' if how.startswith('as') else 'in '}{how}: " in said
+    assert f"their names differ only {'' if how.startswith('as') else 'in '}{how}: " in said
     assert all(repr(label) in said for label in labels) and "other" not in said
 
 

@@ -187,7 +187,7 @@ def test_not_a_mapping(content: object) -> None:
         ("seed:\n\t- 1", "line 2 is not valid YAML"),
         (
             "data:\n<<<<<<< HEAD\n  valid: 0.1\n=======\n  valid: 0.2\n>>>>>>> other\n",
-            "line 2 is not valid YAML: a merge's conflict",
+            "line 2 is not valid YAML: an unresolved merge conflict",
         ),
         ("seed: 1\n---\nseed: 2\n", "line 2 is not valid YAML"),
         (
