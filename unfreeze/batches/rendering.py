@@ -67,7 +67,7 @@ class BatchPixels:
 
     Attributes:
         values: (P, 3) uint8, of several images.
-        first: (B,) index in `values` of the first pixel of each view's image.
+        first: (B,) index in `values` of the first pixel that it has of each view's image.
         width: (B,) number of pixels in a row of that image in `values`.
         origin: (B, 2) column and row of that first pixel in the image.
     """

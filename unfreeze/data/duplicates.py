@@ -18,9 +18,9 @@ DIFFERENCE = 4.0
 SMALL = 32
 """Side in pixels at which images are compared."""
 COPIES = 20
-"""Largest number of copies that an image is paired with: a thousand copies would make half a million pairs."""
+"""Largest number of following copies that an image is paired with: all pairs of a thousand would be half a million."""
 REACH = 2000
-"""Largest number of images with the same part of the hash that an image is compared with."""
+"""Largest number of following images with the same part of the hash that an image is compared with."""
 TOGETHER = 4096
 """Pairs whose pixels are compared at once."""
 

@@ -84,7 +84,7 @@ def named(names: Iterable[str], most: int = 20) -> str:
 
 
 def split_of(name: str) -> str:
-    """The split that a folder name stands for: train, valid or test; empty if it names no split, or has other words.
+    """The split that a name stands for: train, valid or test; empty if it names none or several, or has other words.
 
     Case, digits, punctuation and the words in `FILLERS` are ignored: ``Train``, ``train2017``, ``seg_train``,
     ``TrainSet``.

@@ -82,7 +82,7 @@ class PackedImages:
 
     @property
     def grey_range(self) -> GreyRange | None:
-        """Values of black and white for greys of more than 8 bits; None if no image has such greys."""
+        """Values of black and white for greys of more than 8 bits; None if `data.grey_range` is auto and none occur."""
         return None if self.greys is None else self.greys.range
 
     def crop(self, row: int, low: Pair, high: Pair, out: Pixels | None = None) -> Pixels:

@@ -36,7 +36,7 @@ def assign_splits(
         Names of splits, with the table's index.
 
     Raises:
-        UserError: a class has too few images for every split that is made, or none in the training split.
+        UserError: a class cannot be in every split that is made, or has no images in the training split.
     """
     stated = table["split"]
     given = set(stated) - {"", "train"}

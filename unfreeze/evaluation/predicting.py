@@ -197,7 +197,7 @@ def backbone_activations(backbone: Backbone, loader: Loader, first: int = 0) -> 
         first: number of the image to begin with, the first of its batch.
 
     Yields:
-        (B, F) in the order of the images; they do not depend on ``first``.
+        (B, F) in the order of the images; the activations of an image do not depend on ``first``.
     """
     rows = np.arange(len(loader.packed))
     [(whole, _)] = loader.plain(rows[: loader.wide])  # a full batch; the remaining ones may be smaller

@@ -81,7 +81,7 @@ SHAPES: dict[str, Callable[[int], Factors]] = {
 def make_schedule(
     name: str, cycles: int, cycle_len: int, cycle_mult: int, batches_per_epoch: int, warmup: float = 0.0
 ) -> Schedule:
-    """A schedule of cycles, each with the shape ``name`` and starting again at the top rate.
+    """A schedule of cycles, each with the shape ``name`` and the same top rate.
 
     With ``sgdr`` this is stochastic gradient descent with warm restarts (Loshchilov and Hutter, 2017): cosine annealing
     per batch. With a warm-up, each cycle has the shape of the one-cycle policy.
@@ -90,7 +90,7 @@ def make_schedule(
         name: sgdr, one_cycle, step or constant.
         cycles: number of cycles.
         cycle_len: epochs of the first cycle.
-        cycle_mult: factor by which each next cycle is longer.
+        cycle_mult: length of each next cycle, as a multiple of the one before.
         batches_per_epoch: iterations in an epoch.
         warmup: share of each cycle in which the rate rises to its top; only for ``sgdr``.
     """

@@ -50,8 +50,8 @@ def train_batch(
 class TrainStep:
     """`train_batch` for one model and optimizer; on a GPU as a CUDA graph, if its results are the same bit for bit.
 
-    While it is in use, tensors of the model and of the optimizer may be changed in place, but not replaced. The
-    trainable parameters and the modules' modes must stay the same.
+    While it is in use, tensors of the model and of the optimizer may be changed in place, but not replaced. Which
+    parameters are trainable, and the modules' modes, must not change.
 
     Attributes:
         scaler: scales the gradients if the device computes in float16; its state belongs to a checkpoint. With it there
