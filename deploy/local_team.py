@@ -81,7 +81,7 @@ def deploy(servers: Servers) -> None:
     """Run `make deploy`. Raises UserError if it fails."""
     log = servers.logs / "deploy.log"
     with log.open("ab") as file:
-        command = ["make", "--old-file", ".venv/.ready", "deploy"]  # in this process's environment
+        command = ["make", "--old-file", ".venv/.ready", "deploy"]  # --old-file: do not set up .venv again
         done = subprocess.run(command, env=servers.environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
     if done.returncode:
         raise UserError(f"`make deploy` failed: see {log}.")

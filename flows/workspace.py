@@ -128,7 +128,7 @@ def make(repository: str, commit: str, name: str) -> Path:
     if LOCK not in os.environ:  # set if this process was restarted in another environment
         file = hold(_lock(folder), shared=True)
         os.environ[LOCK] = str(os.dup(file.fileno()))
-        os.set_inheritable(int(os.environ[LOCK]), True)  # by the flow, which runs in this process
+        os.set_inheritable(int(os.environ[LOCK]), True)  # kept if `use_environment` restarts this process
     if not folder.exists():
         partial = folder.with_name(f".new-{name}-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)

@@ -17,7 +17,7 @@ def mask(text: str) -> str:
     """Mask credentials in a text.
 
     In addresses, user and password are masked, and query values that are named like a secret. Masked anywhere are the
-    values of environment variables that are named like a secret, and the passwords of addresses in them.
+    values of environment variables that are named like a secret, and the passwords of addresses in all variables.
     """
     text = _QUERY.sub(r"\1***", _CREDENTIALS.sub("***@", text))
     for value in _secrets():
