@@ -86,6 +86,14 @@ def test_an_epoch_holds_every_image_once_but_for_the_rest() -> None:
     assert len(shuffled(np.arange(3), 8, 0, 0)[0]) == 3
 
 
+def test_batches_without_gradients_are_larger_on_a_gpu_and_never_smaller_than_in_training() -> None:
+    packed = images(4)
+    assert Loader(packed, NORM, CPU, 8).wide == 16
+    for size, batch, expected in ((224, 32, 512), (160, 32, 1003), (1024, 32, 64), (224, 300, 600)):
+        loader = Loader(dataclasses.replace(packed, image_size=size), NORM, torch.device("cuda"), batch)
+        assert loader.wide == expected
+
+
 @pytest.mark.parametrize("first", [0, 16, 32])
 def test_activations_are_the_same_whatever_image_they_begin_with(first: int) -> None:
     loader = Loader(images(35), NORM, CPU, 8)
