@@ -248,11 +248,10 @@ def g_search(team: RealTeam) -> None:
         printed
     )
     # All combinations were tried, so that a search with one trial at a time would find the same.
-    best = min(parents, key=lambda run: run.data.metrics[wanted["metric"]])
     found = yaml.safe_load((team.checkout.folder / ".unfreeze/sweep" / name / "best.yaml").read_text())
-    assert {key: str(value) for key, value in flatten(found).items()} == {
-        key: best.data.params[key] for key in searched
-    }
+    chosen = tuple(str(value) for value in (flatten(found)[key] for key in searched))
+    losses = {tuple(run.data.params[key] for key in searched): run.data.metrics[wanted["metric"]] for run in parents}
+    assert losses[chosen] == min(losses.values())
 
 
 @case
