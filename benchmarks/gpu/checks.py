@@ -121,11 +121,11 @@ def frozen(scale: Scale, data: Path) -> list[Row]:
     images, rows = packed(64, scale.size), []
     for name in scale.networks:
         model, loader = classifier(name, scale.size, images, scale.batch)
-        [(batch, _)] = loader.plain(np.arange(loader.wide))
+        [(batch, _)] = loader.plain(np.arange(min(loader.wide, len(images))))
         network = model.backbone
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             expected = network(batch.float())
-            with mock.patch("unfreeze.acceleration.frozen.native_bf16", lambda device: False):
+            with mock.patch("unfreeze.acceleration.frozen.precision", lambda device: torch.float32):
                 whole = frozen_copy(network, batch)
             difference = _relative(whole(batch.float()), expected)
         with torch.no_grad(), autocast(batch.device):
