@@ -176,7 +176,7 @@ def process() -> ProcessPoolExecutor:
 
 
 def _prepare() -> None:
-    """Set up a process of the comparison: quiet, ending with the one that began it, and with its own processes forked.
+    """Set up a process of the comparison: hide warnings, end with the parent process, fork child processes.
 
     A spawned process would spawn too: fastai's workers would import all there is anew in every epoch, which took as long
     as the epoch. And what fastai's own use of torch is warned of is not for whoever reads the table.

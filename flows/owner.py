@@ -60,7 +60,7 @@ def stop_if_taken() -> None:
 
 
 def leave_to_another() -> None:
-    """Raises Abort if the flow is stopped but not cancelled: its worker has ended or stops, and another continues."""
+    """Raises Abort if the flow is stopped because its worker ends, not cancelled: another worker continues the run."""
     if _owned is None:
         return
     with contextlib.suppress(Exception), get_client(sync_client=True) as client:

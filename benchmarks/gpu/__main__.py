@@ -53,7 +53,7 @@ PARTS = {
     "recipe": Part("whole", 120, alone=True),
 }
 TOGETHER = 8
-"""Parts that are not timed run side by side."""
+"""Number of untimed parts run in parallel."""
 LEAST = 5.0
 """Least time left, in seconds, with which a part is started."""
 SLOWLY = 600.0

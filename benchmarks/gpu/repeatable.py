@@ -160,7 +160,7 @@ class _Ending(Loader):
 
 
 def _worked(scale: Scale, folder: Path | None, kill: int | None) -> dict[str, str]:
-    """Hashes of the results of all that can be killed, or that it was."""
+    """Hash of the result of each kind of work, or "killed" if it was killed."""
     name = scale.recipe.network
     return {
         work.__name__.strip("_"): _until_killed(work, scale, name, folder, kill)

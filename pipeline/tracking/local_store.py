@@ -38,7 +38,7 @@ FOLDER = re.compile(rf"(?P<workspace>.*)/{FILES}/(?P<place>[^/]+(?P<of_run>/(?:m
 
 
 def tracking_uri() -> str:
-    """MLflow's address for its client: a relative path of a database is relative to the workspace."""
+    """MLflow's tracking URI, with an SQLite database's path resolved against the workspace."""
     uri = os.environ["MLFLOW_TRACKING_URI"]
     return f"{SQLITE}{workspace() / uri.removeprefix(SQLITE)}" if uri.startswith(SQLITE) else uri
 

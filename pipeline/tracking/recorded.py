@@ -95,7 +95,7 @@ def _weights_digest(mlflow: Any, version: Any, folder: str) -> str | None:
 
 
 def prepare_experiment() -> None:
-    """Create the environment's experiment if it does not exist, so that its files are in this process's folder."""
+    """Create the environment's experiment if it is missing: its artifacts are then stored in this process's folder."""
     mlflow, name = client(), os.environ["MLFLOW_EXPERIMENT_NAME"]
     with reaching():
         if mlflow.get_experiment_by_name(name) is None:

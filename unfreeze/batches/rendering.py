@@ -38,7 +38,7 @@ def render_here(packed: PackedImages, views: Views, norm: Normalisation, dtype: 
     """Render a batch on the CPU: (B, 3, S, S) of type ``dtype``, channels last."""
     count, size = len(views), packed.image_size
     low, high = _rectangles(packed, views)
-    # Affine maps from output pixels to their rectangles: the steps, and the position of the first pixel.
+    # Affine map of each view from output pixels to its rectangle: linear part, position of the first pixel.
     corner = views.centre - views.linear.sum(2) * ((size - 1) / 2) - low
     maps = np.concatenate([views.linear, corner[:, :, None]], 2)
     pixels = np.empty((count, size, size, 3), np.uint8)

@@ -78,7 +78,7 @@ class BrokenImage(Exception):
 
 
 class UnknownGreyRange(BrokenImage):
-    """Greys of more than 8 bits whose values of black and white are not known."""
+    """A greyscale image of more than 8 bits with unknown values of black and white."""
 
     def __init__(self) -> None:
         super().__init__("greys of more than 8 bits, and no range of them is known (data.grey_range)")
