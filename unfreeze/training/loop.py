@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from unfreeze.batches.loader import Batch
+from unfreeze.device import grad_scaler
 from unfreeze.errors import UserError
 from unfreeze.evaluation.metrics import Scores
 from unfreeze.persistence.interruption import Interrupted
@@ -85,10 +86,12 @@ def make_optimizer(groups: list[dict[str, Any]], train: Train) -> torch.optim.Op
     Fused: one pass over all parameters instead of one per operation.
     """
     device = groups[0]["params"][0].device
-    graphs = device.type == "cuda"  # a CUDA graph reads rates and step counts from GPU memory
+    half = grad_scaler(device).is_enabled()
+    graphs = device.type == "cuda" and not half  # a CUDA graph reads rates and step counts from GPU memory
     groups = [group | {"lr": torch.zeros((), device=device) if graphs else 0.0} for group in groups]
     if train.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=train.weight_decay, fused=True)
+        # Not fused with a gradient scaler: if that skips the first step, fused SGD leaves its momentum uninitialized.
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=train.weight_decay, fused=not half)
     return torch.optim.AdamW(groups, lr=0.0, weight_decay=train.weight_decay, fused=True, capturable=graphs)
 
 

@@ -102,12 +102,16 @@ def test_gradients_too_small_for_float16_train_all_the_same() -> None:
 def test_a_step_whose_gradients_overflow_is_skipped_and_the_scale_is_halved(kind: str) -> None:
     model, optimizer, [batch, *_] = material("cpu", kind)
     step = TrainStep(model, optimizer, LOSS)
+    rubbish = [torch.full((size,), float("nan")) for size in (12, 12, 72, 108, 288, 432) for _ in range(50)]
+    del rubbish  # memory that an uninitialized tensor may get
     step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
     set_rate(optimizer, 1e-2)
     before = [p.detach().clone() for p in model.parameters()]
     step(batch)
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
     assert step.scaler.get_scale() == 2.0**29
+    momenta = [state.get("momentum_buffer") for state in optimizer.state.values()]
+    assert all(momentum is None or not momentum.any() for momentum in momenta)
     for _ in range(30):
         step(batch)
     assert not torch.equal(model[-1].weight, before[-2])
