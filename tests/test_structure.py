@@ -35,7 +35,8 @@ TELLING = (
 """What only tells people about a step, runs it, or carries its settings, which DVC compares by value: a change in it changes
 nothing that a step writes."""
 TEMPLATES = {
-    f"unfreeze/reports/{name}.py": f"unfreeze/reports/templates/{name}.html" for name in ("explore", "evaluate")
+    f"unfreeze/reports/{name}.py": f"unfreeze/reports/templates/{page}.html"
+    for name, page in (("html", "page"), ("explore", "explore"), ("evaluate", "evaluate"))
 }
 """What a module reads, beside what it imports."""
 REGISTERED = ("pipeline/tracking/registry.py", "pipeline/tracking/served_model.py")

@@ -31,9 +31,8 @@ def test_a_run_is_called_by_what_differs_from_the_commit(checkout: Path) -> None
     assert title(changed) == "photos · resnet18 · 224 px · seed=7"
     many = {f"train.knob_{i}": i for i in range(100)}
     for long in ({}, {"backbone.name": "timm:" + "x" * 300}, {"data.source": "/srv/" + "y" * 240}):
-        assert (
-            len(title(FLAT | many | long)) == LONGEST
-        )  # MLflow's PostgreSQL refuses names of more than 250 characters
+        assert len(title(FLAT | many | long)) == LONGEST
+    assert len(f"{'x' * LONGEST} · 27 Nov 23:59") <= 250  # of more characters MLflow's PostgreSQL takes none
 
 
 def test_settings_make_no_code_changed_and_a_new_module_does(checkout: Path) -> None:

@@ -26,14 +26,9 @@ def test_mlflow_gets_at_most_a_thousand_points_of_a_curve(
     tracker = Tracker("train_full", settings, {})
     run = Run("train_full", tracker, "key", CheckpointSettings(60, None, "none"), Interruption())
     report = callbacks(run, EPOCHS, batches).batches
-    for start in range(0, EPOCHS * batches, 10):
-        report(
-            [
-                {"iteration": float(i), "rate": 1e-3, "loss": 1.0}
-                for i in range(start, start + 10)
-                if i < EPOCHS * batches
-            ]
-        )
+    rows = [{"iteration": float(i), "rate": 1e-3, "loss": 1.0} for i in range(EPOCHS * batches)]
+    for start in range(0, len(rows), 10):
+        report(rows[start : start + 10])
     tracker.close("FINISHED", {}, 0.0)
     client = sender.client()
     (child,) = client.search_runs(

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from unfreeze.batches.rendering import (
     BatchPixels,
     Normalisation,
+    find_pixels,
     gather_canvas,
     read_pixels,
     render,
@@ -111,19 +112,15 @@ class Loader:
             for views in batches:
                 yield views, render_here(self.packed, views, self.norm, precision(self.device))
             return
-        found = map(self._on_card, batches) if self.on_card is not None else in_order(self._read, batches, 1, READERS)
+        values = self.on_card
+        found: Iterator[tuple[Views, BatchPixels]]
+        if values is None:
+            found = in_order(lambda views: (views, read_pixels(self.packed, views)), batches, 1, READERS)
+        else:
+            found = ((views, find_pixels(values, self.packed, views)) for views in batches)
         for views, pixels in found:
             canvas, sizes = gather_canvas(pixels, self.packed, views, self.device), self.packed.sizes[views.rows]
             yield views, render(canvas, views, sizes, self.packed.image_size, self.norm, self.device)
-
-    def _on_card(self, views: Views) -> tuple[Views, BatchPixels]:
-        assert self.on_card is not None
-        origin = np.zeros((len(views), 2), np.int64)
-        first, width = self.packed.offsets[views.rows] // 3, self.packed.sizes[views.rows, 0]
-        return views, BatchPixels(self.on_card, first, width, origin)
-
-    def _read(self, views: Views) -> tuple[Views, BatchPixels]:
-        return views, read_pixels(self.packed, views)
 
 
 def _contiguous(packed: PackedImages) -> bool:

@@ -107,6 +107,12 @@ def read_pixels(packed: PackedImages, views: Views) -> BatchPixels:
     return BatchPixels(values, (ends - width * height)[image], width[image], low[image])
 
 
+def find_pixels(values: torch.Tensor, packed: PackedImages, views: Views) -> BatchPixels:
+    """The same if ``values`` (P, 3) holds the pixels of all images, which follow one another."""
+    first, width = packed.offsets[views.rows] // 3, packed.sizes[views.rows, 0]
+    return BatchPixels(values, first, width, np.zeros((len(views), 2), np.int64))
+
+
 def gather_canvas(pixels: BatchPixels, packed: PackedImages, views: Views, device: torch.device) -> Canvas:
     """Gather each view's rectangle on the device; beyond the rectangle the image's edge is repeated."""
     low, high = _rectangles(packed, views)

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from unfreeze.data.packed import PackedImages
 from unfreeze.evaluation.calibration import fit_temperature
-from unfreeze.evaluation.metrics import measure
+from unfreeze.evaluation.metrics import expected_calibration_error, measure, score
 from unfreeze.evaluation.predicting import Probabilities, ViewPredictions
 
 
@@ -56,6 +56,6 @@ def evaluate_split(
     metrics: dict[str, float] = {}
     for prefix, probabilities in (("", plain), ("tta_", tta), ("baseline_", baseline)):
         metrics |= {f"{prefix}{name}": value for name, value in measure(labels, probabilities).items()}
-    before = measure(labels, found.plain)
-    metrics |= {f"uncalibrated_{name}": before[name] for name in ("log_loss", "ece")}
+    metrics["uncalibrated_log_loss"] = score(found.plain, labels).loss
+    metrics["uncalibrated_ece"] = expected_calibration_error(found.plain, labels)
     return Evaluation(Predictions(rows, plain, tta, found.plain), metrics, temperature)

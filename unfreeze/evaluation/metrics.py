@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 Labels = NDArray[np.int64]
 BINS = 15
 """Bins of equal width that confidence is divided into, as in Guo et al. (2017)."""
+DRAWS = 200
+"""Sets of labels that are drawn to estimate the calibration error by chance."""
 
 
 def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
@@ -68,10 +70,9 @@ def reliability(probabilities: NDArray[Any], labels: Labels, bins: int = BINS) -
         the 95 % interval of the accuracy.
     """
     confidence = probabilities.max(1).astype(float)
-    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
     right = probabilities.argmax(1) == labels
     table = pd.DataFrame({"confidence": confidence, "accuracy": right.astype(float), "images": 1})
-    table = table.groupby(bin_of).agg({"confidence": "mean", "accuracy": "mean", "images": "sum"})
+    table = table.groupby(_bin_of(confidence, bins)).agg({"confidence": "mean", "accuracy": "mean", "images": "sum"})
     correct = (table["accuracy"] * table["images"]).round()
     bounds = [accuracy_interval(int(some), int(all_)) for some, all_ in zip(correct, table["images"], strict=True)]
     table[["low", "high"]] = bounds
@@ -80,23 +81,28 @@ def reliability(probabilities: NDArray[Any], labels: Labels, bins: int = BINS) -
 
 def expected_calibration_error(probabilities: NDArray[Any], labels: Labels, bins: int = BINS) -> float:
     """Mean absolute difference of confidence and accuracy in the bins of `reliability`, weighted by images, 0 to 1."""
-    table = reliability(probabilities, labels, bins)
-    return float(((table["confidence"] - table["accuracy"]).abs() * table["images"]).sum() / len(labels))
+    return _calibration_error(probabilities.max(1).astype(float), probabilities.argmax(1) == labels, bins)
 
 
-def calibration_error_by_chance(probabilities: NDArray[Any], bins: int = BINS, draws: int = 200) -> float:
+def calibration_error_by_chance(probabilities: NDArray[Any]) -> float:
     """The expected calibration error that these probabilities (N, C) would have if they were perfectly calibrated.
 
     The fewer images are in a bin, the further its accuracy is from its confidence by chance. This is the mean over labels
     drawn from the probabilities themselves (Bröcker and Smith, Increasing the Reliability of Reliability Diagrams,
     2007).
     """
-    confidence = probabilities.max(1).astype(float)
-    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
-    generator = np.random.default_rng(0)
-    differences = ((generator.random(len(confidence)) < confidence) - confidence for _ in range(draws))
-    errors = [np.abs(np.bincount(bin_of, difference)).sum() for difference in differences]
-    return float(np.mean(errors) / len(confidence))
+    confidence, generator = probabilities.max(1).astype(float), np.random.default_rng(0)
+    draws = (generator.random(len(confidence)) < confidence for _ in range(DRAWS))
+    return float(np.mean([_calibration_error(confidence, right, BINS) for right in draws]))
+
+
+def _calibration_error(confidence: NDArray[np.float64], right: NDArray[np.bool_], bins: int) -> float:
+    differences = np.bincount(_bin_of(confidence, bins), right - confidence)
+    return float(np.abs(differences).sum() / len(confidence))
+
+
+def _bin_of(confidence: NDArray[np.float64], bins: int) -> NDArray[np.int64]:
+    return np.minimum((confidence * bins).astype(np.int64), bins - 1)
 
 
 def confusion(labels: Labels, predicted: Labels, classes: int) -> Labels:

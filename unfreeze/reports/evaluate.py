@@ -19,7 +19,7 @@ from unfreeze.evaluation.metrics import (
     reliability,
 )
 from unfreeze.evaluation.model_choice import Candidate
-from unfreeze.reports.html import render
+from unfreeze.reports.html import MANY_ROWS, render
 from unfreeze.reports.plots import (
     confusion_plot,
     histories_plot,
@@ -44,8 +44,6 @@ GALLERIES = {
     "most_right": ("Most right", "Sure, and right."),
 }
 SHOWN, SHOWN_WEAKEST, SHOWN_BINS = 12, 10, 10
-MANY_CLASSES = 20
-"""With more classes, the table of all classes is folded (`folded` in page.html), and the weakest ones are shown."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,7 @@ def _confusion(packed: PackedImages, judged: Predictions) -> dict[str, Any]:
         "figure": confusion_plot(matrix, packed.classes),
         "pairs": list(most_confused(matrix, packed.classes).head(15).itertuples(index=False, name=None)),
         "classes": classes,
-        "weakest": weakest if len(classes) > MANY_CLASSES else [],
+        "weakest": weakest if len(classes) > MANY_ROWS else [],
     }
 
 

@@ -14,6 +14,9 @@ from PIL import Image
 
 from unfreeze.reports.plots import to_data_uri
 
+MANY_ROWS = 20
+"""A table with more rows is folded."""
+
 
 def render(template: str, **values: Any) -> str:
     """The page of a template in `unfreeze/reports/templates`, filled with values."""
@@ -25,6 +28,7 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         extensions=["jinja2.ext.do"],
     )
+    environment.globals["many_rows"] = MANY_ROWS
     environment.filters |= {"image_uri": image_uri, "figure_uri": to_data_uri}
     return environment.get_template(template).render(values)
 

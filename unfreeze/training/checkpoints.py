@@ -122,7 +122,7 @@ class Checkpoint:
             try:
                 tensors, numbers = _read(path, self.key)
                 progress = _restore(weights, optimizer, tensors, numbers)
-                if scaler is not None and scaler.is_enabled():
+                if scaler is not None:
                     scaler.load_state_dict(numbers["scaler"])
                 return progress
             except _Refused as refused:

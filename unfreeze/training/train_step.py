@@ -61,18 +61,17 @@ class TrainStep:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: nn.Module) -> None:
         self._model, self._optimizer, self._loss = model, optimizer, loss
         self._graph: GraphedStep | None = None
+        self._tried = False
         self.scaler = grad_scaler(next(model.parameters()).device)
-        self._tried = self.scaler.is_enabled()
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Train on a batch; returns its loss, on the device."""
-        if not self._tried and batch[0].is_cuda:
+        if not self._tried and batch[0].is_cuda and not self.scaler.is_enabled():
             self._tried = True
             self._graph = record(self._model, self._optimizer, batch, self._loss)
         if self._graph is not None and self._graph.fits(batch):
             return self._graph(batch)
-        scaler = self.scaler if self.scaler.is_enabled() else None
-        return train_batch(self._model, self._optimizer, batch, self._loss, scaler)
+        return train_batch(self._model, self._optimizer, batch, self._loss, self.scaler)
 
 
 def record(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, loss: nn.Module) -> "GraphedStep | None":

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tests.devices import NEEDS_A_GPU
 from unfreeze.batches import rendering
-from unfreeze.batches.rendering import BatchPixels, Normalisation, gather_canvas, read_pixels, render, render_here
+from unfreeze.batches.rendering import Normalisation, find_pixels, gather_canvas, read_pixels, render, render_here
 from unfreeze.batches.views import DIHEDRAL, Views, joined, plain_views, random_views
 from unfreeze.data.packed import PackedImages
 from unfreeze.evaluation.predictor import packed_in_memory
@@ -45,9 +45,8 @@ def gathered(packed: PackedImages, views: Views, norm: Normalisation, device: to
     """As where all packed pixels are on the device already."""
     pixels = np.empty(int(packed.sizes.prod(1).sum()) * 3, np.uint8)
     packed.read(0, pixels)
-    first, width = packed.offsets[views.rows] // 3, packed.sizes[views.rows, 0]
-    all_ = BatchPixels(torch.from_numpy(pixels).view(-1, 3).to(device), first, width, np.zeros((len(views), 2), int))
-    canvas = gather_canvas(all_, packed, views, device)
+    found = find_pixels(torch.from_numpy(pixels).view(-1, 3).to(device), packed, views)
+    canvas = gather_canvas(found, packed, views, device)
     return render(canvas, views, packed.sizes[views.rows], packed.image_size, norm, device)
 
 

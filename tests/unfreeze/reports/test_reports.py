@@ -146,6 +146,7 @@ def test_evaluation_of_many_classes(count: int) -> None:
     assert all(name in reader.text for name in names)
     assert f"{metrics['test_tta_accuracy']:.1%}" in reader.text
     assert f"{metrics['test_baseline_accuracy']:.1%}" in reader.text
+    assert f"{metrics['test_tta_log_loss']:.4f}" in reader.text
     assert "<b>why</b>" in reader.text
     assert "the temperature 1.37" in reader.text
     assert (
