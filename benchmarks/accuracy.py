@@ -1,30 +1,31 @@
 """Accuracy on several sets of images: the recipe as shipped, fastai, the plain script, and logistic regression.
 
 python -m benchmarks.accuracy --set trash=../photos/trash --set "digits=../photos/digits augment.flip=none"
+python -m benchmarks.accuracy --set trash=../photos/trash --jobs 14    # on a GPU: many runs at the same time
 
 Network, images, split, batch size and image size are the same for all; fastai and the plain script train for the
 recipe's largest number of epochs. Every run has a process of its own, and its result is saved at once: a second call
-runs what is missing, and the table has all results that there are.
+runs what is missing, and the table has all results that there are. With ``--jobs`` above 1 the seconds of a run say little.
 """
 
 import argparse
 import dataclasses
 import json
-import platform
 import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
-
 from benchmarks import ours, peer, plain
-from benchmarks.compare import process
+from benchmarks.compare import machine, process
 from benchmarks.work import ROOT, Work, changed_settings, make_work
 from unfreeze.evaluation.baseline import baseline_probabilities, fit_baseline
 from unfreeze.evaluation.metrics import measure
 from unfreeze.settings.overrides import read_overrides
 
+Row = dict[str, Any]
+"""A run: ``set``, ``size``, ``method``, ``seed``, its scores, and where it ran."""
 NAMES = {
     "recipe": "unfreeze",
     "fastai": "fastai",
@@ -41,28 +42,45 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--image-size", type=int, default=160)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "accuracy.json")
     chosen = parser.parse_args()
-    rows: list[dict[str, Any]] = json.loads(chosen.out.read_text()) if chosen.out.exists() else []
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in range(chosen.seeds):  # a table of one seed is there soon
-            for text in chosen.sets:
-                name, _, rest = text.partition("=")
-                source, *changes = rest.split()
-                changes = [*(read_overrides(chosen.settings) if chosen.settings else []), *changes]
-                changes += [f"data.source={source}", f"data.image_size={chosen.image_size}"]
-                work = None
-                for method in chosen.methods:
-                    key = {"set": name, "size": chosen.image_size, "method": method, "seed": seed}
-                    if any(key.items() <= row.items() for row in rows) or (method == "logistic regression" and seed):
-                        continue
-                    work = work or _work(Path(folder) / name, changes)
-                    with process() as side:
-                        found = side.submit(run, method, work, seed).result()
-                    rows.append({**key, **found, "threads": torch.get_num_threads(), "machine": platform.machine()})
-                    chosen.out.write_text(json.dumps(rows, indent=1) + "\n")
-                    print(f"{name}, {method}, seed {seed}: {_shown(found)}", flush=True)
+    rows: list[Row] = json.loads(chosen.out.read_text()) if chosen.out.exists() else []
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(chosen.jobs) as pool:
+        wanted = [
+            (text, {"set": text.partition("=")[0], "size": chosen.image_size, "method": method, "seed": seed})
+            for seed in range(chosen.seeds)  # a table of one seed is there soon
+            for text in chosen.sets
+            for method in chosen.methods
+            if method != "logistic regression" or not seed
+        ]
+        missing = [(text, key) for text, key in wanted if not any(key.items() <= row.items() for row in rows)]
+        works = {
+            text: pool.submit(_work, Path(folder) / text.partition("=")[0], _changes(text, chosen))
+            for text in dict.fromkeys(text for text, _ in missing)
+        }
+
+        def run_apart(text: str, key: Row) -> Row:
+            with process() as side:
+                found = side.submit(run, key["method"], works[text].result(), key["seed"]).result()
+            return {**key, **found, "jobs": chosen.jobs, "machine": machine()}
+
+        for done in as_completed([pool.submit(run_apart, *one) for one in missing]):
+            try:
+                rows.append(row := done.result())
+            except Exception as error:  # the other runs go on
+                print(f"failed: {error!r}", flush=True)
+                continue
+            chosen.out.write_text(json.dumps(rows, indent=1) + "\n")
+            print(f"{row['set']}, {row['method']}, seed {row['seed']}: {_shown(row)}", flush=True)
     print("\n".join(table([row for row in rows if row["size"] == chosen.image_size])))
+
+
+def _changes(text: str, chosen: argparse.Namespace) -> list[str]:
+    """Changes to `params.yaml` for a set: those of the settings' file, then the set's own."""
+    source, *changes = text.partition("=")[2].split()
+    of_file = read_overrides(chosen.settings) if chosen.settings else []
+    return [*of_file, *changes, f"data.source={source}", f"data.image_size={chosen.image_size}"]
 
 
 def run(method: str, work: Work, seed: int) -> dict[str, float]:

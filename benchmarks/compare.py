@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import platform
 import subprocess
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from statistics import median
 from typing import Any
 
 import psutil
+import torch
 
 from benchmarks import ceilings, ours, peer
 from benchmarks.work import Work, with_epochs
@@ -119,16 +121,9 @@ def accuracy(work: Work, seeds: int, say: Callable[[str], None]) -> dict[str, An
 def about(work: Work) -> dict[str, Any]:
     """What was measured, and with what."""
     import importlib.metadata
-    import platform
-
-    import torch
 
     installed = {package.name: package.version for package in importlib.metadata.distributions()}
     packages = {name: installed.get(name) for name in ("torch", "torchvision", "timm", "fastai")}
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    described = Path("/proc/cpuinfo")
-    lines = described.read_text().splitlines() if described.exists() else []
-    processor = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
     settings = dataclasses.asdict(work.settings)
     settings["data"]["source"] = Path(work.source).name  # where it lies is nobody's business
     packed = open_packed(work.folder)
@@ -139,8 +134,18 @@ def about(work: Work) -> dict[str, Any]:
         "fastai_workers": work.workers,
         "packages": packages,
         "code": _revision(),
-        "machine": cuda or f"{processor or platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": machine(),
     }
+
+
+def machine() -> str:
+    """The GPU that computes, or the processor and its threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text().splitlines() if described.exists() else []
+    processor = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
+    return f"{processor or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def _revision() -> str | None:

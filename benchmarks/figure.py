@@ -34,8 +34,8 @@ def draw(results: Path, path: Path) -> None:
     A row for each case, a point for each comparison that has it: coloured by network and size, shaped by the images.
     """
     read = {file.stem: json.loads(file.read_text()) for file in sorted(results.glob("*.json"))}
-    found = [result for name, result in read.items() if {"speed", "shares", "accuracy"} & set(result)
-             and name == result_name(_settings(result))]  # fmt: skip
+    found = [result for name, result in read.items() if isinstance(result, dict)
+             and {"speed", "shares", "accuracy"} & set(result) and name == result_name(_settings(result))]  # fmt: skip
     if not found:
         return
     colours = dict(zip(sorted({_network(result) for result in found}), COLOURS, strict=False))

@@ -49,17 +49,23 @@ def ceilings(scale: Scale, data: Path) -> Iterator[Row]:
     """Images per second of the network alone on one batch that is there already, by the way it is run."""
     ways: list[tuple[str, bool]] = [("eager", True)]
     if torch.cuda.is_available():
-        ways += [("eager", False), ("graph", True), ("graph", False)]
+        ways += [("graph", True), (COMPILED, False), ("eager", False), ("graph", False)]
     whats = [
         (speed, kind, batch, way, deterministic)
         for speed in reversed(scale.speeds)
         for kind in (_training, _inference)
         for batch in sorted({*scale.batches, speed.batch})
         for way, deterministic in ways
+        if way != COMPILED or batch == speed.batch  # compiling takes long
     ]
-    whats.sort(key=lambda what: what[2] != what[0].batch)  # first what the recipe's functions are held against
-    if torch.cuda.is_available():  # last, as it takes longest
-        whats += [(s, kind, s.batch, COMPILED, False) for s in scale.speeds for kind in (_training, _inference)]
+
+    def rank(what: tuple[Speed, Any, int, str, bool]) -> tuple[bool, bool, bool]:
+        """First what the recipe's functions are held against: inference is in the largest batches."""
+        speed, kind, batch, way, deterministic = what
+        compared = batch == speed.batch or (kind is _inference and batch == max(scale.batches))
+        return not compared, way == COMPILED, not deterministic
+
+    whats.sort(key=rank)
     for speed, kind, batch, way, deterministic in whats:
         how = "deterministic" if deterministic else "free"
         what = f"{kind.__name__[1:]} {speed.network} batch {batch} {way}, {how}"
@@ -155,7 +161,7 @@ def _seconds(run: Run, least: float) -> float:
 
 def ours(scale: Scale, data: Path) -> Iterator[Row]:
     """Images per second of the recipe's functions, from packed images on the disk; the first epoch of each does not count."""
-    for speed in scale.speeds:
+    for speed in reversed(scale.speeds):
         seed_everything(0)
         name = f"{speed.network} batch {speed.batch}"
         model, loader = _few(data, speed)

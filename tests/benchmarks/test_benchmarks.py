@@ -151,5 +151,6 @@ def test_a_figure_of_what_was_found(tmp_path: Path) -> None:
     assert all(png.startswith(b"\x89PNG") for png in drawn) and len(set(drawn)) == 3
     assert drawn[-1] == drawn[-2]
     (tmp_path / "memory.json").write_text(json.dumps({"growth_mb": 3}))  # nothing of the figure's
+    (tmp_path / "accuracy.json").write_text(json.dumps([{"set": "pets", "method": "recipe"}]))
     figure.draw(tmp_path, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes() == drawn[-1]
