@@ -151,23 +151,23 @@ def fit_augmented(
 ) -> History:
     """Train the head on augmented images through the frozen backbone. Arguments as for `fit_head`.
 
-    The backbone runs as inference, on two batches at a time, and on the validation images only once.
+    The backbone runs as inference, on as many batches at a time as fit into a wide one (`Loader.wide`), and on the
+    validation images only once.
     """
     freeze_to(model, HEAD)
     loader, seed, head = data.loader, derive_seed(data.seed, "train_augmented"), model.head
     size, schedule = loader.batch_size, _schedule(settings, data)
-    frozen = frozen_copy(
-        model.backbone, _example(loader, data.train, min(2, batches_per_epoch(len(data.train), size)) * size)
-    )
+    together = min(loader.wide // size, batches_per_epoch(len(data.train), size))
+    frozen = frozen_copy(model.backbone, _example(loader, data.train, together * size))
     valid: list[Batch] = []
 
     def batches(epoch: int, first: int) -> Iterator[Batch]:
-        skipped = first % 2  # so that the same two batches are paired, whichever is the first
-        pairs = data.augmented(train, seed, epoch, first - skipped, together=2)
-        halves = (
-            batch for x, y in infer(frozen, pairs, frozen) for batch in zip(x.split(size), y.split(size), strict=True)
+        skipped = first % together  # so that the same batches are joined, whichever is the first
+        joined = data.augmented(train, seed, epoch, first - skipped, together)
+        parts = (
+            batch for x, y in infer(frozen, joined, frozen) for batch in zip(x.split(size), y.split(size), strict=True)
         )
-        return _tracked(islice(halves, skipped, None), schedule, epoch, first)
+        return _tracked(islice(parts, skipped, None), schedule, epoch, first)
 
     def validate() -> Scores:
         valid[:] = valid or infer(frozen, loader.plain(data.valid), frozen)

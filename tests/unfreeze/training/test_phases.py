@@ -75,11 +75,19 @@ def augmented(
 
 
 @DEVICES
-@pytest.mark.parametrize("kill_at", range(2 * BATCHES))
+@pytest.mark.parametrize(
+    "kill_at, together", [(kill_at, 2) for kill_at in range(2 * BATCHES)] + [(1, 3), (3, 3), (7, 4)]
+)
 def test_the_augmented_head_ends_the_same_whatever_batch_it_was_killed_at(
-    tmp_path: Path, settings: Settings, kill_at: int, device: torch.device
+    tmp_path: Path,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    kill_at: int,
+    together: int,
+    device: torch.device,
 ) -> None:
-    """Two batches go through the backbone together; the batch after the interruption may be the second of them."""
+    """Several batches go through the backbone together; the batch after the interruption may be any of them."""
+    monkeypatch.setattr(Loader, "wide", together * BATCH)
 
     def kill(rows: Any) -> None:
         if rows[-1]["iteration"] >= kill_at:
