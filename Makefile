@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# In a copied or moved folder, the environment still refers to the original folder and its code: remove it.
+# In a copied or moved folder, the environment still refers to the original folder and its code: remove the environment.
 ELSEWHERE := $(shell test ! -L $(VENV) && grep -s '^command = ' $(VENV)/pyvenv.cfg | grep -qvF '$(CURDIR)/$(VENV)' && echo remove-venv)
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -39,7 +39,7 @@ run: $(READY)  ## run the recipe as a Prefect flow; RUN="--settings settings/qui
 repro: $(READY)  ## run the recipe with DVC alone
 	dvc repro
 
-# Tests run in the order of the folders: the slow ones of tests/integration start early, the fast ones fill the remaining time.
+# Tests run in the order of the folders: slow tests (tests/integration) start early, fast tests fill the remaining time.
 test: $(READY)  ## run all tests except the long ones
 	pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
 
@@ -59,11 +59,11 @@ bench: $(READY)  ## compare with fastai and with this machine's ceiling; BENCH="
 	uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[bench]'
 	python -m benchmarks $(BENCH)
 
-# With HOST=<an address of this machine>, say 192.168.1.10, other machines can reach the servers, without a password: docs/team.md.
+# With HOST=<an address of this machine>, for example 192.168.1.10, other machines can reach the servers without a password: docs/team.md.
 # The environment's HOST, which some shells set, is ignored.
 HOST = 127.0.0.1
 
-# Serve the database that MLFLOW_TRACKING_URI names; if it names a server (perhaps this one), serve mlflow.db.
+# Serve the database in MLFLOW_TRACKING_URI. If this variable names a server (perhaps this one), serve mlflow.db.
 ui: $(READY)  ## open MLflow's pages on the local database: http://127.0.0.1:5000; HOST=<address of this machine> for others
 	@python -m pipeline.tracking.local_store
 	mlflow server --host $(HOST) --port 5000 --backend-store-uri $(or $(filter-out http%,$(MLFLOW_TRACKING_URI)),sqlite:///mlflow.db)

@@ -1,5 +1,5 @@
-"""Speed and accuracy against a peer and against what the machine can do, each compared within one run."""
+"""Benchmarks of speed and accuracy: unfreeze compared with fastai and with the machine's ceiling, within one run."""
 
 from pipeline.process.environment import set_environment
 
-set_environment()  # before torch is imported, as for the steps
+set_environment()  # before torch is imported, as in the steps of the recipe

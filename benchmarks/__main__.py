@@ -1,4 +1,4 @@
-"""`make bench`: every comparison in one session; prints tables, writes JSON, draws the figure of docs/performance.md.
+"""`make bench`: run all comparisons in one session, print tables, write JSON, draw the figure of docs/performance.md.
 
 python -m benchmarks                                      # the sample at 160 px
 python -m benchmarks --source ../photos --image-size 224 --backbone torchvision:resnet34 --weights none
@@ -29,7 +29,7 @@ PARTS = ("speed", "shares", "accuracy", "checkpoints", "orchestration", "memory"
 
 
 def main() -> None:
-    """Measure the parts asked for and keep them beside those measured before."""
+    """Measure the chosen parts and store their results; earlier results of the other parts are kept."""
     chosen = _arguments()
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
@@ -55,7 +55,7 @@ def main() -> None:
                 if part in chosen.parts:
                     result[part] = measure()
                     result["about"] = result.get("about", {}) | {part: {"date": today, **about}}
-                    _write(file, result)  # a part takes minutes, and the next may be stopped
+                    _write(file, result)  # saved now: a part takes minutes, and a later one may be interrupted
     for name, module in (("orchestration", orchestration), ("memory", memory)):
         if name in chosen.parts:
             found = module.measure(_say, chosen.repeats) if module is orchestration else memory.measure(_say)
@@ -66,25 +66,25 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--settings", type=Path, help="changes to params.yaml")
+    parser.add_argument("--settings", type=Path, help="YAML file with changes to params.yaml")
     for flag, key in SETTINGS.items():
-        parser.add_argument(flag, dest=key, metavar="VALUE", help=f"{key}, if another than in the settings")
-    parser.add_argument("--repeats", type=int, default=3, help="repetitions for each side (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="of the accuracy comparison (default: %(default)s)")
+        parser.add_argument(flag, dest=key, metavar="VALUE", help=f"{key} (default: from the settings)")
+    parser.add_argument("--repeats", type=int, default=3, help="repetitions of each measurement (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of the accuracy comparison (default: %(default)s)")
     parser.add_argument(
-        "--workers", type=int, help="processes that load images for fastai (default: what helps it most)"
+        "--workers", type=int, help="number of fastai's loader processes (default: the fastest number, measured)"
     )
     parser.add_argument(
-        "--name", help="of the results' file; --settings need one, which keeps them apart from the default ones"
+        "--name", help="name of the results file; required with --settings, to keep the results of the default settings"
     )
     chosen = parser.parse_args()
     if chosen.settings and not chosen.name:
-        parser.error("--settings needs a --name for the file of results")
+        parser.error("--settings needs a --name for the results file")
     return chosen
 
 
 def _overrides(chosen: argparse.Namespace) -> list[str]:
-    """Overrides of `params.yaml`: the values of a file, then those of the flags, which take precedence."""
+    """Overrides of `params.yaml`: first those of the settings file, then those of the flags, which take precedence."""
     given = [f"{key}={value}" for key in SETTINGS.values() if (value := vars(chosen)[key]) is not None]
     return (read_overrides(chosen.settings) if chosen.settings else []) + given
 

@@ -1,11 +1,12 @@
-"""Accuracy on several sets of images: the recipe as shipped, fastai, the plain script, and logistic regression.
+"""Accuracy on several sets of images: the default recipe, fastai, a plain training script, and logistic regression.
 
 python -m benchmarks.accuracy --set trash=../photos/trash --set "digits=../photos/digits augment.flip=none"
-python -m benchmarks.accuracy --set trash=../photos/trash --jobs 14    # on a GPU: many runs at the same time
+python -m benchmarks.accuracy --set trash=../photos/trash --jobs 14    # on a GPU: parallel runs
 
-Network, images, split, batch size and image size are the same for all; fastai and the plain script train for the
-recipe's largest number of epochs. Every run has a process of its own, and its result is saved at once: a second call
-runs what is missing, and the table has all results that there are. With ``--jobs`` above 1 the seconds of a run say little.
+Network, images, split, batch size and image size are the same for all methods. fastai and the plain script train for
+the recipe's maximum number of epochs. Each run has its own process, and its result is saved immediately. A second call
+runs only the missing runs; the table has the results of all calls. With ``--jobs`` above 1, the measured seconds are
+not meaningful.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from unfreeze.evaluation.metrics import measure
 from unfreeze.settings.overrides import read_overrides
 
 Row = dict[str, Any]
-"""A run: ``set``, ``size``, ``method``, ``seed``, its scores, and where it ran."""
+"""Result of a run: ``set``, ``size``, ``method``, ``seed``, scores, and the machine that ran it."""
 NAMES = {
     "recipe": "unfreeze",
     "fastai": "fastai",
@@ -35,21 +36,21 @@ NAMES = {
 
 
 def main() -> None:
-    """Run what is missing, save it, and print the table."""
+    """Run the missing runs, save their results, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--set", action="append", required=True, dest="sets", metavar="'NAME=SOURCE [KEY=VALUE ...]'")
-    parser.add_argument("--settings", type=Path, help="changes to params.yaml")
+    parser.add_argument("--settings", type=Path, help="YAML file with changes to params.yaml")
     parser.add_argument("--methods", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--image-size", type=int, default=160)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "accuracy.json")
     chosen = parser.parse_args()
     rows: list[Row] = json.loads(chosen.out.read_text()) if chosen.out.exists() else []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(chosen.jobs) as pool:
         wanted = [
             (text, {"set": text.partition("=")[0], "size": chosen.image_size, "method": method, "seed": seed})
-            for seed in range(chosen.seeds)  # a table of one seed is there soon
+            for seed in range(chosen.seeds)  # first all runs of seed 0, for an early table of one seed
             for text in chosen.sets
             for method in chosen.methods
             if method != "logistic regression" or not seed
@@ -68,7 +69,7 @@ def main() -> None:
         for done in as_completed([pool.submit(run_apart, *one) for one in missing]):
             try:
                 rows.append(row := done.result())
-            except Exception as error:  # the other runs go on
+            except Exception as error:  # the other runs continue
                 print(f"failed: {error!r}", flush=True)
                 continue
             chosen.out.write_text(json.dumps(rows, indent=1) + "\n")
@@ -77,14 +78,14 @@ def main() -> None:
 
 
 def _changes(text: str, chosen: argparse.Namespace) -> list[str]:
-    """Changes to `params.yaml` for a set: those of the settings' file, then the set's own."""
+    """Changes to `params.yaml` for a set: first those of the settings file, then those given with the set."""
     source, *changes = text.partition("=")[2].split()
     of_file = read_overrides(chosen.settings) if chosen.settings else []
     return [*of_file, *changes, f"data.source={source}", f"data.image_size={chosen.image_size}"]
 
 
 def run(method: str, work: Work, seed: int) -> dict[str, float]:
-    """Train and measure with one method: seconds from images to evaluated model, and scores on valid and test."""
+    """Train and evaluate with one method; return seconds from images to evaluated model, and scores on valid and test."""
     if method == "logistic regression":
         return regression(work)
     side: Any = {"recipe": ours, "fastai": peer, "plain": plain}[method]
@@ -106,7 +107,7 @@ def regression(work: Work) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Lines of a table in Markdown: test accuracy and log loss with TTA, means over the seeds that a method has."""
+    """Lines of a Markdown table: test accuracy and log loss with TTA, means over the seeds of each method."""
     lines = [
         "| test accuracy, log loss (seeds) | " + " | ".join(NAMES.values()) + " |",
         "|---" * (len(NAMES) + 1) + "|",

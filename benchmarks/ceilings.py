@@ -1,7 +1,7 @@
-"""What the machine can do: throughput of the network itself on one batch that is there already, images per second.
+"""Ceilings: throughput of the network alone on one batch in memory, in images per second.
 
-A ceiling is the best of the ways that a person would try: full precision or bfloat16, planes or channels last, eager or
-compiled, and ours; without gradients in batches as they train and in batches of twice that.
+A ceiling is the throughput of the fastest variant: full precision or bfloat16, planes (channels first) or channels
+last, eager or compiled, and unfreeze's own. Inference is measured with the training batch size and with twice that.
 """
 
 import contextlib
@@ -27,17 +27,17 @@ Ways = dict[str, float]
 Variant = tuple[str, Any, torch.Tensor, Any]
 FORWARD_REPEATS, STEP_REPEATS = 12, 6
 _for_good = contextlib.ExitStack()
-"""What stays as it is until the process ends."""
+"""Contexts that stay open until the process ends."""
 
 
 def forward(work: Work) -> Ways:
-    """Images per second of the frozen network, for each variant; 0 for a variant that is not available here."""
+    """Images per second of the frozen network, for each variant; 0 if a variant is not available on this machine."""
     device, ways = best_device(), {}
     for count in (work.settings.batch_size, 2 * work.settings.batch_size):
         for name, model, batch, context in _variants(work, count, train=False):
 
             def run(model: Any = model, batch: Any = batch, context: Any = context) -> None:
-                with torch.no_grad(), context():  # constants are not folded in inference mode
+                with torch.no_grad(), context():  # torch.compile folds no constants in inference mode
                     model(batch)
 
             ways[f"{name}, {count} images"] = (
@@ -71,14 +71,14 @@ def training(work: Work, unfreeze: Unfreeze = WHOLE) -> Ways:
 
 @cache
 def _variants(work: Work, count: int, train: bool, unfreeze: Unfreeze = WHOLE) -> list[Variant]:
-    """(name, model, batch, context) for each way to run the network; kept, as compiling takes longer than measuring."""
+    """(name, model, batch, context) of each variant; cached, because compiling takes longer than measuring."""
     return list(_each_variant(work, count, train, unfreeze))
 
 
 def _each_variant(work: Work, count: int, train: bool, unfreeze: Unfreeze) -> Iterator[Variant]:
-    torch._dynamo.config.recompile_limit = 64  # they share their code
+    torch._dynamo.config.recompile_limit = 64  # all variants are compiled from the same code
     device = best_device()
-    base, _ = classifier(work, seed=0)  # in our own way
+    base, _ = classifier(work, seed=0)  # as unfreeze creates it
     size = work.image_size
     batch = torch.randn(count, 3, size, size, device=device)
 
@@ -116,11 +116,12 @@ def _each_variant(work: Work, count: int, train: bool, unfreeze: Unfreeze) -> It
 
 
 def _constant(model: Any, batch: torch.Tensor, context: Any) -> Any:
-    """The network compiled for inference with constants folded, or None if that fails here."""
+    """The network compiled for inference with folded constants, or None if that fails on this machine."""
     import torch._inductor.config
 
     try:
-        # Said twice: to tell it apart from what was compiled of the same code, and to have it so from the beginning.
+        # Freezing is set twice: the option keeps this apart from other compilations of the same code, and the patch
+        # makes it effective from the beginning.
         compiled = torch.compile(model, dynamic=False, options={"freezing": True})
         with torch._inductor.config.patch(freezing=True), torch.no_grad(), context():
             compiled(batch)
@@ -134,7 +135,7 @@ def _laid(batch: torch.Tensor, layout: torch.memory_format) -> torch.Tensor:
 
 
 def _seconds(run: Callable[[], None], repeats: int, device: torch.device) -> float:
-    """Median seconds of a call, after two that do not count."""
+    """Median seconds of a call, after two warm-up calls."""
     times = []
     for i in range(repeats + 2):
         _wait(device)

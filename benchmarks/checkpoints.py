@@ -1,4 +1,4 @@
-"""What checkpoints cost: the time to write one, as a share of the default interval."""
+"""Cost of checkpoints: the time to write one, as a share of all time at the default interval."""
 
 import tempfile
 import time
@@ -20,11 +20,11 @@ from unfreeze.training.state import trainable_state
 from unfreeze.training.train_step import train_batch
 
 ITERATIONS = 20_000
-"""Rows of history in the checkpoint: a long training's."""
+"""Number of history rows in the checkpoint, as after a long training."""
 
 
 def measure(work: Work, say: Callable[[str], None], repeats: int = 5) -> dict[str, Any]:
-    """Seconds to write a checkpoint of the whole network with its optimizer and its best weights, flushed to the disk."""
+    """Seconds to write a checkpoint (whole network, optimizer state, best weights) and to flush it to disk."""
     model, loader = classifier(work, seed=0)
     rows = loader.packed.rows("train")[: loader.batch_size]
     with unfrozen(model, loader, rows, WHOLE) as groups:
@@ -36,7 +36,7 @@ def measure(work: Work, say: Callable[[str], None], repeats: int = 5) -> dict[st
     best = {name: torch.clone(tensor) for name, tensor in weights.items()}
     progress = Progress(iteration=ITERATIONS, history=History(batches=history), best=best)
     seconds, interval = [], work.settings.checkpoint.seconds
-    with tempfile.TemporaryDirectory(dir=".") as folder:  # the disk that the project is on
+    with tempfile.TemporaryDirectory(dir=".") as folder:  # on the project's disk
         checkpoint = Checkpoint(Path(folder) / "training.safetensors", "key", interval)
         for _ in range(repeats):
             start = time.perf_counter()
@@ -45,6 +45,6 @@ def measure(work: Work, say: Callable[[str], None], repeats: int = 5) -> dict[st
         megabytes = checkpoint.path.stat().st_size / 1e6
     share = median(seconds) / (interval + median(seconds))
     say(
-        f"a checkpoint of {megabytes:.0f} MB: {median(seconds):.2f} s, {share:.2%} of the time at one every {interval:.0f} s"
+        f"a checkpoint of {megabytes:.0f} MB: {median(seconds):.2f} s, {share:.2%} of the time with one every {interval:.0f} s"
     )
     return {"megabytes": megabytes, "seconds": seconds, "share": share}

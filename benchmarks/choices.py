@@ -1,10 +1,10 @@
-"""Settings against one another on validation images, for benchmarks/notes/choices.md; the test images take no part.
+"""Compare settings on validation images, for benchmarks/notes/choices.md; test images are not used.
 
 python -m benchmarks.choices --source sample:elpv --source ../photos --try train.label_smoothing=0.1 \\
     --try "augment.zoom=1.1 augment.lighting=0.2"
 
-Every set of settings runs the recipe from the head to the whole network with every seed, on the same split; ``--head``
-stops after the head, which takes seconds.
+Each set of settings is trained with every seed on the same split, from the head to the whole network. ``--head`` trains
+only the head, which takes seconds.
 """
 
 import argparse
@@ -21,18 +21,18 @@ from unfreeze.evaluation.metrics import Scores, score
 
 
 def main() -> None:
-    """Print a row for params.yaml as it is, and one for each change that is to be tried."""
+    """Print a row for the unchanged params.yaml, and a row for each change."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.choices", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--source", action="append", required=True, help="images, as data.source; may be repeated")
+    parser.add_argument("--source", action="append", required=True, help="images, as in data.source; can be repeated")
     parser.add_argument("--try", action="append", default=[], dest="changes", metavar="KEY=VALUE ...")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--head", action="store_true", help="train the head on precomputed activations alone")
-    parser.add_argument("--epochs", type=int, default=4, help="of the whole network (default: %(default)s)")
-    parser.add_argument("--views", type=int, nargs="+", default=[], help="of TTA (default: as evaluate.tta_views)")
+    parser.add_argument("--head", action="store_true", help="train only the head, on precomputed activations")
+    parser.add_argument("--epochs", type=int, default=4, help="epochs of the whole network (default: %(default)s)")
+    parser.add_argument("--views", type=int, nargs="+", default=[], help="TTA views (default: evaluate.tta_views)")
     chosen = parser.parse_args()
     for key in ("train_augmented.", "train_full."):
         if key in " ".join(chosen.changes):
-            parser.error(f"{key}* cannot be tried: --epochs says how long the whole network is trained")
+            parser.error(f"{key}* cannot be changed with --try; --epochs sets the epochs of the whole network")
     for source in chosen.source:
         with tempfile.TemporaryDirectory() as folder:
             last = "train_head" if chosen.head else "train_full"
@@ -43,7 +43,7 @@ def main() -> None:
 def compare(
     source: str, folder: Path, changes: list[str], seeds: int, last: str, epochs: int, views: list[int]
 ) -> Iterator[str]:
-    """Rows of a table in Markdown: means over the seeds, and how many seeds had a lower log loss than without a change."""
+    """Rows of a Markdown table: means over the seeds, and in how many seeds the change lowered the log loss."""
     averaged = [f"{count} views" for count in views] or ["with TTA"]
     columns = [
         f"{Path(source).name}, {last}, {seeds} seeds",
@@ -71,7 +71,7 @@ def compare(
 
 
 def trial(work: Work, seed: int, last: str, activations: Activations, views: list[int]) -> list[Scores]:
-    """Train up to a stage, and score the validation images: plain, and with TTA for each number of views."""
+    """Train up to a stage, and score the validation images: without TTA, and with TTA for each number of views."""
     seed_everything(seed)
     work = dataclasses.replace(work, settings=dataclasses.replace(work.settings, seed=seed))
     model, loader = classifier(work, seed)

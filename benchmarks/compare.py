@@ -1,4 +1,4 @@
-"""unfreeze and fastai at the same work, in turn, each in a process of its own that keeps its network and its workers."""
+"""Compare unfreeze and fastai in turn on the same work. Each has its own process, which keeps network and workers."""
 
 import dataclasses
 import os
@@ -28,7 +28,7 @@ CASES = {
     "full_epoch": "epoch, whole network",
     "tta": "TTA of the validation images",
 }
-"""Functions that both sides have, and what they are."""
+"""Functions that both `ours` and `peer` define, and their descriptions."""
 PARTS = {
     ceilings.forward: {
         "precompute": ours.precompute_rate,
@@ -37,13 +37,13 @@ PARTS = {
     },
     ceilings.training: {"epoch of the whole network": ours.full_rate},
 }
-"""What of ours is held against which ceiling."""
+"""Ceilings, and the functions of `ours` that are compared with each."""
 ALL, OURS = "unfreeze, all layers", "unfreeze, its settings"
-"""What trains in the end of our recipe."""
+"""Variants of unfreeze's recipe: which layer groups train at its end."""
 
 
 def speed(work: Work, repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Seconds of each case on both sides, and their ratios by the medians; and of what ours find done, the packing."""
+    """Seconds of each case on both sides, and ratios of the medians. Packing, done once before, is timed separately."""
     result: dict[str, Any] = {}
     with ExitStack() as stack:
         us, them = (stack.enter_context(process()) for _ in range(2))
@@ -63,11 +63,12 @@ def speed(work: Work, repeats: int, say: Callable[[str], None]) -> dict[str, Any
 
 
 def shares(work: Work, repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Throughput of ours without validation, as a share of the fastest way to run the network on one batch.
+    """Throughput of unfreeze without validation, as a share of the fastest way to run the network on one batch.
 
-    Ceilings and ours take turns; a share is the median of the turns' shares. As ours is among the ways as well, and mostly the
-    fastest, there is the share of the best of the others beside it. Ours are in a process of their own for each
-    ceiling, as steps are: in one that has trained before, its memory is in pieces. A first run of each does not count.
+    This fastest way is the ceiling. Ceilings and unfreeze are measured in turn; the result is the median share of the
+    turns. unfreeze's own way is one of the compared ways, and usually the fastest; the share of the best other way is
+    therefore reported too. For each ceiling, unfreeze runs in a new process, as steps do: the memory of a process that
+    has trained before is fragmented. The first run of each function is not counted.
     """
     found: dict[str, Any] = {}
     for top, rates in PARTS.items():
@@ -94,9 +95,9 @@ def shares(work: Work, repeats: int, say: Callable[[str], None]) -> dict[str, An
 
 
 def accuracy(work: Work, seeds: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """From images to evaluated model on both sides with equal epochs: seconds and accuracies for each seed.
+    """Seconds from images to evaluated model and accuracies, on both sides with equal epochs, for each seed.
 
-    Of ours twice: with all layer groups unfrozen in the end, as fastai has it, and with those that the settings say.
+    unfreeze runs twice: with all layer groups unfrozen at the end, as in fastai, and with those of the settings.
     """
     work = with_epochs(work, 2, 4)
     runs: dict[str, list[dict[str, float]]] = {ALL: [], OURS: [], "fastai": []}
@@ -119,13 +120,13 @@ def accuracy(work: Work, seeds: int, say: Callable[[str], None]) -> dict[str, An
 
 
 def about(work: Work) -> dict[str, Any]:
-    """What was measured, and with what."""
+    """Settings, images, packages, commit and machine of a measurement."""
     import importlib.metadata
 
     installed = {package.name: package.version for package in importlib.metadata.distributions()}
     packages = {name: installed.get(name) for name in ("torch", "torchvision", "timm", "fastai")}
     settings = dataclasses.asdict(work.settings)
-    settings["data"]["source"] = Path(work.source).name  # where it lies is nobody's business
+    settings["data"]["source"] = Path(work.source).name  # without the folder, which is private
     packed = open_packed(work.folder)
     return {
         "settings": settings,
@@ -139,7 +140,7 @@ def about(work: Work) -> dict[str, Any]:
 
 
 def machine() -> str:
-    """The GPU that computes, or the processor and its threads."""
+    """Name of the GPU, or of the processor with its number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     described = Path("/proc/cpuinfo")
@@ -149,7 +150,7 @@ def machine() -> str:
 
 
 def _revision() -> str | None:
-    """The commit that is measured, and whether something was changed since, but for what measuring leaves."""
+    """The measured commit, with ``-dirty`` if tracked files have changed, except results and docs."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent.parent), *words]
@@ -161,9 +162,9 @@ def _revision() -> str | None:
 
 
 def helpful_workers(work: Work, say: Callable[[str], None]) -> int:
-    """How many processes that load images make fastai fastest: none, one, or one per core.
+    """Number of loader processes with which fastai is fastest: none, one, or one per core.
 
-    The second epoch of each counts.
+    The second epoch of each is compared.
     """
     times = {}
     for workers in sorted({0, 1, os.cpu_count() or 1}):
@@ -171,21 +172,21 @@ def helpful_workers(work: Work, say: Callable[[str], None]) -> int:
             asked = dataclasses.replace(work, workers=workers)
             times[workers] = [them.submit(peer.frozen_epoch, asked).result() for _ in range(2)][-1]
     best = min(times, key=lambda workers: times[workers])
-    say(f"fastai loads images in {best} processes: " + ", ".join(f"{n}: {t:.1f} s" for n, t in times.items()))
+    say(f"fastai is fastest with {best} loader processes: " + ", ".join(f"{n}: {t:.1f} s" for n, t in times.items()))
     return best
 
 
 def process() -> ProcessPoolExecutor:
-    """A process of its own, which ends with the one that began it."""
+    """An executor with one process, which ends when the parent process ends."""
     return ProcessPoolExecutor(1, get_context("spawn"), _prepare)
 
 
 def _prepare() -> None:
     """Set up a process of the comparison: hide warnings, end with the parent process, fork child processes.
 
-    A spawned process would spawn too: fastai's workers would import all there is anew in every epoch, which took as long
-    as the epoch. And what fastai's own use of torch is warned of is not for whoever reads the table.
+    A spawned process would spawn its child processes too: fastai's workers would import all modules again in every
+    epoch, which took as long as the epoch itself. The hidden warnings are about fastai's use of torch.
     """
-    die_with([identity(psutil.Process(os.getppid()))])  # else it would run on during the next measurement
+    die_with([identity(psutil.Process(os.getppid()))])  # otherwise it would continue during the next measurement
     set_start_method("fork", force=True)
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -1,4 +1,4 @@
-"""The figure of docs/performance.md: how many times as fast as fastai, and how near to the ceiling."""
+"""The figure of docs/performance.md: speed relative to fastai, and shares of the ceiling."""
 
 import json
 from pathlib import Path
@@ -29,9 +29,9 @@ SHARES: Rows = {
 
 
 def draw(results: Path, path: Path) -> None:
-    """Draw the comparisons in a folder of results that have a name of `result_name`; nothing where there is none.
+    """Draw the results in a folder whose files are named as by `result_name`; without such files, draw nothing.
 
-    A row for each case, a point for each comparison that has it: coloured by network and size, shaped by the images.
+    Each case is a row, and each result a point: the colour shows network and image size, the marker the images.
     """
     read = {file.stem: json.loads(file.read_text()) for file in sorted(results.glob("*.json"))}
     found = [result for name, result in read.items() if isinstance(result, dict)
@@ -68,10 +68,10 @@ def draw(results: Path, path: Path) -> None:
 
 
 def result_name(settings: Any) -> str:
-    """Name of the results of some images, network and size, all other settings being the default ones.
+    """Name of the results for the default settings with these images, network and image size.
 
     Args:
-        settings: all of them, as a mapping of sections.
+        settings: all settings, as a mapping of sections.
     """
     source = Path(settings["data"]["source"].removeprefix("sample:")).name
     return f"{source}-{settings['backbone']['name'].split(':')[1]}-{settings['data']['image_size']}"
@@ -87,7 +87,7 @@ def _images(result: Result) -> str:
 
 
 def _settings(result: Result) -> Any:
-    return next(iter(result["about"].values()))["settings"]  # of any part: they share images, network and size
+    return next(iter(result["about"].values()))["settings"]  # any part: all have the same images, network and size
 
 
 def _at(found: Any, *keys: str) -> Any:

@@ -1,4 +1,4 @@
-"""Peak resident memory of training on packed images against their number: it must not grow with them."""
+"""Peak resident memory of training on packed images: it must not grow with the number of images."""
 
 import json
 import resource
@@ -16,14 +16,14 @@ import pandas as pd
 COUNTS = (1_000, 10_000, 100_000)
 BATCH = 64
 SIZE = 160
-"""Shorter side in pixels of the images, which are square."""
+"""Side of the square images in pixels."""
 
 
 def measure(say: Callable[[str], None], counts: tuple[int, ...] = COUNTS) -> dict[str, Any]:
-    """Peak resident megabytes of reading augmented batches, for made-up sets of each size.
+    """Peak resident megabytes of reading augmented batches, for synthetic sets of each size.
 
-    Every set is read by a new process, as a step of the recipe is, and as often as it takes for as many batches as an epoch
-    of the largest has: the memory that batches are kept in takes a few hundred of them to come to its size.
+    Each set is read by a new process, as in the steps of the recipe. All processes read as many batches as an epoch of
+    the largest set has: the memory for batches reaches its full size only after a few hundred of them.
     """
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -36,7 +36,7 @@ def measure(say: Callable[[str], None], counts: tuple[int, ...] = COUNTS) -> dic
 
 
 def _make(folder: Path, count: int) -> None:
-    """A packed set of random pixels, in the layout of `unfreeze.data.packing`."""
+    """Write a packed set of random pixels, in the layout of `unfreeze.data.packing`."""
     bytes_each = SIZE * SIZE * 3
     block = np.random.default_rng(0).integers(0, 256, bytes_each * 100, dtype=np.uint8).tobytes()
     with (folder / "pixels.bin").open("wb") as file:
@@ -87,8 +87,8 @@ def _read(folder: Path, batches: int) -> float:
 
 
 def _peak() -> int:
-    """Bytes that this process has had in memory at most."""
+    """Peak resident memory of this process in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # what `resource` says counts the process that started this one, too
+    if status.exists():  # the value of `resource` includes the parent process
         return 1024 * int(next(line for line in status.read_text().splitlines() if "VmHWM" in line).split()[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,4 +1,4 @@
-"""Overhead of Prefect, DVC and MLflow: a recipe whose steps have next to no work, and a run with nothing to do."""
+"""Overhead of Prefect, DVC and MLflow: a recipe with almost no work in its steps, and a run with nothing to do."""
 
 import os
 import re
@@ -28,7 +28,7 @@ SMALL = {
 
 
 def measure(say: Callable[[str], None], repeats: int) -> dict[str, Any]:
-    """Seconds of overhead of each executed step, the part before the step's work, and of a pass with nothing to do."""
+    """Seconds of overhead of each executed step, of the part before its work, and of a pass with nothing to do."""
     with tempfile.TemporaryDirectory() as base:
         folder = Path(base) / "project"
         subprocess.run(["git", "clone", "-q", str(ROOT), str(folder)], check=True)
@@ -49,9 +49,7 @@ def measure(say: Callable[[str], None], repeats: int) -> dict[str, Any]:
         "dvc_repro_with_nothing_to_do": repro,
     }
     say(f"overhead per executed step: {result['overhead_per_step']:.1f} s, at most {max(overheads.values()):.1f} s")
-    say(
-        f"from a step's turn to the beginning of its work: {median(waits.values()):.1f} s, at most {max(waits.values()):.1f} s"
-    )
+    say(f"wait before a step's work starts: median {median(waits.values()):.1f} s, at most {max(waits.values()):.1f} s")
     say(f"a small recipe takes {whole:.1f} s, of which {sum(work.values()):.1f} s are the steps' own work")
     say(f"nothing to do: unfreeze run {median(nothing):.1f} s, dvc repro {median(repro):.1f} s")
     return result
@@ -74,9 +72,9 @@ def _run(folder: Path, *words: str) -> tuple[float, str]:
 
 
 def _turns(log: str) -> dict[str, tuple[float, float]]:
-    """When each step's turn came, as seconds of the day, and how many it took, as the flow's log has them.
+    """For each step, start of its turn (in seconds of the day) and duration (in seconds), from the flow's log.
 
-    A step's turn comes when the one before has ended, the first's when the flow begins.
+    A turn starts when the previous step has ended; the turn of the first step starts when the flow begins.
     """
     ends = re.findall(
         r"^(\d+):(\d+):([\d.]+) \| .*?(?:Beginning flow|Task run '(\w+)' - Finished in state)", log, re.MULTILINE
@@ -86,7 +84,7 @@ def _turns(log: str) -> dict[str, tuple[float, float]]:
 
 
 def _useful(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """How long each step's own function took and when it began, as seconds of the day, as MLflow has them."""
+    """Duration of each step's own function, and its start in seconds of the day, from MLflow."""
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")

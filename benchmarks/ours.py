@@ -1,4 +1,4 @@
-"""unfreeze at the work: the functions that its steps are made of, without Prefect, DVC and MLflow around them."""
+"""unfreeze's side of the comparison: the functions that its steps call, without Prefect, DVC and MLflow."""
 
 import copy
 import dataclasses
@@ -38,7 +38,7 @@ from unfreeze.training.range_test import range_test
 Activations = NDArray[np.float32]
 State = dict[str, torch.Tensor]
 WHOLE = Unfreeze(freeze_to=0, lr_ratio=3, bn_freeze=True)
-"""All layer groups train, as in the peer's epochs."""
+"""All layer groups train, as in fastai's epochs."""
 
 
 @cache
@@ -56,23 +56,23 @@ def lr_find(work: Work) -> float:
 
 
 def frozen_epoch(work: Work) -> float:
-    """Seconds for an augmented epoch of the head through the frozen network, and its validation."""
+    """Seconds for an augmented epoch of the head through the frozen network, including validation."""
     model, loader = _classifier(work)
     return timed(lambda: _augmented(work, model, loader, 1, 1e-4))
 
 
 frozen_norms_epoch = frozen_epoch
-"""Nothing of ours trains in a frozen network; the peer has an epoch of its own for it."""
+"""The same function: no layer of unfreeze's frozen network trains. Only `peer` needs a separate function."""
 
 
 def full_epoch(work: Work) -> float:
-    """Seconds for an epoch of the whole network, and its validation."""
+    """Seconds for an epoch of the whole network, including validation."""
     model, loader = _classifier(work)
     return timed(lambda: _full(work, model, loader, WHOLE, 1, 1e-5))
 
 
 def tta(work: Work) -> float:
-    """Seconds for TTA of the validation images, the plain prediction included."""
+    """Seconds for TTA of the validation images, including the plain prediction."""
     model, loader = _classifier(work)
     return timed(lambda: predict_views(work, model, loader, "valid"))
 
@@ -84,7 +84,7 @@ def precompute_rate(work: Work) -> float:
 
 
 def frozen_rate(work: Work) -> float:
-    """Images per second of training the augmented head for as many epochs as the recipe does, without validation."""
+    """Images per second of training the augmented head for the recipe's number of epochs, without validation."""
     model, loader = _classifier(work)
     epochs = work.settings.train_augmented.epochs
     trained = epochs * _trained(loader)
@@ -99,7 +99,7 @@ def full_rate(work: Work) -> float:
 
 
 def read_rate(work: Work) -> float:
-    """Images per second of reading packed pixels into batches for a GPU; on a processor reading and warping are one."""
+    """Images per second of reading packed pixels into batches for a GPU; on a CPU, reading and warping are one step."""
     _, loader = _classifier(work)
     chunks = shuffled(loader.packed.rows("train"), loader.batch_size, 0, 0)
     views = [
@@ -110,32 +110,32 @@ def read_rate(work: Work) -> float:
 
 
 def _trained(loader: Loader) -> int:
-    """Images that an epoch trains on."""
+    """Number of images that an epoch trains on."""
     return sum(len(rows) for rows in shuffled(loader.packed.rows("train"), loader.batch_size, 0, 0))
 
 
 def packing(work: Work) -> float:
-    """Seconds for decoding and packing the images, which the cases above find done."""
+    """Seconds for decoding and packing the images, which the cases above do not include."""
     with tempfile.TemporaryDirectory() as folder:
         return timed(lambda: pack(read_source(work.source), Path(folder), work.settings.data, work.settings.seed))
 
 
 def recipe(work: Work, seed: int, unfreeze: Unfreeze | None = None) -> dict[str, float]:
-    """From images to evaluated model, as the settings say.
+    """Run the recipe from images to evaluated model, with the settings of ``work``.
 
     Args:
         work: images and settings.
-        seed: of training.
-        unfreeze: which layer groups train in the end, where it is not to be what the settings say.
+        seed: seed of training.
+        unfreeze: layer groups that train at the end, if different from the settings.
 
     Returns:
-        Seconds; rate and epochs of the whole network; which model was chosen (0: logistic regression, 1: head, 2: augmented
-        head, 3: whole network, 4: average of its cycles); and its scores on valid and test, plain and with TTA.
+        Seconds; rate and epochs of the whole network; the chosen model (0: logistic regression, 1: head, 2: augmented
+        head, 3: whole network, 4: average of its cycles); its scores on valid and test, plain and with TTA.
     """
     start = time.perf_counter()
     seed_everything(seed)
     with tempfile.TemporaryDirectory() as folder:
-        # The split is the peer's; the pixels are packed anew, which is part of the work.
+        # The split is the same as fastai's. The pixels are packed again, because packing is part of the measured work.
         pack(read_source(work.source), Path(folder), work.settings.data, work.settings.seed)
         settings = dataclasses.replace(work.settings, seed=seed, unfreeze=unfreeze or work.settings.unfreeze)
         here = dataclasses.replace(work, folder=Path(folder), settings=settings)
@@ -187,7 +187,7 @@ def recipe(work: Work, seed: int, unfreeze: Unfreeze | None = None) -> dict[str,
 
 
 def prepare(work: Work, seed: int) -> tuple[Classifier, Loader, Activations]:
-    """A classifier with a new head, a loader of the packed images, and the activations of all of them."""
+    """A classifier with a new head, a loader of the packed images, and the activations of all images."""
     model, loader = classifier(work, seed)
     return model, loader, np.concatenate(list(backbone_activations(model.backbone, loader)))
 
@@ -200,10 +200,11 @@ def stages(
     found: dict[str, float] | None = None,
     cycles: dict[int, State] | None = None,
 ) -> Iterator[str]:
-    """Train head, augmented head and whole network; yields the name of each when it is done.
+    """Train head, augmented head and whole network; yield the name of each when it is trained.
 
-    ``found`` gets the rate of the whole network, its number of epochs, the cycle that was kept, and the validation loss
-    at each cycle's end; ``cycles`` gets the weights at each cycle's end, by the cycle's number from 1.
+    ``found`` receives the rate of the whole network, its number of epochs, the cycle that was kept, and the validation
+    loss at the end of each cycle. ``cycles`` receives the weights at the end of each cycle; its keys are cycle numbers
+    from 1.
     """
     settings, packed = work.settings, loader.packed
     train, valid = _rows(loader, validate=True)

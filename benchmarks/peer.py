@@ -1,4 +1,4 @@
-"""fastai at the work, in its documented way: `vision_learner`, `lr_find`, `fine_tune`, `tta`."""
+"""fastai's side of the comparison, used as documented: `vision_learner`, `lr_find`, `fine_tune`, `tta`."""
 
 import time
 from functools import cache
@@ -12,9 +12,9 @@ from unfreeze.evaluation.metrics import measure
 
 
 def make_learner(work: Work, seed: int = 0, train_bn: bool = True) -> Any:
-    """A learner with our backbone's weights in its body, on the same images and split.
+    """A learner with the weights of unfreeze's backbone in its body, on the same images and split.
 
-    ``train_bn``: whether BatchNorms train in a frozen network as well, as they do by fastai's default.
+    ``train_bn``: whether the BatchNorm layers of a frozen network train, which is fastai's default.
     """
     from fastai.vision import all as fastai
 
@@ -43,7 +43,7 @@ def make_learner(work: Work, seed: int = 0, train_bn: bool = True) -> Any:
 
 
 def _check_same(network: Any, body: Any, size: int) -> None:
-    """See that our network's activations are the means of its feature maps."""
+    """Check that the activations of unfreeze's network are the means of the feature maps of fastai's body."""
     with torch.no_grad(), torch.random.fork_rng():
         images = torch.randn(2, 3, size, size)
         ours, theirs = network.eval()(images), body.eval()(images).mean((2, 3))
@@ -51,7 +51,7 @@ def _check_same(network: Any, body: Any, size: int) -> None:
 
 
 def _augmentations(work: Work) -> list[Any]:
-    """Its defaults, with upside-down mirrors where we use them too."""
+    """fastai's default augmentations, with upside-down mirroring if unfreeze uses it too."""
     from fastai.vision.augment import aug_transforms
 
     return aug_transforms(flip_vert=work.settings.augment.flip in ("both", "dihedral"))
@@ -63,7 +63,7 @@ def _learner(work: Work, train_bn: bool = True) -> Any:
 
 
 def lr_find(work: Work) -> float:
-    """Seconds for an LR range test of the unfrozen network, as many batches as `Work.sweep`."""
+    """Seconds for an LR range test of the unfrozen network, with `Work.sweep` batches."""
     learner = _learner(work)
     learner.unfreeze()
     start, end = SWEEP.values()
@@ -74,7 +74,7 @@ def lr_find(work: Work) -> float:
 
 
 def frozen_epoch(work: Work, train_bn: bool = True) -> float:
-    """Seconds for an augmented epoch of the head, and the BatchNorms, of the frozen network, and its validation."""
+    """Seconds for an augmented epoch of the head and BatchNorm layers of the frozen network, including validation."""
     learner = _learner(work, train_bn)
     learner.freeze()
     with _quiet(learner):
@@ -82,12 +82,12 @@ def frozen_epoch(work: Work, train_bn: bool = True) -> float:
 
 
 def frozen_norms_epoch(work: Work) -> float:
-    """Seconds for such an epoch of the head alone."""
+    """Seconds for the same epoch without training BatchNorm layers: only the head trains."""
     return frozen_epoch(work, train_bn=False)
 
 
 def full_epoch(work: Work) -> float:
-    """Seconds for an epoch of the whole network, and its validation."""
+    """Seconds for an epoch of the whole network, including validation."""
     learner = _learner(work)
     learner.unfreeze()
     with _quiet(learner):
@@ -102,7 +102,7 @@ def tta(work: Work) -> float:
 
 
 def recipe(work: Work, seed: int) -> dict[str, float]:
-    """From images to evaluated model: seconds, and scores on valid and test, plain and with TTA."""
+    """Seconds from images to evaluated model, and scores on valid and test, plain and with TTA."""
     start = time.perf_counter()
     learner = make_learner(work, seed)
     with _quiet(learner):
@@ -123,7 +123,7 @@ def recipe(work: Work, seed: int) -> dict[str, float]:
 
 
 def _quiet(learner: Any) -> Any:
-    """Without its printed table and progress bars, which cost it time."""
+    """Context without fastai's printed table and progress bars, which take time."""
     import contextlib
 
     stack = contextlib.ExitStack()

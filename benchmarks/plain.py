@@ -1,7 +1,7 @@
-"""The plain fine-tuning script: what an engineer writes in an afternoon instead of using this project.
+"""Plain fine-tuning script, as an engineer would write it in an afternoon without this project.
 
-A pretrained network with a new linear layer, trained whole: AdamW, one cycle up to 1e-3, BatchNorm statistics kept, images
-cropped and mirrored by torchvision, loaded by torch's DataLoader.
+All layers of a pretrained network with a new linear layer are trained: AdamW, one cycle up to 1e-3, fixed BatchNorm
+statistics. torchvision crops and mirrors the images, and torch's DataLoader loads them.
 """
 
 import time
@@ -23,7 +23,7 @@ RATE = 1e-3
 
 
 class Photographs(Dataset):
-    """Images as a table's rows name them, transformed, and their class numbers."""
+    """Transformed images of a table's rows, and their class numbers."""
 
     def __init__(self, table, classes, transform):  # type: ignore[no-untyped-def]
         self.table, self.transform = table, transform
@@ -37,7 +37,7 @@ class Photographs(Dataset):
 
 
 def recipe(work: Work, seed: int) -> dict[str, float]:
-    """From images to evaluated model: seconds, and scores on valid and test, plain and averaged with the mirror image."""
+    """Seconds from images to evaluated model; scores on valid and test, plain and averaged with the mirror image."""
     start, device, size = time.perf_counter(), best_device(), work.image_size
     network, table = backbone(work), files(work)
     classes, mirrored = sorted(table["label"].unique()), work.settings.augment.flip != "none"

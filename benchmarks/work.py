@@ -1,4 +1,4 @@
-"""The work that both sides are given: the same images, split, backbone, weights, image size, batches and epochs."""
+"""The work of both sides: the same images, split, backbone, weights, image size, batches and epochs."""
 
 import dataclasses
 import shutil
@@ -23,19 +23,19 @@ from unfreeze.settings.schema import Settings, load_settings
 
 ROOT = Path(__file__).parent.parent
 SWEEP: dict[str, Any] = {"start": 1e-6, "end": 1e-4}
-"""Rates of a timed LR range test: none breaks a network, so that both sides see every batch."""
+"""Rates of a timed LR range test, too low for the loss to diverge, so that both sides process every batch."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is measured on.
+    """Images and settings of a measurement.
 
     Attributes:
-        folder: where the packed images lie.
-        settings: all of them.
-        views: of an image, that TTA averages with the plain one.
-        sweep: batches of an LR range test.
-        workers: processes that load images for fastai.
+        folder: folder of the packed images.
+        settings: all settings.
+        views: number of views that TTA averages with the plain image.
+        sweep: number of batches of an LR range test.
+        workers: number of fastai's loader processes.
     """
 
     folder: Path
@@ -46,7 +46,7 @@ class Work:
 
     @property
     def source(self) -> str:
-        """Where the images are."""
+        """Source of the images."""
         return self.settings.data.source
 
     @property
@@ -56,17 +56,17 @@ class Work:
 
     @property
     def full_epochs(self) -> int:
-        """Epochs of the whole network, at most."""
+        """Maximum number of epochs of the whole network."""
         return self.settings.train_full.epochs
 
     @property
     def image_size(self) -> int:
-        """Side of the squares in pixels."""
+        """Side of the square input images in pixels."""
         return self.settings.data.image_size
 
 
 def with_epochs(work: Work, frozen: int, full: int) -> Work:
-    """The same work with so many epochs of the augmented head, and so many of the whole network in one cycle."""
+    """Work with ``frozen`` epochs of the augmented head and ``full`` epochs of the whole network in one cycle."""
     head = dataclasses.replace(work.settings.train_augmented, cycles=frozen, cycle_len=1, cycle_mult=1)
     whole = dataclasses.replace(
         work.settings.train_full, cycles=1, cycle_len=full, cycle_mult=1, until_overfitting=False
@@ -76,20 +76,20 @@ def with_epochs(work: Work, frozen: int, full: int) -> Work:
 
 
 def changed_settings(file: Path, changes: list[str]) -> Settings:
-    """The settings of `params.yaml` with changes, as ``key=value``; they are written to the file."""
+    """Settings of `params.yaml` with changes (``key=value``); the changed settings are written to ``file``."""
     shutil.copy(ROOT / "params.yaml", file)
     apply_overrides(file, changes)
     return load_settings(file)
 
 
 def make_work(folder: Path, settings: Settings) -> Work:
-    """Pack and split the images once, for both sides to agree on."""
+    """Pack and split the images once, for both sides."""
     pack(read_source(settings.data.source), folder, settings.data, settings.seed)
     return Work(folder, settings)
 
 
 def files(work: Work) -> pd.DataFrame:
-    """Paths and files of the images, and their labels and splits as packing found them."""
+    """Table of the images: path, file, and the label and split that packing determined."""
     table = open_packed(work.folder).table[["path", "label", "split"]]
     return table.merge(read_source(work.source)[["path", "file"]], on="path")
 
@@ -101,7 +101,7 @@ def backbone(work: Work) -> Backbone:
 
 
 def classifier(work: Work, seed: int) -> tuple[Classifier, Loader]:
-    """Our network with a new head, on the device, and a loader for it."""
+    """unfreeze's network with a new head, on the device, and a loader for it."""
     network, device = backbone(work), best_device()
     packed = open_packed(work.folder)
     torch.manual_seed(seed)
@@ -111,7 +111,7 @@ def classifier(work: Work, seed: int) -> tuple[Classifier, Loader]:
 
 
 def timed(what: Callable[[], object]) -> float:
-    """Seconds that something takes."""
+    """Seconds of a call."""
     start = time.perf_counter()
     what()
     return time.perf_counter() - start

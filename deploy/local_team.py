@@ -1,7 +1,7 @@
 """`make team`: run a team's servers and workers on this machine, for a trial.
 
 It starts PostgreSQL, S3, Prefect and MLflow with passwords, deploys this checkout, and starts workers. All servers
-listen on 127.0.0.1. Data, logs and passwords are kept in one folder, which the next start uses again.
+listen on 127.0.0.1. Data, logs and passwords are kept in one folder. The next start uses this folder again.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def team(folder: Path, ports: Ports, workers: int) -> Iterator[Servers]:
     """Run servers and workers, with this checkout deployed, while the block runs.
 
     Raises:
-        UserError: something is missing, or does not start.
+        UserError: if something is missing or does not start.
     """
     if missing := [module for module in NEEDED if importlib.util.find_spec(module) is None]:
         raise UserError(
@@ -89,7 +89,7 @@ def deploy(servers: Servers) -> None:
 
 @contextmanager
 def worker(servers: Servers, number: int, workers: int) -> Iterator[Part]:
-    """A worker with its own cache, workspaces and share of the GPUs, as if on a separate machine."""
+    """Run a worker with its own cache, workspaces and share of the GPUs, as if it were on a separate machine."""
     name, found = f"worker-{number}", cards()
     environment = servers.environment | {"UNFREEZE_HOME": str(servers.folder / "workers" / name)}
     if len(found) >= workers:

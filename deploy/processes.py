@@ -35,7 +35,7 @@ class Part:
     log: Path
 
     def see_that_it_runs(self) -> None:
-        """Raises UserError if it has ended."""
+        """Raises UserError if the process has ended."""
         if self.process.poll() is not None:
             raise UserError(f"{self.name} has ended (code {self.process.returncode}): see {self.log}.")
 
@@ -51,15 +51,15 @@ def running(
     user: str | None = None,
     stop: int = signal.SIGTERM,
 ) -> Iterator[Part]:
-    """Run a process while the block runs; then stop it, and kill it if it does not end.
+    """Run a process while the block runs. Then stop the process, and kill it if it does not end.
 
     Args:
         name: name of the process and of its log.
-        command: its command line; without secrets, as other users can see it.
+        command: its command line. It must not contain secrets, because other users can see it.
         environment: its complete environment.
-        logs: folder of the log, which is appended to.
+        logs: folder of the log. New output is appended to the log.
         cwd: its working directory.
-        user: the account to run it as, if this process is root's.
+        user: account that runs it, if this process runs as root.
         stop: the signal that stops it.
     """
     logs.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def running(
     with log.open("ab") as file:
         process = subprocess.Popen(
             command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd=cwd,
-            start_new_session=True,  # so Ctrl-C reaches only this process, which stops them in order
+            start_new_session=True,  # so that Ctrl-C reaches only this process, which stops the others in order
             **as_user(user),
         )  # fmt: skip
     try:
@@ -89,7 +89,7 @@ def end(process: subprocess.Popen[bytes], stop: int = signal.SIGTERM) -> None:
 
 
 def wait_until(ready: Callable[[], bool], part: Part) -> None:
-    """Wait until a server is ready. Raises UserError if it ends, or is not ready in time."""
+    """Wait until a server is ready. Raises UserError if the server ends, or is not ready in time."""
     until = time.monotonic() + PATIENCE
     while not ready():
         part.see_that_it_runs()
@@ -112,7 +112,7 @@ def answers(address: str) -> bool:
 def is_free(port: int) -> bool:
     """Whether a port of this machine is free."""
     with socket.socket() as tried:
-        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # despite connections that have ended
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignore connections that have ended
         try:
             tried.bind(("127.0.0.1", port))
         except OSError:
@@ -121,7 +121,7 @@ def is_free(port: int) -> bool:
 
 
 def as_user(name: str | None) -> dict[str, Any]:
-    """Arguments for `subprocess` to run a process as this user, for a process of root; empty for None."""
+    """Arguments for `subprocess` to run a process as this user, if this process runs as root; empty for None."""
     import pwd
 
     return {"user": name, "group": pwd.getpwnam(name).pw_gid, "extra_groups": []} if name else {}

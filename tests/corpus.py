@@ -1,6 +1,6 @@
-"""Images as they lie in people's folders, made by real encoders: good ones, odd ones, bad ones, and ways to damage them.
+"""Test images as found in users' folders, made by real encoders: good, unusual and bad ones, and ways to damage them.
 
-What is right about a good one says `reference`: Pillow used plainly, or NumPy where Pillow has no word for it.
+`reference` defines the correct pixels of a good image. It uses plain Pillow, or NumPy where Pillow defines nothing.
 """
 
 import functools
@@ -24,7 +24,7 @@ PHOTO = (0.7 * SMOOTH + 0.3 * NOISE).astype(np.uint8)
 ALPHA = np.dstack([PHOTO, np.linspace(0, 255, 23 * 31).reshape(23, 31).astype(np.uint8)])
 ORIENTATION = 0x0112
 
-# The eight orientations of the EXIF standard: where row 0 and column 0 of what is stored are seen.
+# The eight orientations of the EXIF standard: each function turns the stored image into the displayed one.
 SEEN: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -38,14 +38,14 @@ SEEN: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def encoded(image: Image.Image | np.ndarray, kind: str, **how: Any) -> bytes:
-    """An image as a file of a kind, by Pillow's encoder."""
+    """Encode an image with Pillow, as a file of the given format."""
     buffer = io.BytesIO()
     (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind, **how)
     return buffer.getvalue()
 
 
 def png(width: int, height: int, depth: int, colour: int, rows: bytes = b"") -> bytes:
-    """A PNG file by the letter of its specification; without rows it has only a header to believe."""
+    """Build a PNG file exactly by its specification. Without rows, only its header describes an image."""
     stride = max(1, len(rows) // height)
     lines = b"".join(b"\0" + rows[i : i + stride] for i in range(0, len(rows), stride))
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
@@ -67,7 +67,7 @@ def _animated(kind: str, **how: Any) -> bytes:
 
 @functools.cache
 def good() -> dict[str, bytes]:
-    """Files that are images, by name; each is to be read as `reference` reads it."""
+    """Files that are valid images, by name. Each must be read as `reference` reads it."""
     image, alpha = Image.fromarray(PHOTO), Image.fromarray(ALPHA)
     deep = RNG.integers(0, 65536, (23, 31)).astype(np.uint16)
     palette = image.quantize(16)
@@ -125,7 +125,7 @@ def good() -> dict[str, bytes]:
 
 
 def bad() -> dict[str, tuple[bytes, str]]:
-    """Files that cannot be used, by name, with what must be said of them."""
+    """Files that cannot be used, by name, with the expected reason."""
     image = Image.fromarray(PHOTO)
     jpeg, whole = encoded(image, "JPEG"), encoded(image, "PNG")
     inner = png(30_000, 30_000, 1, 0)
@@ -162,13 +162,13 @@ def bad() -> dict[str, tuple[bytes, str]]:
 
 NAMES = ["two words.png", "line\nfeed.png", "tab\t.png", "ü 🐈‍⬛.png", "a,b;c\"d'.png", "%20 #&.png", "-rf.png", "=1+1.png",
          '"><img src=x onerror=alert(1)>.png', "<script>alert(1)<|script>.png", "x" * 251 + ".png", "dots...png"]  # fmt: skip
-"""Names that a file may have, and that tools stumble over."""
+"""Valid file names that tools often fail on."""
 RAW_NAMES = [b"caf\xe9.png", b"\xff\xfe.png"]
-"""Names that are no UTF-8."""
+"""File names that are not valid UTF-8."""
 
 
 def reference(data: bytes) -> np.ndarray:
-    """What an image shows, (H, W, 3), read by Pillow plainly; raises whatever Pillow does."""
+    """Displayed pixels of an image, (H, W, 3), read with plain Pillow. Raises Pillow's own exceptions."""
     with Image.open(io.BytesIO(data)) as image:
         image.load()
         try:
@@ -188,8 +188,8 @@ def reference(data: bytes) -> np.ndarray:
 
 
 def places(data: bytes) -> list[int]:
-    """Where a file's structure is: its header, the markers of a JPEG, the chunks of a PNG or WebP, a TIFF's directory, a
-    GIF's blocks, and the end."""
+    """Offsets of a file's structure: its header, the markers of a JPEG, the chunks of a PNG or WebP, the directory of a
+    TIFF, the blocks of a GIF, and the end."""
     found = {*range(min(64, len(data))), len(data) - 1, len(data) - 2, len(data) - 12}
     if data[:2] == b"\xff\xd8":
         found |= {match.start() + i for match in re.finditer(rb"\xff[\xc0-\xfe]", data) for i in range(10)}
@@ -206,7 +206,7 @@ def places(data: bytes) -> list[int]:
 
 @st.composite
 def damages(draw: st.DrawFn) -> tuple[str, bytes]:
-    """One of the good files, damaged: cut off, with bits flipped, lengths exaggerated, spans zeroed, lost or put in."""
+    """Damage one of the good files: cut it off, flip bits, exaggerate lengths, or zero, remove or insert spans."""
     name = draw(st.sampled_from(sorted(good())))
     data = good()[name]
     for _ in range(draw(st.integers(1, 3))):
@@ -235,7 +235,7 @@ def damages(draw: st.DrawFn) -> tuple[str, bytes]:
 
 
 def write(folder: Path, files: dict[str, bytes]) -> None:
-    """Write files into a folder; names may be bytes in disguise (`os.fsdecode`)."""
+    """Write files into a folder. Names may contain undecodable bytes (`os.fsdecode`)."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         with open(os.path.join(folder, name), "wb") as file:

@@ -1,4 +1,4 @@
-"""The devices that a test of the library runs on: the CPU, and a GPU where there is one."""
+"""Devices for tests of the library: the CPU, and a GPU if there is one."""
 
 import pytest
 import torch

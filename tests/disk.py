@@ -1,4 +1,7 @@
-"""A disk of its own, whose power can be cut: a file system in a file, of which a copy is what the disk had at that moment."""
+"""A separate disk for power-loss tests: a file system in an image file.
+
+A copy of the image file is the content of the disk at that moment.
+"""
 
 import filecmp
 import shutil
@@ -7,14 +10,14 @@ from pathlib import Path
 
 
 class Disk:
-    """A file system (ext4) in a file, mounted.
+    """A mounted file system (ext4) in an image file.
 
-    What programs write stays in memory for a while before it gets into the file, as with any disk; only what they wait for
-    (fsync) is there for certain.
+    As with any disk, written data stays in memory for a while before it reaches the image file. Only data that a
+    program flushes (fsync) is certain to be there.
     """
 
     def __init__(self, base: Path, megabytes: int, options: str = "") -> None:
-        """Make it in a folder. Raises OSError where that may not be done, or cannot."""
+        """Create and mount it in a folder. Raises OSError if that is not allowed or not possible."""
         self.folder, self._file, self._options = (
             base / "disk",
             base / "disk.img",
@@ -29,20 +32,20 @@ class Disk:
         self._mount()
 
     def cut(self) -> None:
-        """Cut the power and switch it on again: of what was written, the disk has what it had at this moment."""
+        """Cut the power and switch it on again: the disk keeps only the data that has reached it at this moment."""
         saved, again = self._file.with_suffix(".cut"), self._file.with_suffix(".again")
         _run("cp", "--sparse=always", str(self._file), str(saved))
         while _run("cp", "--sparse=always", str(self._file), str(again)) or not filecmp.cmp(
             saved, again, shallow=False
         ):
-            again.replace(saved)  # the system wrote while it was copied: of no moment at all
+            again.replace(saved)  # the file changed during the copy: copy it again
         again.unlink()
         self.remove()
         saved.replace(self._file)
         self._mount()
 
     def remove(self) -> None:
-        """Unmount it."""
+        """Unmount the file system."""
         _run("umount", "-l", str(self.folder))
 
     def _mount(self) -> None:

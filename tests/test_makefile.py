@@ -1,4 +1,4 @@
-"""What the Makefile finds out about the folder that it is in."""
+"""Checks that the Makefile makes on its own folder."""
 
 import shutil
 import subprocess
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize("moved", [False, True])
 def test_an_environment_that_was_made_in_another_folder_is_made_anew(tmp_path: Path, moved: bool) -> None:
-    """Its commands run the code of the folder it was made in."""
+    """The commands of such an environment run the code of the folder in which it was made."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / ".venv").mkdir()

@@ -1,4 +1,4 @@
-"""Nothing that the project loads can run code: what would is refused in a sentence, and nothing in it is executed."""
+"""Files that the project loads cannot run code: dangerous files are refused with a message, and not executed."""
 
 import ast
 import json
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol", r"ign
 
 
 class Payload:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -39,13 +39,13 @@ class Payload:
 
 @pytest.fixture
 def mark(tmp_path: Path) -> Iterator[Path]:
-    """Where a payload would leave a trace; fails if one did."""
+    """Path that a payload would create. The test fails if the path exists afterwards."""
     yield tmp_path / "executed"
     assert not (tmp_path / "executed").exists()
 
 
 def plant(folder: Path, mark: Path) -> list[Path]:
-    """Files that run code when they are loaded without care."""
+    """Create files that run code if they are loaded carelessly."""
     bad = Payload(mark)
     array = np.empty(1, dtype=object)
     array[0] = bad
@@ -173,14 +173,14 @@ def test_a_step_does_not_execute_what_an_artifact_holds(tmp_path: Path, mark: Pa
     np.save(tmp_path / "activations.npy", array, allow_pickle=True)
     for how in ({}, {"mmap_mode": "r"}):
         with pytest.raises(ValueError):
-            np.load(tmp_path / "activations.npy", **how)  # as every step reads it: see the test below
+            np.load(tmp_path / "activations.npy", **how)  # every step reads it in this way: see the test below
 
 
 CALLS = {
     "eval", "exec", "compile", "__import__", "os.system", "os.popen", "pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load",
     "yaml.full_load", "yaml.load_all", "joblib.load", "pd.read_pickle", "pandas.read_pickle", "torch.jit.load", "marshal.loads", "shelve.open",
 }  # fmt: skip
-"""Calls that run what they are given, or may."""
+"""Calls that run their input as code, or may do so."""
 
 
 def dotted(node: ast.expr) -> str:
@@ -190,7 +190,7 @@ def dotted(node: ast.expr) -> str:
 
 
 def dangerous(text: str) -> list[str]:
-    """Calls in a module that could run foreign code."""
+    """Calls in a module that could run untrusted code."""
     found = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -215,7 +215,7 @@ def test_no_call_in_our_packages_could(package: str) -> None:
     assert files
     for file in files:
         text = file.read_text(encoding="utf-8")
-        # ruamel's own round-trip loader, of an instance, knows no Python objects; `import pickle` is in no package.
+        # The exception is ruamel's round-trip loader, which creates no Python objects. No package has `import pickle`.
         found = [name for name in dangerous(text) if not (file.name == "overrides.py" and name == "yaml.load")]
         assert not found, f"{file}: {found}"
 

@@ -1,4 +1,4 @@
-"""Flow, dvc.yaml and tasks say the same, and dvc.yaml watches the code that decides what a step writes."""
+"""Flow, dvc.yaml and tasks agree, and dvc.yaml watches the code that determines the outputs of a step."""
 
 import ast
 import importlib
@@ -32,21 +32,21 @@ TELLING = (
     "unfreeze/progress.py",
     "unfreeze/settings/",
 )
-"""What only tells people about a step, runs it, or carries its settings, which DVC compares by value: a change in it changes
-nothing that a step writes."""
+"""Code that only reports on a step, runs a step, or carries its settings, which DVC compares by value. A change in
+this code does not change the outputs of a step."""
 TEMPLATES = {
     f"unfreeze/reports/{name}.py": f"unfreeze/reports/templates/{page}.html"
     for name, page in (("html", "page"), ("explore", "explore"), ("evaluate", "evaluate"))
 }
-"""What a module reads, beside what it imports."""
+"""Template that a module reads, in addition to its imports."""
 REGISTERED = ("pipeline/tracking/registry.py", "pipeline/tracking/served_model.py")
-"""What makes the model that `register` hands to MLflow, the second of them by its path."""
+"""Modules that create the model that `register` passes to MLflow. The second module is passed by its path."""
 MOST = 130
-"""Lines of dvc.yaml that name code: it names folders, so that another module in one of them is no edit."""
+"""Maximum number of lines in dvc.yaml that name code. It names folders, so a new module in a folder needs no edit."""
 
 
 def closure(*files: str) -> set[str]:
-    """The files, all that they import, and that those import, but for those that only tell."""
+    """The files and all their direct and indirect imports, except those in ``TELLING``."""
     seen, waiting = set(files), list(files)
     while waiting:
         new = {file for file in imported(waiting.pop()) - seen if not file.startswith(TELLING)}
@@ -57,7 +57,7 @@ def closure(*files: str) -> set[str]:
 
 
 def code(stage: str) -> list[str]:
-    """The files and folders of code that dvc.yaml names for a stage."""
+    """Files and folders of code that dvc.yaml names for a stage."""
     return [dep for dep in DVC[stage]["deps"] if dep.startswith(("unfreeze/", "pipeline/", "tasks/"))]
 
 
@@ -82,7 +82,7 @@ def test_dvc_watches_no_code_that_a_stage_does_not_import(stage: str) -> None:
 def test_what_only_tells_people_about_a_step_makes_it_not_stale(stage: str) -> None:
     own = REGISTERED if stage == "register" else ()
     assert not [dep for dep in code(stage) if f"{dep}/".startswith(TELLING) and dep not in own]
-    # Of a folder that has other steps' reports in it, or what tells people, dvc.yaml names files.
+    # If a folder contains other steps' reports, or code that only reports, dvc.yaml names single files of it.
     assert not {"unfreeze", "unfreeze/reports", "pipeline", "tasks"} & set(code(stage))
 
 
@@ -141,10 +141,10 @@ def test_a_served_model_is_installed_with_all_that_it_imports() -> None:
         seen |= new
         waiting += new
     others = names - sys.stdlib_module_names - {"pipeline", "tasks", "unfreeze", "mlflow"}  # MLflow adds itself
-    packages = importlib.metadata.packages_distributions()  # several of a name that packages share
+    packages = importlib.metadata.packages_distributions()  # several, if packages share a name
     missing = {name for name in others if not set(map(canonical, packages[name])) & set(REQUIREMENTS)}
     assert "unfreeze/batches/rendering.py" in seen and not missing
-    # MLflow gets the folder unfreeze/ with the model, and nothing else of the project.
+    # With the model, MLflow gets the folder unfreeze/ and nothing else of the project.
     assert {Path(file).parts[0] for file in seen} - {"unfreeze"} == {"pipeline"}
     assert [file for file in seen if file.startswith("pipeline/")] == [REGISTERED[1]]
 

@@ -1,4 +1,4 @@
-"""The walls of the house: which package may import which, no circles, no large files, names that every system takes."""
+"""Rules for the code base: allowed imports between packages, no cycles, no large files, portable file names."""
 
 import ast
 import graphlib
@@ -20,29 +20,29 @@ LEVELS = (
     ("pipeline",),
     ("tasks", "flows"),
 )
-"""From the ground up: a package may import those below it, and on its own level as long as there is no circle."""
+"""Packages from the lowest level up. A package may import lower levels, and its own level if there is no cycle."""
 BANNED = {
     "unfreeze": {"prefect", "dvc", "mlflow", "pickle", "rich"},
     "pipeline": {"prefect", "dvc", "pickle"},
     "tasks": {"prefect", "dvc", "mlflow", "pickle"},
     "flows": {"dvc", "mlflow", "pickle", "torch", "timm", "torchvision"},
 }
-"""Libraries that a package may not import; DVC is a command, and imported nowhere."""
+"""Libraries that a package may not import. DVC is run as a command, and imported nowhere."""
 APART = {
     "unfreeze/training/": ("unfreeze/reports/",),
     "unfreeze/reports/": ("unfreeze/training/",),
     "pipeline/process/": ("pipeline/step.py", "pipeline/tracking/"),
     "pipeline/tracking/": ("pipeline/step.py",),
 }
-"""What a package does not import though its level allows it, as its docstring says."""
+"""Code that a package does not import although its level allows it; see the package's docstring."""
 LONGEST = 400
-"""Lines of a file."""
+"""Maximum number of lines of a file."""
 
 FILES = [str(file.relative_to(ROOT)) for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
 
 
 def imported_names(tree: ast.AST) -> set[str]:
-    """Every dotted name that is imported anywhere in a file: modules, and what is taken from them."""
+    """All dotted names that are imported anywhere in a file: modules, and names imported from them."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -53,7 +53,7 @@ def imported_names(tree: ast.AST) -> set[str]:
 
 
 def imported(file: str) -> set[str]:
-    """The project's own files that a file imports, anywhere in it."""
+    """Files of the project that a file imports, anywhere in the file."""
     names = imported_names(ast.parse((ROOT / file).read_text()))
     paths = {name.replace(".", "/") for name in names if name.split(".")[0] in PACKAGES}
     files = {f"{path}.py" for path in paths} | {f"{path}/__init__.py" for path in paths}
@@ -61,7 +61,7 @@ def imported(file: str) -> set[str]:
 
 
 def level(file: str) -> int:
-    """How far up a file is; -1 for what has no level."""
+    """Level of a file, counted from the lowest; -1 if it has no level."""
     name = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     found = [i for i, row in enumerate(LEVELS) for package in row if f"{name}.".startswith(f"{package}.")]
     return found[0] if found else -1
@@ -87,7 +87,7 @@ def test_there_are_no_circles() -> None:
 
 
 def test_there_are_no_circles_of_packages() -> None:
-    """On one level too: data and models, say, may not import each other."""
+    """Cycles within one level are forbidden too: for example, data and models may not import each other."""
 
     def package(file: str) -> str:
         return str(Path(file).parent) if file.count("/") > 1 else file.split("/")[0]
@@ -120,7 +120,7 @@ def test_no_file_imports_what_its_package_says_it_does_not(file: str) -> None:
 
 
 def tracked() -> list[str]:
-    """The names of all files under version control."""
+    """Names of all files under version control."""
     done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         pytest.skip("no Git here")
@@ -134,7 +134,7 @@ def test_no_file_is_long() -> None:
 
 
 def refused_by_windows(name: str) -> bool:
-    """Whether Windows takes no file or folder of this name."""
+    """Whether Windows refuses a file or folder with this name."""
     devices = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in "0123456789¹²³")}
     return (
         any(character in '<>:"|?*\\' or ord(character) < 32 for character in name)

@@ -1,1 +1,1 @@
-"""Is the recipe right and fast on this machine's GPU? `python -m benchmarks.gpu` answers; benchmarks/notes/gpu.md says how."""
+"""GPU benchmark, `python -m benchmarks.gpu`: correctness, repeatability and speed (see benchmarks/notes/gpu.md)."""

@@ -1,4 +1,4 @@
-"""Prove the recipe on this machine's GPU: right, repeatable, and how fast; a toy of the same where there is none.
+"""Check the recipe on this machine's GPU: correctness, repeatability, speed. Without a GPU, run at toy size.
 
 python -m benchmarks.gpu                                    # writes benchmarks/results/gpu.json and prints a table
 python -m benchmarks.gpu --parts rendering frozen --out /tmp/gpu.json
@@ -24,12 +24,12 @@ from benchmarks.gpu.material import FULL, ROOT, TOY, Row, Scale
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the benchmark, which runs in a process of its own.
+    """A part of the benchmark, which runs in its own process.
 
     Attributes:
-        module: where its function of the same name is.
-        seconds: most that it may take on a GPU.
-        alone: whether it is timed, and nothing may run beside it.
+        module: module with the part's function, which has the same name as the part.
+        seconds: time limit on a GPU.
+        alone: whether the part is timed, so that nothing else may run at the same time.
     """
 
     module: str
@@ -55,13 +55,13 @@ PARTS = {
 TOGETHER = 8
 """Number of untimed parts run in parallel."""
 LEAST = 5.0
-"""Least time left, in seconds, with which a part is started."""
+"""Minimum time left, in seconds, to start a part."""
 SLOWLY = 600.0
-"""Seconds that a part may take where there is no GPU."""
+"""Time limit of a part without a GPU, in seconds."""
 
 
 def main() -> None:
-    """Run the parts asked for, print a table, write the JSON."""
+    """Run the chosen parts, print a table, write the JSON file."""
     chosen = _arguments()
     scale, gpu = (TOY, False) if chosen.toy else _scale()
     if chosen.part:
@@ -102,17 +102,17 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json", help="the JSON file")
-    parser.add_argument("--toy", action="store_true", help="the same in little, also on a GPU")
+    parser.add_argument("--toy", action="store_true", help="run at toy size, also on a GPU")
     parser.add_argument(
-        "--seconds", type=float, default=480, help="most that all of it may take (default: %(default)s)"
+        "--seconds", type=float, default=480, help="time limit for all parts, in seconds (default: %(default)s)"
     )
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # one part, in its own process
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def _scale() -> tuple[Scale, bool]:
-    """How much to do here. Asked in another process, so that this one leaves the GPU alone."""
+    """Scale for this machine, and whether it has a GPU; checked in a child process, so that this one uses no GPU."""
     code = "import torch; print(torch.cuda.is_available())"
     gpu = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     return (FULL, True) if gpu == "True" else (TOY, False)
@@ -122,15 +122,15 @@ def _run_here(name: str, scale: Scale, data: Path, out: Path) -> None:
     start = time.perf_counter()
     rows: list[Row] = []
     for found in getattr(importlib.import_module(f"benchmarks.gpu.{PARTS[name].module}"), name)(scale, data):
-        rows.append(found)  # kept one by one: a part that is ended has what it has found
+        rows.append(found)  # written after each row: a part that is stopped keeps its rows
         out.write_text(json.dumps({"rows": rows, "seconds": time.perf_counter() - start, "error": None}))
 
 
 def _run_part(name: str, data: Path, toy: bool, limit: float) -> dict[str, Any]:
-    """A part's rows and seconds; or why there are none. It ends with its limit, and with that of all parts."""
+    """Run a part for at most ``limit`` seconds; return its rows, its seconds, and its error or None."""
     out, start = data / f"{name}.json", time.monotonic()
     if limit < LEAST:
-        return {"rows": [], "seconds": 0.0, "error": "no time was left"}
+        return {"rows": [], "seconds": 0.0, "error": "not started: no time left"}
     command = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--data", str(data), "--out", str(out)]
     threads = {} if PARTS[name].alone else {"OMP_NUM_THREADS": "2"}
     with (data / f"{name}.log").open("w+") as log:
@@ -140,11 +140,11 @@ def _run_part(name: str, data: Path, toy: bool, limit: float) -> dict[str, Any]:
         )  # fmt: skip
         try:
             process.wait(limit)
-            error = None if process.returncode == 0 else f"ended with {process.returncode}"
+            error = None if process.returncode == 0 else f"ended with exit code {process.returncode}"
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            error = f"was ended after {limit:.0f} s"
+            error = f"ended at its time limit of {limit:.0f} s"
         log.seek(0)
         said = log.read()
     found = json.loads(out.read_text()) if out.exists() else {"rows": []}

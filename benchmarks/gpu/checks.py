@@ -1,4 +1,4 @@
-"""The card, and whether what it computes is right: rendered views, frozen copies, a process forked after the imports."""
+"""The card, and correctness checks: rendered views, frozen copies, and a process forked after the imports."""
 
 import dataclasses
 import importlib
@@ -27,7 +27,7 @@ RAW = Normalisation((0, 0, 0), (1, 1, 1))
 
 
 def card(scale: Scale, data: Path) -> list[Row]:
-    """Card, driver and libraries, and what its memory and its matrix units reach."""
+    """Card, driver and libraries; measured speed of its memory and of matrix products."""
     import timm
     import torchvision
 
@@ -68,7 +68,7 @@ def _seconds(run: object) -> float:
 
 
 def rendering(scale: Scale, data: Path) -> list[Row]:
-    """`render` on the device against the same on the CPU, and against SciPy in double precision."""
+    """Compare `render` on the device with `render` on the CPU, and with SciPy in double precision."""
     size, count = scale.size, 8
     rng = np.random.default_rng(0)
     augment = Augment("dihedral", 30.0, 1.5, 0.2)
@@ -101,7 +101,7 @@ def _random(images: PackedImages, augment: Augment) -> Views:
 
 
 def _reference(images: PackedImages, views: Views, number: int) -> np.ndarray:
-    """A view (3, S, S) as SciPy sees it, in double precision, places outside the image mirrored at its edges."""
+    """A view (3, S, S), computed by SciPy in double precision; the image is mirrored at its edges."""
     from scipy.ndimage import map_coordinates
 
     offset = np.arange(images.image_size) - (images.image_size - 1) / 2
@@ -116,7 +116,7 @@ def _reference(images: PackedImages, views: Views, number: int) -> np.ndarray:
 
 
 def frozen(scale: Scale, data: Path) -> list[Row]:
-    """Frozen copies against their networks: in full precision, and in what the device computes in."""
+    """Compare frozen copies with their networks: in full precision, and in the precision that the device uses."""
     seed_everything(0)
     images, rows = packed(64, scale.size), []
     for name in scale.networks:
@@ -143,7 +143,7 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def fork(scale: Scale, data: Path) -> list[Row]:
-    """A process that has imported the library leaves the GPU alone; one forked from it can use it."""
+    """Check that importing the library does not use the GPU, and that a process forked afterwards can use it."""
     for module in pkgutil.walk_packages(unfreeze.__path__, "unfreeze."):
         importlib.import_module(module.name)
     untouched = not torch.cuda.is_initialized()

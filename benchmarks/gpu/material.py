@@ -1,4 +1,4 @@
-"""What the parts of the GPU benchmark work on: networks with random weights and synthetic packed images."""
+"""Test data of the GPU benchmark: networks with random weights and synthetic packed images."""
 
 import hashlib
 import json
@@ -23,10 +23,10 @@ from unfreeze.settings.schema import Settings, load_settings
 
 ROOT = Path(__file__).parent.parent.parent
 DIFFERENT = 400
-"""Images that differ; more would take longer to make than to train on. A multiple of the number of classes."""
+"""Number of different images, a multiple of the number of classes. Generating more would take longer than training."""
 CLASSES = ["ant", "bee", "cow", "dog"]
 Row = dict[str, Any]
-"""A line of the table: ``what``, ``value``, and where there is a bar ``bar`` (text) and ``held``."""
+"""A row of the table: ``what``, ``value``, and if it has a bar (target), ``bar`` (text) and ``held``."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Speed:
         size: side of its images in pixels.
         batch: images per batch.
         images: number of packed images.
-        epoch: images of an epoch whose speed is measured.
-        bars: least share of the ceiling, by name of the part of the recipe.
+        epoch: number of images in a measured epoch.
+        bars: minimum share of the ceiling for each part of the recipe.
     """
 
     network: str
@@ -52,19 +52,19 @@ class Speed:
 
 @dataclass(frozen=True)
 class Scale:
-    """How much the benchmark does: all of it on a GPU, a toy of it on a CPU.
+    """Size of the benchmark: full size on a GPU, toy size on a CPU.
 
     Attributes:
-        networks: those whose frozen copies are checked.
-        strict: those whose trainings are repeated in fresh processes.
-        size, batch: of the checks' images.
+        networks: networks whose frozen copies are checked.
+        strict: networks whose trainings are repeated in new processes.
+        size, batch: image size and batch size of the checks.
         steps: training steps of a repeated training.
-        kills: batches at which a work is killed, to go on in another process.
-        long: training steps over which memory must stay flat.
+        kills: batches at which work is killed and then resumed in another process.
+        long: training steps during which memory must not grow.
         speeds: networks and batches whose speed is measured.
         batches: batch sizes of the ceilings.
-        recipe: the whole recipe's network.
-        seconds: time over which a rate is measured.
+        recipe: network of the whole recipe.
+        seconds: duration of a rate measurement.
     """
 
     networks: tuple[str, ...]
@@ -122,12 +122,12 @@ TOY = Scale(
 
 
 def settings() -> Settings:
-    """The settings that the project ships."""
+    """The default settings of the project."""
     return load_settings(ROOT / "params.yaml")
 
 
 def row(what: str, value: Any, at_least: float | None = None, at_most: float | None = None) -> Row:
-    """A line of the table, with a bar where one is given; one that is False or not a number holds no bar."""
+    """A row of the table, with a bar (target) if one is given. A value of False or NaN misses its bar."""
     if isinstance(value, bool):
         return {"what": what, "value": value, "bar": "true", "held": value}
     if at_least is not None:
@@ -138,7 +138,7 @@ def row(what: str, value: Any, at_least: float | None = None, at_most: float | N
 
 
 def synthetic(count: int, size: int, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray]:
-    """Images (H, W, 3) with a shorter side of ``size`` in four shapes, smooth, and different from class to class; and labels."""
+    """Smooth images (H, W, 3) in four shapes, with a shorter side of ``size`` and a pattern per class; and labels."""
     rng = np.random.default_rng(seed)
     patterns = rng.uniform(60, 200, (len(CLASSES), 6, 6, 3))
     labels = np.arange(count) % len(CLASSES)
@@ -152,7 +152,7 @@ def synthetic(count: int, size: int, seed: int = 0) -> tuple[list[np.ndarray], n
 
 
 def packed(count: int, size: int) -> PackedImages:
-    """Synthetic packed images in memory, three quarters of them to train on, the rest for validation."""
+    """Synthetic packed images in memory: three quarters for training, the rest for validation."""
     images, labels = synthetic(count, size)
     found = packed_in_memory(images, CLASSES, size)
     split = np.where(np.arange(count) < count * 3 // 4, "train", "valid")
@@ -161,7 +161,7 @@ def packed(count: int, size: int) -> PackedImages:
 
 
 def packed_folder(base: Path, count: int, size: int) -> PackedImages:
-    """The same, on disk, as `unfreeze.data.packing.pack` writes them; made once. A tenth is for validation, a tenth for testing."""
+    """The same on disk, in the format of `unfreeze.data.packing.pack`, written once; valid and test: a tenth each."""
     folder = base / f"packed-{size}"
     if not (folder / "dataset.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -184,8 +184,8 @@ def packed_folder(base: Path, count: int, size: int) -> PackedImages:
 def classifier(name: str, size: int, images: PackedImages, batch: int) -> tuple[Classifier, Loader]:
     """A network with random weights on the device, and a loader for it.
 
-    Its BatchNorms have the statistics of some of the images, without which activations of a deep network with random weights
-    would vanish.
+    Its BatchNorm layers have the statistics of some of the images. Without these, activations of a deep network with
+    random weights would vanish.
     """
     device = best_device()
     torch.manual_seed(0)
@@ -194,7 +194,7 @@ def classifier(name: str, size: int, images: PackedImages, batch: int) -> tuple[
     model = to_device(Classifier(network, Head(network.num_features, len(CLASSES), 0.5)), device)
     for module in model.backbone.modules():
         if isinstance(module, _BatchNorm):
-            module.momentum = None  # the mean over all batches
+            module.momentum = None  # statistics are the mean over all batches
     model.train()
     with torch.no_grad():
         for inputs, _ in loader.plain(np.arange(min(len(images), 64))):
@@ -214,6 +214,6 @@ def digest(tensors: Iterable[torch.Tensor]) -> str:
 
 
 def wait() -> None:
-    """Let the GPU finish what it was given."""
+    """Wait until the GPU has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Whether trainings repeat themselves bit for bit: in another process, and after they were killed."""
+"""Check that trainings are repeatable bit for bit: in another process, and if they are killed and resumed."""
 
 import time
 import warnings
@@ -34,7 +34,7 @@ AT_ONCE = 5
 
 
 def determinism(scale: Scale, data: Path) -> list[Row]:
-    """The same training twice, each in a process of its own."""
+    """Run the same training twice, each time in a new process, and compare the bits."""
     rows = []
     with _processes() as pool:
         runs = {name: [pool.apply_async(_trained, (scale, name)) for _ in range(2)] for name in scale.strict}
@@ -50,7 +50,7 @@ def determinism(scale: Scale, data: Path) -> list[Row]:
 
 
 def _trained(scale: Scale, name: str) -> dict[str, str]:
-    """Hashes of the weights and losses of some steps of training, by `freeze_to`."""
+    """Hash of the weights and losses of some training steps, for each `freeze_to`."""
     found, ours = {}, settings()
     images = packed(scale.steps * scale.batch * 4 // 3 + 8, scale.size)
     for first in (0, 1):
@@ -71,7 +71,7 @@ def _trained(scale: Scale, name: str) -> dict[str, str]:
 
 
 def graphs(scale: Scale, data: Path) -> Iterator[Row]:
-    """Training steps replayed as CUDA graphs against the same steps without."""
+    """Compare training steps replayed as CUDA graphs with the same steps without CUDA graphs."""
     if not torch.cuda.is_available():
         yield row("CUDA graphs", "not without a GPU")
         return
@@ -107,7 +107,7 @@ def _stepped(scale: Scale, name: str, kind: str, graphed: bool) -> tuple[str, fl
         torch.manual_seed(1)
         loss = nn.CrossEntropyLoss()
         eager = partial(train_batch, model, optimizer, loss=loss)
-        # Also where nothing is to be recorded: afterwards it is known which operations have no deterministic form.
+        # Recorded in both cases: this finds the operations that have no deterministic implementation.
         deterministically(lambda: record(model, optimizer, batches[0], loss))
         step: Any = GraphedStep(model, optimizer, batches[0], loss) if graphed else eager
         losses = []
@@ -124,7 +124,7 @@ def _stepped(scale: Scale, name: str, kind: str, graphed: bool) -> tuple[str, fl
 
 
 def resume(scale: Scale, data: Path) -> list[Row]:
-    """Trainings, a range test, predictions and activations that were killed at some batch, and went on in another process."""
+    """Kill trainings, a range test, predictions and activations at some batch, and resume them in another process."""
     folder = data / "resume"
     with _processes() as pool:
         whole = pool.apply_async(_worked, (scale, None, None))
@@ -139,16 +139,16 @@ def resume(scale: Scale, data: Path) -> list[Row]:
 
 
 def _processes() -> Pool:
-    """Runs every call in a process of its own; without a GPU in this one, as a toy is to take no minutes."""
+    """Pool that runs every call in a new process; without a GPU in this process, so that the toy size is fast."""
     return get_context("spawn").Pool(AT_ONCE, maxtasksperchild=1) if torch.cuda.is_available() else ThreadPool(1)
 
 
 class _Killed(Exception):
-    """What stands for the end of the process, which ends right afterwards."""
+    """Simulates a kill of the process, which ends immediately afterwards."""
 
 
 class _Ending(Loader):
-    """A loader at whose batch number ``kill`` the process ends."""
+    """A loader that simulates a kill at batch number ``kill``."""
 
     kill: int
 
@@ -173,7 +173,7 @@ def _until_killed(work: Callable[..., str], scale: Scale, name: str, folder: Pat
     images = packed(12 * scale.batch * 4 // 3, scale.size)  # twelve batches to train on
     model, loader = classifier(name, scale.size, images, scale.batch)
     try:
-        with mock.patch.object(Loader, "wide", 2 * scale.batch):  # larger batches would be fewer than `kill`
+        with mock.patch.object(Loader, "wide", 2 * scale.batch):  # larger batches would be too few to reach `kill`
             return work(model, loader, folder, kill)
     except _Killed:
         return "killed"
@@ -234,7 +234,7 @@ def _tta(model: Classifier, loader: Loader, folder: Path | None, kill: int | Non
         return digest(torch.from_numpy(found) for found in predict_tta(model, loader, rows, augment, 4).averaged())
     if kill is not None:
         loader = _Ending(loader.packed, loader.norm, loader.device, loader.batch_size)
-        object.__setattr__(loader, "kill", kill)  # the class is frozen
+        object.__setattr__(loader, "kill", kill)  # a frozen dataclass
     with mock.patch.object(predicting, "TOGETHER", 1), ResumableFile(folder / "tta", "key", 1e9) as kept:
         return digest(
             torch.from_numpy(found) for found in predict_tta(model, loader, rows, augment, 4, kept).averaged()

@@ -1,4 +1,4 @@
-"""What the card can do with a network (ceilings), what the recipe's functions reach, and where their time goes."""
+"""Ceilings of the card, throughput of the recipe's functions, and profiles of their time."""
 
 import time
 from collections import Counter
@@ -35,7 +35,7 @@ COMPILED = "compiled"
 
 
 def _few(data: Path, speed: Speed) -> tuple[Classifier, Loader]:
-    """A network, and a loader of the first images that one batch of inference takes."""
+    """A network, and a loader of packed images."""
     images = packed_folder(data, speed.images, speed.size)
     return classifier(speed.network, speed.size, images, speed.batch)
 
@@ -46,7 +46,7 @@ def _network(speed: Speed) -> Classifier:
 
 
 def ceilings(scale: Scale, data: Path) -> Iterator[Row]:
-    """Images per second of the network alone on one batch that is there already, by the way it is run."""
+    """Images per second of the network alone on one batch in memory, for each way to run it."""
     ways: list[tuple[str, bool]] = [("eager", True)]
     if torch.cuda.is_available():
         ways += [("graph", True), (COMPILED, False), ("eager", False), ("graph", False)]
@@ -60,7 +60,7 @@ def ceilings(scale: Scale, data: Path) -> Iterator[Row]:
     ]
 
     def rank(what: tuple[Speed, Any, int, str, bool]) -> tuple[bool, bool, bool]:
-        """First what the recipe's functions are held against: inference is in the largest batches."""
+        """Sort the ceilings that the recipe's functions are compared with first; inference uses the largest batches."""
         speed, kind, batch, way, deterministic = what
         compared = batch == speed.batch or (kind is _inference and batch == max(scale.batches))
         return not compared, way == COMPILED, not deterministic
@@ -113,7 +113,7 @@ def _training(speed: Speed, batch: int, way: str) -> Run:
 
 
 def _inference(speed: Speed, batch: int, way: str) -> Run:
-    """Activations of a batch: of the frozen copy, or of the network compiled."""
+    """Activations of a batch, computed by the frozen copy or by the compiled network."""
     model, device = _network(speed), best_device()
     inputs = torch.randn(batch, 3, speed.size, speed.size, device=device).contiguous(memory_format=torch.channels_last)
     network: Any = model.backbone.eval().requires_grad_(False)
@@ -127,7 +127,7 @@ def _inference(speed: Speed, batch: int, way: str) -> Run:
 
 
 def _captured(step: Run) -> Run:
-    """A step as a CUDA graph."""
+    """Capture a step as a CUDA graph; return its replay."""
     stream: Any = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -141,7 +141,7 @@ def _captured(step: Run) -> Run:
 
 
 def _seconds(run: Run, least: float) -> float:
-    """Seconds of a call when many follow one another, the best of three rounds."""
+    """Mean seconds of a call in a series of calls: the best of three series."""
     for _ in range(WARM_UP):
         run()
     wait()
@@ -160,7 +160,7 @@ def _seconds(run: Run, least: float) -> float:
 
 
 def ours(scale: Scale, data: Path) -> Iterator[Row]:
-    """Images per second of the recipe's functions, from packed images on the disk; the first epoch of each does not count."""
+    """Images per second of the recipe's functions, on packed images on disk; the first epoch of each does not count."""
     for speed in reversed(scale.speeds):
         seed_everything(0)
         name = f"{speed.network} batch {speed.batch}"
@@ -171,7 +171,7 @@ def ours(scale: Scale, data: Path) -> Iterator[Row]:
                 f"pixels to the card {name}, seconds", partial(_once, partial(getattr, replace(loader), "on_card"))
             )
         example = next(loader.plain(rows))[0]
-        for when in ("first", "second"):  # each precompute and TTA below makes one, which counts in their rates
+        for when in ("first", "second"):  # precompute and TTA below each make a copy; their rates include it
             copied = partial(frozen_copy, model.backbone, example)
             yield _measured(f"{when} frozen copy {name}, seconds", partial(_once, copied))
         trainings = {
@@ -194,7 +194,7 @@ def ours(scale: Scale, data: Path) -> Iterator[Row]:
             for what in ("whole network", "frozen"):
                 yield _measured(f"{what}, not recorded {name}", partial(_second_epoch, trainings[what], len(rows)))
         with mock.patch.object(Loader, "on_card", None):
-            elsewhere = replace(loader)  # has not put them there yet
+            elsewhere = replace(loader)  # a copy, whose pixels are not on the card yet
             train = partial(_full, model, elsewhere, rows, 0)
             yield _measured(f"whole network, pixels not on the card {name}", partial(_second_epoch, train, len(rows)))
             train = partial(_augmented, model, elsewhere, rows)
@@ -202,7 +202,7 @@ def ours(scale: Scale, data: Path) -> Iterator[Row]:
 
 
 def _measured(what: str, measure: Callable[[], float]) -> Row:
-    """A row with what is measured, or why it is not."""
+    """A row with the measured value, or with the error message."""
     try:
         return row(what, measure())
     except Exception as error:
@@ -210,7 +210,7 @@ def _measured(what: str, measure: Callable[[], float]) -> Row:
 
 
 def _of(loader: Loader, rows: Rows) -> Loader:
-    """A loader of some of the images."""
+    """A loader of the first images, as many as ``rows``."""
     packed = loader.packed
     first = replace(
         packed,
@@ -237,7 +237,7 @@ def _augmented(model: Classifier, loader: Loader, rows: Rows, callbacks: Callbac
 
 
 def _second_epoch(train: Callable[[Callbacks], None], images: int) -> float:
-    """Images per second of the second of two epochs; an epoch ends with a look at its losses, which waits for the device."""
+    """Images per second of the second of two epochs; reading the losses at its end waits for the device."""
     ends: list[float] = []
     train(Callbacks(epoch=lambda row: ends.append(time.perf_counter())))
     return round(images / (ends[1] - ends[0]), 1)
@@ -272,7 +272,7 @@ def _batches(loader: Loader, rows: Rows) -> None:
 
 
 def _reading(loader: Loader, rows: Rows) -> None:
-    """One thread copies bytes from the packed file, as batches for the card."""
+    """Copy bytes from the packed file into batches for the card, in one thread."""
     augment, rng = settings().augment, np.random.default_rng(0)
     for chunk in shuffled(rows, loader.batch_size, 0, 0):
         sizes = loader.packed.sizes[chunk]
@@ -280,13 +280,13 @@ def _reading(loader: Loader, rows: Rows) -> None:
 
 
 def shares(found: list[Row], tops: list[Row], scale: Scale) -> list[Row]:
-    """What `ours` reached as a share of the best way among the `ceilings`, with the bars."""
+    """Rates of `ours` as shares of the best of the `ceilings`, with bars (targets)."""
     best: dict[tuple[str, str], float] = {}
     for ceiling in tops:
         if not isinstance(ceiling["value"], float):
             continue
         kind, network, _, batch, *_ = ceiling["what"].split(" ")
-        # Inference is in larger batches than training, so the best of any size is its ceiling.
+        # Inference uses larger batches than training, so its ceiling is the best of all batch sizes.
         size = batch if kind == "training" else ""
         best[kind + network, size] = max(best.get((kind + network, size), 0.0), ceiling["value"])
     rates: dict[str, float] = {each["what"]: each["value"] for each in found}
@@ -302,7 +302,7 @@ def shares(found: list[Row], tops: list[Row], scale: Scale) -> list[Row]:
 
 
 def memory(scale: Scale, data: Path) -> list[Row]:
-    """Memory over a long training, and what in a step waits for the device."""
+    """Growth of memory over a long training."""
     speed = scale.recipe
     seed_everything(0)
     model, loader = _few(data, speed)
@@ -327,7 +327,7 @@ def memory(scale: Scale, data: Path) -> list[Row]:
 
 
 def profile(scale: Scale, data: Path) -> Iterator[Row]:
-    """Ten steps of training under torch's profiler: how busy the device is, launches, waits, the kernels that take longest."""
+    """Ten training steps in torch's profiler: share of time the device is busy, launches, waits, slowest kernels."""
     for speed in reversed(scale.speeds):
         seed_everything(0)
         model, loader = _few(data, speed)
@@ -341,7 +341,7 @@ def profile(scale: Scale, data: Path) -> Iterator[Row]:
 
 
 class _Enough(Exception):
-    """The steps that are looked at are over."""
+    """Raised when the profiled steps have ended."""
 
 
 def _profiled(what: str, train: Callable[[Callbacks], None]) -> list[Row]:
@@ -351,7 +351,7 @@ def _profiled(what: str, train: Callable[[Callbacks], None]) -> list[Row]:
     profiler: Any = torch.profiler.profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda])
     calls, wall = 0, [0.0, 0.0]
 
-    def listen(rows: Any) -> None:  # told every ten steps, and once more at the end of an epoch
+    def listen(rows: Any) -> None:  # called every ten steps, and at the end of an epoch
         nonlocal calls
         calls += 1
         if calls == (2 if cuda else 1):
@@ -391,7 +391,7 @@ def _profiled(what: str, train: Callable[[Callbacks], None]) -> list[Row]:
 
 
 def _union(spans: list[tuple[float, float]]) -> float:
-    """The time that spans cover, those that overlap once."""
+    """Total time that the spans cover; overlapping time counts once."""
     covered, end = 0.0, float("-inf")
     for start, stop in sorted(spans):
         covered += max(0.0, stop - max(start, end))

@@ -1,4 +1,4 @@
-"""The unit tests that take a device, and the whole recipe without Prefect, DVC and MLflow."""
+"""The unit tests that have a device parameter, and the whole recipe without Prefect, DVC and MLflow."""
 
 import copy
 import re
@@ -30,7 +30,7 @@ Seconds = dict[str, float]
 
 
 def tests(scale: Scale, data: Path) -> list[Row]:
-    """Those tests of the library that are marked with a device, on this one."""
+    """Run the library's unit tests that have a device parameter, on this device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     files = [
         str(p) for p in sorted((ROOT / "tests/unfreeze").rglob("test_*.py")) if "from tests.devices" in p.read_text()
@@ -59,7 +59,7 @@ def tests(scale: Scale, data: Path) -> list[Row]:
 
 
 def recipe(scale: Scale, data: Path) -> Iterator[Row]:
-    """Precompute, rates, head, augmented head, whole network, evaluation: seconds per step."""
+    """Seconds of each step: precompute, learning-rate finders, head, augmented head, whole network, evaluation."""
     speed, ours, spent = scale.recipe, settings(), Seconds()
     seed_everything(ours.seed)
     images = packed_folder(data, speed.images, speed.size)

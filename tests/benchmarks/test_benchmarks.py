@@ -1,4 +1,4 @@
-"""The benchmarks run: our side at a small piece of work, memory, and what the flow's log says of its steps."""
+"""Tests of the benchmarks: our side on a small workload, memory use, and step times parsed from the flow's log."""
 
 import json
 import shutil
@@ -114,7 +114,7 @@ def test_a_checkpoint_is_a_small_share_of_the_interval(work: Work) -> None:
 
 
 def test_memory_does_not_grow_with_the_images() -> None:
-    """Sets of many batches: where an epoch has fewer than are read ahead, fewer are in memory."""
+    """Both data sets have many batches: an epoch with fewer batches than are prefetched keeps fewer in memory."""
     found = memory.measure(lambda text: None, counts=(1_000, 5_000))
     assert found["peak_mb"]["5000"] - found["peak_mb"]["1000"] < 150 < 4_000 * memory.SIZE**2 * 3 / 1e6
 
@@ -150,7 +150,7 @@ def test_a_figure_of_what_was_found(tmp_path: Path) -> None:
         drawn.append((tmp_path / "figure.png").read_bytes())
     assert all(png.startswith(b"\x89PNG") for png in drawn) and len(set(drawn)) == 3
     assert drawn[-1] == drawn[-2]
-    (tmp_path / "memory.json").write_text(json.dumps({"growth_mb": 3}))  # nothing of the figure's
+    (tmp_path / "memory.json").write_text(json.dumps({"growth_mb": 3}))  # not part of the figure
     (tmp_path / "accuracy.json").write_text(json.dumps([{"set": "pets", "method": "recipe"}]))
     figure.draw(tmp_path, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes() == drawn[-1]

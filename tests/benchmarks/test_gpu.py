@@ -1,4 +1,4 @@
-"""The GPU benchmark at toy size: every part, and what becomes of one that fails or takes too long."""
+"""The GPU benchmark at toy size: every part, and the handling of a part that fails or takes too long."""
 
 import importlib
 import json
@@ -13,7 +13,7 @@ from benchmarks.gpu.material import TOY, row
 from benchmarks.gpu.speed import shares
 
 HERE = [name for name in gpu.PARTS if name not in ("fork", "tests")]
-"""Parts that need no process without threads, and that do not run the tests."""
+"""Parts that neither need a single-threaded process nor run the tests."""
 
 
 @pytest.fixture(scope="module")

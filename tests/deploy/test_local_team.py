@@ -1,4 +1,7 @@
-"""What `make team` says when something is missing, and how it keeps passwords. With real servers: integration/test_team.py."""
+"""Messages of `make team` when something is missing, and storage of its passwords.
+
+Tests with real servers are in integration/test_team.py.
+"""
 
 import json
 import os

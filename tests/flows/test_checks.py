@@ -1,4 +1,7 @@
-"""What cannot come to an end is refused before anything is written or run, through the command line and a flow's parameters."""
+"""Runs that cannot succeed are refused before anything is written or run.
+
+This holds for the command line and for a flow's parameters.
+"""
 
 import errno
 import io
@@ -34,7 +37,7 @@ WRONG = [
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with params.yaml, whose data.source are 48 images; beside them, in `few`, are 4."""
+    """A folder with params.yaml, whose data.source has 48 images. The folder `few` beside them has 4 images."""
     paint(tmp_path / "photos", 0)
     paint(tmp_path / "few", 0, 2)
     shutil.copy(PARAMS, tmp_path)
@@ -100,7 +103,8 @@ def test_of_many_images_some_are_looked_at(workspace: Path) -> None:
     for file in broken:
         Path(file).write_bytes(POINTER)
     settings = load_settings()
-    table = check_images(settings)  # of 240 images 18 are broken, and of 100 at most about as many: chance, perhaps
+    # 18 of 240 images are broken. In the sample of 100, at most about as many are broken, perhaps by chance.
+    table = check_images(settings)
     looked_at, unreadable = look_at_some(table, settings.data)
     assert len(table) == 240 and looked_at == LOOKED_AT and 0 < len(unreadable) < len(broken)
     for file in Path("photos/bright").glob("* *.png"):
@@ -125,11 +129,11 @@ def test_check_says_how_the_folder_was_understood(workspace: Path, capsys: pytes
     ]
 
 
-@pytest.mark.parametrize("unbuffered", [False, True])  # as with PYTHONUNBUFFERED
+@pytest.mark.parametrize("unbuffered", [False, True])  # True: as with PYTHONUNBUFFERED
 def test_a_reader_that_has_read_enough_is_no_error(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, unbuffered: bool
 ) -> None:
-    """As `unfreeze check | head -1`."""
+    """For example `unfreeze check | head -1`, which closes the pipe early."""
     read, write = os.pipe()
     os.close(read)
     with io.TextIOWrapper(os.fdopen(write, "wb", 0 if unbuffered else -1), write_through=unbuffered) as pipe:
@@ -154,7 +158,7 @@ def test_what_changes_nothing_is_not_checked_again(workspace: Path) -> None:
 def test_a_copy_of_the_project_does_not_run_the_originals_code(
     workspace: Path, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As an environment does that was set up there."""
+    """An environment that was set up in the original would run the original's code."""
     Path("flows").mkdir()
     Path("flows/cli.py").touch()
     assert main([command, "-S", "data.source=photos"]) == 2
@@ -174,7 +178,7 @@ def test_where_mlflow_cannot_be_is_said_before_anything_is_written(
 
 @pytest.mark.parametrize("settings", [{"data.valid": 0.3}, ["data.valid=0.3"]])
 def test_settings_of_a_run_that_cannot_begin_are_put_back(workspace: Path, settings: Any) -> None:
-    """Here DVC cannot tell what is stale: there is no Git."""
+    """This run cannot begin: without Git, DVC cannot tell which steps are stale."""
     before = Path("params.yaml").read_bytes()
     with disable_run_logger(), pytest.raises(UserError, match="DVC cannot tell|not a Git repository"):
         recipe.fn(settings)
@@ -182,7 +186,7 @@ def test_settings_of_a_run_that_cannot_begin_are_put_back(workspace: Path, setti
 
 
 def test_a_terminal_may_have_no_name(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a container a terminal of its host's has none."""
+    """In a container, a terminal of the host has no name."""
     ours, theirs = os.openpty()
 
     def none(number: int) -> str:

@@ -1,4 +1,4 @@
-"""Where a deployment's code comes from, with a real Git repository."""
+"""The source of a deployment's code, with a real Git repository."""
 
 import subprocess
 from pathlib import Path

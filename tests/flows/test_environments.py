@@ -1,4 +1,4 @@
-"""Whether a commit's versions are those of the environment."""
+"""Comparison of a commit's pinned versions with those of the environment."""
 
 import importlib.metadata
 import os
@@ -18,7 +18,7 @@ NUMPY = importlib.metadata.version("numpy")
     ("pins", "dependencies", "met"),
     [
         (f"numpy=={NUMPY}", ["numpy"], True),
-        (f"# pinned\nnumpy=={NUMPY}\nno-such-package==1", ["Numpy>=1"], True),  # which is not installed here either
+        (f"# pinned\nnumpy=={NUMPY}\nno-such-package==1", ["Numpy>=1"], True),  # not a dependency, not installed
         ("numpy==0.1", [], False),
         (f"numpy=={NUMPY}", ["no-such-package"], False),
         ('numpy==0.1; sys_platform == "nowhere"', [], True),
@@ -36,7 +36,7 @@ def test_the_environment_of_these_tests_meets_the_project() -> None:
 
 
 def test_an_environment_that_is_made_has_the_extras_of_this_one(tmp_path: Path) -> None:
-    """Though they are pinned: a worker whose DVC's remote is on S3 could not read it any more."""
+    """Extras are added although they are pinned. Without them, a worker could no longer read a DVC remote on S3."""
     (tmp_path / "constraints.txt").write_text(f"numpy=={NUMPY}\npytest==1\nabsent==1\npillow==1")
     project = "[project]\ndependencies = []\n[project.optional-dependencies]\n"
     extras = "team = ['numpy[x]', 'absent', 'pillow; sys_platform == \"nowhere\"']\ndev = ['pytest']\n"
@@ -74,7 +74,7 @@ else:
     forget_old_environments(60)
     assert made.exists()
     os.utime(made / READY, (0, 0))
-    with hold(made.with_suffix(".lock")):  # a run begins in it just now
+    with hold(made.with_suffix(".lock")):  # a run is starting in it
         forget_old_environments(60)
     assert made.exists()
     forget_old_environments(60)

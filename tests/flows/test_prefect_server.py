@@ -1,4 +1,4 @@
-"""Which Prefect server a run works with is seen before it begins."""
+"""The choice of a run's Prefect server is checked before the run begins."""
 
 import http.server
 import os
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 class Pages(http.server.BaseHTTPRequestHandler):
-    """Answers as Prefect's server does: its API below /api, its pages at every other address; `refuse` as if it were ill."""
+    """Answers like Prefect's server: API below /api, pages everywhere else."""
 
     def do_GET(self) -> None:
         answers = {"/api/health": (200, b"true"), "/ill/health": (503, b""), "/closed/health": (401, b"")}
@@ -84,7 +84,7 @@ def test_the_command_line_refuses_it_before_it_writes(
 
 @pytest.fixture
 def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the temporary server's database is to be."""
+    """Path of the temporary server's database."""
     monkeypatch.chdir(tmp_path)
     for name in prefect_server.DATABASES:
         monkeypatch.setenv(name, "")
@@ -120,7 +120,7 @@ def test_a_database_that_is_named_stays(database: Path, monkeypatch: pytest.Monk
 def test_the_temporary_server_starts_for_any_home_and_ends_after_the_flow_in_silence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prefect's own folder has a database that is broken; SQLAlchemy's traceback came now and then."""
+    """The database in Prefect's own folder is damaged. SQLAlchemy used to print a traceback now and then."""
     (tmp_path / "home").mkdir()
     (tmp_path / "home/prefect.db").write_bytes(b"this is no database\n" * 100)
     code = (

@@ -1,4 +1,4 @@
-"""DVC's remote gets what a step has made while DVC runs the next one."""
+"""The outputs of a step are pushed to DVC's remote while DVC runs the next step."""
 
 import subprocess
 import threading

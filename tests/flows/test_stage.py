@@ -1,4 +1,4 @@
-"""What a flow says of a step that failed, as DVC tells it."""
+"""Error message of a flow for a failed step, taken from DVC's output."""
 
 import subprocess
 from pathlib import Path
@@ -45,13 +45,13 @@ def test_what_was_to_be_pushed_to_a_remote_that_is_no_more_waits_no_longer() -> 
 
 
 def test_dvc_killed_while_it_notes_a_run_is_asked_again() -> None:
-    """It has made the run's folder, and not put the note in it."""
+    """DVC has created the run's folder, but has not yet written the record into it."""
     list(dvc.reproduce("evaluate", pull=False))
     (note,) = Path(".dvc/cache/runs").glob("??/*/*")
     note.unlink()
     Path("dvc.lock").unlink()
     failed = subprocess.run(dvc.dvc("repro", "evaluate"), capture_output=True, text=True)
-    assert failed.returncode and "not 'NoneType'" in failed.stderr  # it does not recover by itself
+    assert failed.returncode and "not 'NoneType'" in failed.stderr  # DVC does not recover by itself
     said = list(dvc.reproduce("evaluate", pull=False))
     assert any(str(note.parent) in line for line in said)
     assert note.exists() and Path("d").read_text() == "done\n"

@@ -1,6 +1,6 @@
-"""A search over settings: what is refused, none tried twice, poor trials stopped, and gone on with after a kill.
+"""Search over settings: invalid searches, no repeated trials, pruning of poor trials, and resuming after a kill.
 
-The study is Optuna's and the results are MLflow's, both real; trials write their results there instead of training.
+Optuna's study and MLflow's results are real. Trials write their results to MLflow instead of training.
 """
 
 import shutil
@@ -40,7 +40,7 @@ def content(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty database of MLflow's: making its tables takes seconds."""
+    """An empty MLflow database, created once because creating its tables takes seconds."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     MlflowClient(f"sqlite:///{path}").create_experiment("unfreeze", artifact_location=str(path.parent))
     return path
@@ -95,7 +95,7 @@ def test_the_example_is_right() -> None:
 
 @dataclass
 class Instant:
-    """A trial that has ended at once, or is stopped; ``losses`` are those of its epochs."""
+    """A trial that has ended at once, or is stopped."""
 
     key: str
     has_ended: bool | None = True
@@ -110,7 +110,7 @@ class Instant:
 
 @dataclass
 class Results:
-    """Writes to MLflow what a pass with these settings would have: its log loss is the distance of `lr_ratio` from 4."""
+    """Writes a simulated pass with these settings to MLflow: its log loss is the distance of `lr_ratio` from 4."""
 
     started: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
@@ -174,7 +174,7 @@ def test_trials_at_once_have_worktrees_of_their_own(here: Path) -> None:
 
 
 def test_a_poor_trial_is_stopped_after_a_cycle(here: Path) -> None:
-    """The two that are farthest off have not ended when their cycles are looked at; more than four others have."""
+    """The two worst trials have not ended when their cycles are checked; four other trials have ended."""
     from optuna.trial import TrialState
 
     ratios = [2, 3, 4, 5, 1, 6]
@@ -182,7 +182,7 @@ def test_a_poor_trial_is_stopped_after_a_cycle(here: Path) -> None:
     study = _study("test", chosen, space, seed=0)
     for ratio in ratios:
         study.enqueue_trial({"unfreeze.lr_ratio": ratio})
-    for trial in range(4):  # whose cycles Optuna knows
+    for trial in range(4):  # Optuna knows the cycles of these trials
         asked = study.ask()
         for cycle in (1, 2):
             asked.report(abs(ratios[trial] - 4) + 1 / (4 * cycle), cycle)

@@ -18,7 +18,7 @@ from unfreeze.errors import UserError
 
 @pytest.fixture
 def origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A repository with one commit; the process is a worker's, with a home of its own."""
+    """A repository with one commit. The process acts as a worker with a separate home."""
     for name in ("UNFREEZE_HOME", "HOME"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
     for name in (LOCK, "MLFLOW_TRACKING_URI"):
@@ -45,7 +45,7 @@ def commit(folder: Path, text: str) -> str:
 
 
 def begin(origin: Path, **parameters: object) -> Path:
-    """What a run does first; the run before, if any, is over."""
+    """Prepare a workspace, as a run does first. The previous run, if any, has ended."""
     if LOCK in os.environ:
         os.close(int(os.environ.pop(LOCK)))
     newest = fetch(str(origin), "main")
@@ -72,7 +72,7 @@ def test_an_interrupted_run_is_found_again_by_what_it_computes(origin: Path) -> 
 
 def test_a_finished_run_leaves_nothing_unless_another_is_in_its_workspace(origin: Path) -> None:
     folder = begin(origin)
-    with hold(folder.with_name(f"{folder.name}.lock"), shared=True):  # as another process would
+    with hold(folder.with_name(f"{folder.name}.lock"), shared=True):  # as if another process held the lock
         assert is_shared()
         leave(folder)
         assert folder.exists()
@@ -103,7 +103,7 @@ def test_what_outlives_a_workspace_is_shared(origin: Path, tmp_path: Path) -> No
     (first / dvc.TO_PUSH).touch()
     assert (second / ROOT / "waits").exists() and (second / dvc.TO_PUSH).exists()
     assert os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{home()}/mlflow.db"
-    # Images that DVC has hashed for one run it does not read again for the next: here they have changed unnoticed.
+    # DVC does not read images again that it has hashed for an earlier run. Here they change without being noticed.
     for folder, content in ((first, b"12"), (second, b"34")):
         image.write_bytes(content)
         os.utime(image, (1e9, 1e9))
@@ -111,7 +111,7 @@ def test_what_outlives_a_workspace_is_shared(origin: Path, tmp_path: Path) -> No
         listed.append((folder / "dvc.lock").read_text())
     assert listed[0] == listed[1]
     assert {folder.name for folder in (home() / "cache").iterdir()} >= {"files", "runs"}
-    # The next run with the same settings has it all in place.
+    # The next run with the same settings finds everything in place.
     leave(second)
     commit(origin, "two")
     third = begin(origin, settings={"seed": 2})

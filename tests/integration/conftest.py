@@ -1,4 +1,4 @@
-"""A project of its own for every test file."""
+"""A separate project for every test file."""
 
 from collections.abc import Callable
 
@@ -10,5 +10,5 @@ from tests.integration.project import make_project as make_project_in
 
 @pytest.fixture(scope="module")
 def make_project(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Project]:
-    """Makes projects, each with its images beside it."""
+    """Function that creates projects, each with its images beside it."""
     return lambda: make_project_in(tmp_path_factory.mktemp("work"))

@@ -1,4 +1,4 @@
-"""A project of its own: the real tools on a few small images and a tiny network."""
+"""A separate project for tests: the real tools on a few small images and a tiny network."""
 
 import os
 import shutil
@@ -48,14 +48,14 @@ SMALL = {
 
 @dataclass
 class Project:
-    """A checkout in a folder of its own, how to run things in it, and what its first run printed."""
+    """A checkout in a separate folder, methods to run commands in it, and the output of its first run."""
 
     folder: Path
     environment: dict[str, str]
     first: str = ""
 
     def run(self, *words: str, code: int | None = 0) -> str:
-        """Run a Python module's command line; returns what it prints."""
+        """Run a Python module's command line; returns its output."""
         done = subprocess.run(
             [sys.executable, "-m", *words],
             cwd=self.folder,
@@ -69,18 +69,18 @@ class Project:
         return done.stdout
 
     def git(self, *words: str) -> str:
-        """Run Git in the checkout; returns what it prints."""
+        """Run Git in the checkout; returns its output."""
         return subprocess.run(
             ["git", *words], cwd=self.folder, env=self.environment, check=True, capture_output=True, text=True
         ).stdout.strip()
 
     @property
     def mlflow(self) -> MlflowClient:
-        """MLflow on the checkout's own database."""
+        """MLflow client for the checkout's own database."""
         return MlflowClient(f"sqlite:///{self.folder}/mlflow.db")
 
     def runs(self) -> tuple[list[Run], list[Run]]:
-        """Parent and child runs there, the newest first."""
+        """Parent and child runs in this database, newest first."""
         experiment = self.mlflow.get_experiment_by_name("unfreeze")
         assert experiment is not None
         found = list(self.mlflow.search_runs([experiment.experiment_id]))
@@ -88,12 +88,12 @@ class Project:
         return parents, [run for run in found if "mlflow.parentRunId" in run.data.tags]
 
     def ran(self, output: str) -> list[str]:
-        """The stages whose commands DVC says it ran."""
+        """Stages whose commands were run, according to DVC's output."""
         return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
 
 
 def paint(folder: Path, seed: int, count: int = 24) -> None:
-    """Images of two classes that can be told apart: bright and dark ones, with noise."""
+    """Create images of two distinguishable classes: bright and dark images, with noise."""
     rng = np.random.default_rng(seed)
     for label, level in (("bright", 170), ("dark", 80)):
         (folder / label).mkdir(parents=True)
@@ -103,7 +103,7 @@ def paint(folder: Path, seed: int, count: int = 24) -> None:
 
 
 def make_project(base: Path, settings: dict[str, str] = SMALL) -> Project:
-    """A project in ``base/project``, under git, with its images in ``base/photos``."""
+    """Create a project in ``base/project``, under git, with its images in ``base/photos``."""
     folder = base / "project"
     folder.mkdir()
     for name in PARTS:
@@ -121,7 +121,7 @@ def make_project(base: Path, settings: dict[str, str] = SMALL) -> Project:
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "OMP_NUM_THREADS": "1",
         "PREFECT_WORKER_QUERY_SECONDS": "1",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # processes for evaluating language models
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # no processes for evaluating language models
         "DVC_NO_ANALYTICS": "1",
         "DO_NOT_TRACK": "1",
         "COLUMNS": "200",

@@ -1,7 +1,7 @@
-"""A team with real parts: servers on PostgreSQL and S3 with passwords, a bare repository, machines that share nothing else.
+"""A team with real parts: servers on PostgreSQL and S3 with passwords, a bare repository, and separate machines.
 
-A machine is a folder with a HOME, an UNFREEZE_HOME and a clone of its own; its worker runs what the deployment's pull step
-(`flows.workspace.prepare`) fetches.
+A machine is a folder with its own HOME, UNFREEZE_HOME and clone. Machines share only the servers and the repository. A
+machine's worker runs the code that the deployment's pull step (`flows.workspace.prepare`) fetches.
 """
 
 import subprocess
@@ -23,13 +23,13 @@ GIT = ("git", "-c", "user.name=t", "-c", "user.email=t@t")
 
 @dataclass
 class RealTeam:
-    """Servers, the checkout that was deployed, and machines.
+    """Servers, the deployed checkout, and machines.
 
     Attributes:
-        base: folder of everything.
-        servers: those of `deploy/servers.py`.
-        checkout: a person's; runs start from what it has pushed.
-        stack: what ends before the servers do.
+        base: folder that contains everything.
+        servers: servers from `deploy/servers.py`.
+        checkout: a user's checkout; runs start from its pushed commits.
+        stack: contexts that end before the servers do.
     """
 
     base: Path
@@ -43,7 +43,7 @@ class RealTeam:
         return self.base / "repository.git"
 
     def machine(self, name: str) -> Project:
-        """A machine, with a clone of its own from the first time on."""
+        """A machine; the first call creates its clone."""
         home = self.base / name
         if not home.exists():
             home.mkdir()
@@ -52,36 +52,36 @@ class RealTeam:
         return Project(home / "project", self.checkout.environment | own)
 
     def log(self, name: str) -> Path:
-        """The log of a machine's worker."""
+        """Log file of a machine's worker."""
         return self.base / f"{name}.log"
 
     def worker(self, name: str) -> AbstractContextManager["subprocess.Popen[bytes]"]:
-        """Have a machine's worker run while the block does."""
+        """Run a machine's worker while the block runs."""
         words = ("prefect", "worker", "start", "--pool", "gpu", "--limit", "1", "--name", name)
         return started(self.machine(name), self.log(name), *words)
 
     def deploy(self) -> None:
-        """`make deploy` in the checkout."""
+        """Run `make deploy` in the checkout."""
         deploy(self.checkout)
 
     def push(self, message: str) -> str:
-        """Commit and push what has changed in the checkout; returns the commit."""
+        """Commit and push the changes in the checkout; returns the commit."""
         for words in (["add", "-A"], ["commit", "-qm", message], ["push", "-q", "origin", "main"]):
             subprocess.run([*GIT, *words], cwd=self.checkout.folder, check=True)
         return self.checkout.git("rev-parse", "HEAD")
 
     def request(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """Ask the Prefect server: POST with a body, GET without."""
+        """Send a request to the Prefect server: POST with a body, GET without."""
         return ask(f"{self.servers.prefect}/{path}", body, self.servers.client["PREFECT_API_AUTH_STRING"])
 
     def start(self, **parameters: Any) -> str:
-        """Start a run of the deployment, as Prefect's pages do; returns its id."""
+        """Start a run of the deployment, as Prefect's web pages do; returns its ID."""
         deployment = self.request("deployments/name/recipe/nightly")["id"]
         body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
         return str(self.request(f"deployments/{deployment}/create_flow_run", body)["id"])
 
     def state(self, run: str) -> dict[str, Any]:
-        """A flow run, as the server knows it."""
+        """A flow run, as stored on the server."""
         return dict(self.request(f"flow_runs/{run}"))
 
     def wait(self, run: str, *states: str, seconds: float = 1800) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class RealTeam:
         return self.state(run)
 
     def finish(self, run: str, seconds: float = 1800) -> dict[str, Any]:
-        """Wait for the end of a run, which goes well; returns the flow run."""
+        """Wait for the end of a run, which must succeed; returns the flow run."""
         ended = self.wait(run, "COMPLETED", "FAILED", "CRASHED", "CANCELLED", seconds=seconds)
         assert ended["state_type"] == "COMPLETED", self.said(run)
         return ended
@@ -102,18 +102,18 @@ class RealTeam:
 
     @property
     def mlflow(self) -> MlflowClient:
-        """MLflow, as the team's user sees it."""
+        """MLflow client with the account of the team's user."""
         user, password = (self.servers.client[f"MLFLOW_TRACKING_{name}"] for name in ("USERNAME", "PASSWORD"))
         return MlflowClient(self.servers.mlflow.replace("://", f"://{user}:{password}@"))
 
     def logged(self, **tags: str) -> list[Any]:
-        """MLflow's runs with these tags, the newest first."""
+        """MLflow runs with these tags, newest first."""
         experiment = self.mlflow.get_experiment_by_name("team")
         found = self.mlflow.search_runs([experiment.experiment_id], max_results=1000) if experiment else []
         return [run for run in found if tags.items() <= run.data.tags.items()]
 
     def parent(self, run: str) -> Any:
-        """MLflow's parent run of a flow run; there is one."""
+        """The MLflow parent run of a flow run; there must be exactly one."""
         parents = [one for one in self.logged() if "mlflow.parentRunId" not in one.data.tags]
         (found,) = [one for one in parents if run in one.data.tags.get("mlflow.note.content", "")]
         return found
@@ -121,11 +121,11 @@ class RealTeam:
 
 @contextmanager
 def real_team(base: Path, settings: dict[str, str] = SMALL) -> Iterator[RealTeam]:
-    """A team whose deployment nobody runs yet.
+    """A team whose deployment has no worker yet.
 
     Args:
-        base: a folder that every user may enter.
-        settings: those of the repository.
+        base: a folder that every user can enter.
+        settings: settings in the repository.
     """
     servers = Servers(base / "servers", Ports(*(free_port() for _ in range(4))))
     (base / "person").mkdir()

@@ -1,4 +1,4 @@
-"""What tests with real servers share: starting and waiting for them, asking Prefect's, looking for what they do."""
+"""Helpers for tests with real servers: start them, wait for them, send requests to Prefect, find running steps."""
 
 import base64
 import json
@@ -28,7 +28,7 @@ def free_port() -> int:
 
 @contextmanager
 def started(project: Project, log: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A server or worker in a process group of its own, which is ended as a whole."""
+    """Run a server or worker in a separate process group; the whole group is ended afterwards."""
     with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", *words],
@@ -50,7 +50,10 @@ def started(project: Project, log: Path, *words: str) -> Iterator[subprocess.Pop
 
 
 def until(look: Callable[[], Any], seconds: float = 180, why: Callable[[], str] = str) -> Any:
-    """Look until something is there; returns it. Busy machines are slow. ``why`` says what to print where it never is."""
+    """Wait until ``look`` returns a true value; returns this value. ``why`` returns a message for the timeout.
+
+    The timeout is long because busy machines are slow.
+    """
     end = time.monotonic() + seconds
     while not (seen := look()):
         assert time.monotonic() < end, f"not within {seconds} seconds\n{why()}"
@@ -77,7 +80,7 @@ def deploy(project: Project) -> None:
 
 
 def ask(address: str, body: dict[str, Any] | None = None, credentials: str = "") -> Any:
-    """Ask a server for JSON: POST with a body, GET without; ``credentials`` are user:password."""
+    """Request JSON from a server: POST with a body, GET without. ``credentials`` have the form user:password."""
     headers = {"Content-Type": "application/json"}
     if credentials:
         headers["Authorization"] = f"Basic {base64.b64encode(credentials.encode()).decode()}"
@@ -87,13 +90,13 @@ def ask(address: str, body: dict[str, Any] | None = None, credentials: str = "")
 
 
 def errors_in(log: Path) -> list[str]:
-    """Records of a Prefect server's log that report an error, each with its traceback."""
+    """Records in a Prefect server's log that report an error, each with its traceback."""
     records = re.split(r"^(?=\d\d:\d\d:\d\d\.\d+ \| )", log.read_text(), flags=re.MULTILINE)
     return [record for record in records if re.search("ERROR|CRITICAL|Traceback", record)]
 
 
 def at_work(pid: int) -> list[psutil.Process]:
-    """Wait until a step of a worker's flow is at work; returns all processes that the worker has started."""
+    """Wait until a step of a worker's flow is running; returns all processes that the worker has started."""
 
     def family() -> list[psutil.Process]:
         found = psutil.Process(pid).children(recursive=True)

@@ -1,12 +1,12 @@
-"""Kill the recipe at random moments, start it again, and see that nothing is lost.
+"""Kill the recipe at random moments, start it again, and check that nothing is lost.
 
     python -m tests.integration.soak --kills 50
-    python -m tests.integration.soak --kills 20 --power    # by cutting the power; takes the right to mount a disk
+    python -m tests.integration.soak --kills 20 --power    # cut the power; needs the right to mount a disk
 
-It runs the recipe once undisturbed on a piece of the sample, and then again in a second project where every so often a
-process of it, or all, get SIGKILL, SIGTERM or Ctrl-C; each time nothing may be left running. When it has come to its end,
-weights, DVC's state and MLflow's curves must be those of the undisturbed run. Which door it is started through is chance
-too.
+The recipe first runs undisturbed on a part of the sample. It then runs again in a second project. There, one process or
+all processes repeatedly get SIGKILL, SIGTERM or Ctrl-C. Each time, no process may be left running. At the end, weights,
+DVC's state and MLflow's curves must be the same as after the undisturbed run. The command that starts the recipe is
+random, too.
 """
 
 import argparse
@@ -45,11 +45,11 @@ SETTINGS = SMALL | {
 DOORS = (("flows.cli", "run"), ("dvc", "repro"))
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 GONE_WITHIN = 120.0
-"""Seconds after which nothing may be left of a run that was killed."""
+"""Seconds within which all processes of a killed run must end."""
 
 
 def main() -> None:
-    """Run the soak test; exits with a sentence where something was lost."""
+    """Run the soak test; exits with an error message if something was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
@@ -65,12 +65,12 @@ def main() -> None:
 
 
 def soak(base: Path, kills: int, chance: random.Random, disk: Disk | None = None) -> None:
-    """Kill ``kills`` times in as many passes as that takes, and check each pass that came to its end.
+    """Kill ``kills`` times, in as many passes as necessary, and check each pass that finishes.
 
-    The moment of a kill is chance, the sooner the fewer steps are left. With a disk the project lies on it, and each time
-    everything is killed and the disk forgets what it had not written yet.
+    The moment of a kill is random, and earlier if fewer steps are left. With ``disk``, the project is on this disk:
+    each time, all processes are killed, and the disk loses the data that it had not written yet.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # or what a shell's background starts would ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # otherwise a shell's background jobs ignore Ctrl-C
     calm, wild = project(base / "calm"), project((disk.folder if disk else base) / "wild")
     start = time.monotonic()
     calm.run("flows.cli", "run")
@@ -82,7 +82,7 @@ def soak(base: Path, kills: int, chance: random.Random, disk: Disk | None = None
     while done < kills:
         door = chance.choice(DOORS)
         process = begin(wild, door)
-        # With nothing left to do it takes time to begin.
+        # Even a pass with nothing left to do takes some time to start.
         moment = chance.uniform(0, length * (1 - 0.7 * done_so_far(wild)))
         try:
             code = process.wait(moment)
@@ -92,12 +92,12 @@ def soak(base: Path, kills: int, chance: random.Random, disk: Disk | None = None
             print(f"{done}: {' '.join(door)} after {moment:.1f} s, {struck}", flush=True)
             code = process.wait(GONE_WITHIN)
             if disk or chance.random() < 0.7:
-                nothing_left(wild)  # else it is started again at once, as whoever watches over it might
+                nothing_left(wild)  # otherwise restart at once, as a supervisor might
             if done < kills and code:
                 continue
         if code:
             nothing_left(wild)
-            wild.run("flows.cli", "run")  # which gets by where a killed DVC does not by itself
+            wild.run("flows.cli", "run")  # continues where DVC alone cannot after a kill
         passes += 1
         check(wild, expected, since)
         print(f"pass {passes} came to its end after {done} kills: weights, DVC and MLflow agree", flush=True)
@@ -106,7 +106,7 @@ def soak(base: Path, kills: int, chance: random.Random, disk: Disk | None = None
 
 
 def project(base: Path) -> Project:
-    """A project on 160 photographs of the sample."""
+    """A project with 160 photographs of the sample."""
     by_label: dict[str, list[Path]] = {}
     for file, _, label in elpv():
         by_label.setdefault(label, []).append(file)
@@ -118,7 +118,7 @@ def project(base: Path) -> Project:
 
 
 def begin(wild: Project, door: tuple[str, str]) -> subprocess.Popen[bytes]:
-    """Start the recipe in a session of its own, as a terminal would."""
+    """Start the recipe in a separate session, as a terminal would."""
     log = (wild.folder.parent / "log.txt").open("ab")
     return subprocess.Popen(
         [sys.executable, "-m", *door], cwd=wild.folder, env=wild.environment, stdout=log, stderr=log,
@@ -127,7 +127,7 @@ def begin(wild: Project, door: tuple[str, str]) -> subprocess.Popen[bytes]:
 
 
 def at_work(wild: Project) -> Iterator[psutil.Process]:
-    """All processes that work in the project."""
+    """All processes that run in the project's folder."""
     for process in psutil.process_iter():
         try:
             if Path(process.cwd()) == wild.folder and process.status() != psutil.STATUS_ZOMBIE:
@@ -137,12 +137,12 @@ def at_work(wild: Project) -> Iterator[psutil.Process]:
 
 
 def done_so_far(wild: Project) -> float:
-    """The share of the steps that have come to their end in this pass."""
+    """Share of the steps that this pass has finished."""
     return sum((wild.folder / "artifacts" / stage / "metrics.json").exists() for stage in STAGES) / len(STAGES)
 
 
 def strike(wild: Project, process: subprocess.Popen[bytes], chance: random.Random) -> str:
-    """Send a signal to one of the run's processes, or to all as a terminal does; says what was done."""
+    """Send a signal to one of the run's processes, or to all as a terminal does; returns a description."""
     number = chance.choice(SIGNALS)
     everyone = list(at_work(wild))
     one = chance.choice(everyone) if everyone and chance.random() < 0.7 else None
@@ -154,14 +154,14 @@ def strike(wild: Project, process: subprocess.Popen[bytes], chance: random.Rando
             one.send_signal(number)
         if one is None or one.pid != process.pid:
             time.sleep(chance.uniform(0, 2))
-            process.send_signal(signal.SIGTERM)  # a flow would start its step again
+            process.send_signal(signal.SIGTERM)  # otherwise a flow would start its step again
     except (psutil.NoSuchProcess, ProcessLookupError):
         name = "what was gone already"
     return f"{number.name} to {name}"
 
 
 def cut(wild: Project, process: subprocess.Popen[bytes], disk: Disk) -> str:
-    """Cut the power; says that it was done."""
+    """Cut the power; returns a description."""
     killed = [process, *at_work(wild)]
     for one in killed:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -172,13 +172,13 @@ def cut(wild: Project, process: subprocess.Popen[bytes], disk: Disk) -> str:
         time.sleep(0.1)
     disk.cut()
     note = wild.folder / dvc_cache.NOTE
-    if note.exists():  # the machine has started anew
+    if note.exists():  # simulate a restart of the machine
         note.write_text(json.dumps(json.loads(note.read_text()) | {"boot": "another"}))
     return "the power failed"
 
 
 def nothing_left(wild: Project) -> None:
-    """Raises SystemExit where a process of the run outlives it."""
+    """Raises SystemExit if a process of the run outlives it."""
     end = time.monotonic() + GONE_WITHIN
     while left := list(at_work(wild)):
         if time.monotonic() > end:
@@ -187,20 +187,20 @@ def nothing_left(wild: Project) -> None:
 
 
 def weights(of: Project) -> dict[str, str]:
-    """Digest of every file of weights, and of the predictions."""
+    """Digests of all files of weights, and of the predictions."""
     found = [p for name in ("*.safetensors", "predictions.csv") for p in (of.folder / "artifacts").rglob(name)]
     return {str(path.relative_to(of.folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
 def check(wild: Project, expected: dict[str, str], since: float) -> None:
-    """Raises AssertionError where weights, DVC or MLflow are not as an undisturbed run leaves them.
+    """Raises AssertionError if weights, DVC or MLflow differ from those of an undisturbed run.
 
-    What MLflow has of earlier passes, from before ``since`` (seconds since 1970), counts for nothing.
+    MLflow's records of earlier passes, from before ``since`` (seconds since 1970), are ignored.
     """
     assert weights(wild) == expected
     status = wild.run("dvc", "status")
     assert "up to date" in status, status
-    # A copy, as MLflow keeps its connection by name: after a loss of power, to the file that was.
+    # Use a copy: MLflow caches a connection by name, and after a power loss it would refer to the old file.
     runs_now = wild.folder.parent / f"mlflow-{time.monotonic_ns()}.db"
     shutil.copy(wild.folder / "mlflow.db", runs_now)
     mlflow = MlflowClient(f"sqlite:///{runs_now}")
@@ -222,9 +222,9 @@ def check(wild: Project, expected: dict[str, str], since: float) -> None:
 
 
 def check_curves(mlflow: MlflowClient, run: Run, artifacts: Path) -> None:
-    """Raises AssertionError where a curve of a finished step has gaps or doubles, or is not as long as the step's table.
+    """Raises AssertionError if a finished step's curve has gaps or duplicates, or is not as long as the step's table.
 
-    `retrain` has a curve for each of its trainings, and a table of the last.
+    `retrain` has a curve for each of its trainings, and a table of the last one.
     """
     table = [file for name in ("batches.csv", "curve.csv") if (file := artifacts / name).exists()]
     names = [name for name in run.data.metrics if name.rpartition("/")[2] in ("loss", "rate")]
@@ -239,11 +239,11 @@ def check_curves(mlflow: MlflowClient, run: Run, artifacts: Path) -> None:
 
 
 def forget(wild: Project) -> None:
-    """Leave nothing of the pass but MLflow's record, so that the next one begins at the beginning."""
+    """Delete everything of the pass except MLflow's records, so that the next pass starts from the beginning."""
     for name in ("artifacts", ".dvc/cache", ".dvc/tmp", ".unfreeze"):
         shutil.rmtree(wild.folder / name, ignore_errors=True)
     (wild.folder / "dvc.lock").unlink(missing_ok=True)
-    os.sync()  # or else some of it would be back after the next cut
+    os.sync()  # otherwise some files would be back after the next power cut
 
 
 if __name__ == "__main__":

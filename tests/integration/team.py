@@ -1,9 +1,9 @@
-"""What several workers promise, seen on real parts: servers on PostgreSQL and S3 with passwords, machines of their own.
+"""Guarantees for several workers, tested with real parts: servers on PostgreSQL and S3 with passwords, and machines.
 
-    python -m tests.integration.team                # all cases, one after another: a table of them, with seconds
-    python -m tests.integration.team --cases bceh   # some of them
+    python -m tests.integration.team                # all cases in order; prints a table with seconds
+    python -m tests.integration.team --cases bceh   # only these cases
 
-A machine is a folder here, with a HOME of its own; all share one kernel and the loopback network.
+Here a machine is a folder with its own HOME. All machines share one kernel and the loopback network.
 """
 
 import argparse
@@ -37,14 +37,14 @@ from unfreeze.settings.schema import flatten
 
 WEIGHTS = "artifacts/train_full/model.safetensors"
 LONG = {"batch_size": 2, "train_full.cycle_len": 40, "checkpoint.batches": 5}
-"""Settings with which the whole network trains for so long that it can be killed in the middle."""
+"""Settings that make the whole network's training long enough to be killed in the middle."""
 SHORT = {"b": "train_head", "e": "explore"}
-"""The last steps of short cases."""
+"""Last step of each short case."""
 CASES: dict[str, Callable[..., None]] = {}
 
 
 def case(function: Callable[..., None]) -> Callable[..., None]:
-    """Put a case on the list; its docstring's first line is its name, and begins with its letter."""
+    """Register a case. The first line of its docstring is its name, and begins with its letter."""
     CASES[(function.__doc__ or "")[0]] = function
     return function
 
@@ -67,7 +67,7 @@ def a_schedule(team: RealTeam) -> None:
     with team.worker("first"):
         ended = until(lambda: (runs := fired("COMPLETED", "FAILED", "CRASHED"))[1:] and runs, 600)
     team.request(f"deployments/{deployment}/pause_deployment", {})
-    team.deploy()  # nightly again
+    team.deploy()  # restore the nightly schedule
     team.request(f"deployments/{deployment}/resume_deployment", {})
     assert {run["state_type"] for run in ended} == {"COMPLETED"}, team.said(ended[-1]["id"])
     assert "Nothing to run" in team.said(ended[-1]["id"])
@@ -76,7 +76,7 @@ def a_schedule(team: RealTeam) -> None:
 
 @case
 def b_side_by_side(team: RealTeam, last: str = "register") -> None:
-    """b  two runs with settings of their own at once on two workers; one with the committed settings has none of them"""
+    """b  two runs with different settings at once on two workers; a run with the committed settings has none of them"""
     with team.worker("first"), team.worker("second"):
         one = team.start(settings={"train_head.epochs": 2}, until=last)
         two = team.start(settings={"train_head.epochs": 3, "head.dropout": 0.1}, until=last)
@@ -97,8 +97,8 @@ def b_side_by_side(team: RealTeam, last: str = "register") -> None:
 
 @case
 def e_pushed_code(team: RealTeam, last: str = "register") -> None:
-    """e  a changed line that was pushed is in the next run"""
-    file, now = team.checkout.folder / "tasks/explore.py", float(int(time.time()))  # nobody has computed this before
+    """e  the next run uses a changed line that was pushed"""
+    file, now = team.checkout.folder / "tasks/explore.py", float(int(time.time()))  # not computed by any earlier run
     file.write_text(re.sub("    return .*", f'    return {{**metrics, "committed_since": {now}}}', file.read_text()))
     commit = team.push("change")
     with team.worker("first"):
@@ -111,7 +111,7 @@ def e_pushed_code(team: RealTeam, last: str = "register") -> None:
 
 @case
 def f_reproduce(team: RealTeam) -> None:
-    """f  `unfreeze reproduce` on a third machine fetches all of an earlier run, in 30 seconds of a processor at most"""
+    """f  `unfreeze reproduce` on a third machine fetches all of an earlier run, in at most 30 seconds of CPU time"""
     newest = [run for run in team.logged() if "mlflow.parentRunId" not in run.data.tags][0]
     third = team.machine("third")
     start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -124,7 +124,7 @@ def f_reproduce(team: RealTeam) -> None:
 
 
 def kill(process: "subprocess.Popen[bytes]") -> None:
-    """Kill a process and all that it has started, as a power cut does."""
+    """Kill a process and all processes that it has started, as a power cut does."""
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for one in family:
         one.send_signal(signal.SIGSTOP)
@@ -133,7 +133,7 @@ def kill(process: "subprocess.Popen[bytes]") -> None:
 
 
 def undisturbed(team: RealTeam, settings: dict[str, Any]) -> Path:
-    """The weights of a training that nobody has killed, on a machine without remote and servers."""
+    """Weights of an uninterrupted training, on a machine without remote and servers."""
     machine = team.machine("undisturbed")
     for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "DVC_GLOBAL_CONFIG_DIR"):
         machine.environment.pop(name, None)
@@ -144,7 +144,7 @@ def undisturbed(team: RealTeam, settings: dict[str, Any]) -> Path:
 
 @case
 def c_lost_worker(team: RealTeam) -> None:
-    """c  worker, flow and step are killed in a training: the other worker goes on in mid-epoch, within 3 minutes"""
+    """c  worker, flow and step are killed during training: within 3 minutes, the other worker continues in mid-epoch"""
     shared = team.servers.folder / "s3/dvc/team.checkpoints/train_full"
     before = set(shared.glob("*/training.safetensors"))
     with ExitStack() as stack:
@@ -156,7 +156,7 @@ def c_lost_worker(team: RealTeam) -> None:
         time.sleep(3)
         kill(lost)
         killed = datetime.now(UTC)
-        weights = undisturbed(team, LONG)  # in the minutes that the server waits for a heartbeat
+        weights = undisturbed(team, LONG)  # meanwhile, the server waits minutes for a heartbeat
         until(lambda: team.state(run)["run_count"] == 2, 240, lambda: team.said(run))
         states = team.request(f"flow_run_states/?flow_run_id={run}")
         again = max(one["timestamp"] for one in states if one["name"] == "Running")
@@ -180,17 +180,17 @@ def c_lost_worker(team: RealTeam) -> None:
             found.setdefault(one.data.tags["unfreeze.stage"], []).append(one.info.status)
         return {stage: sorted(states) for stage, states in found.items()}
 
-    # Steps that an earlier case has computed have no run of their own here.
+    # Steps that an earlier case has computed have no MLflow run here.
     right = {stage: ["FINISHED"] for stage in family()} | {"train_full": ["FINISHED", "KILLED"]}
     assert family() == right and {*STAGES[STAGES.index("train_full") :], "pass"} <= right.keys(), family()
-    with team.worker("first"):  # it is back, and sends what it has not sent
+    with team.worker("first"):  # it is back, and sends its unsent records
         team.finish(team.start(settings=LONG))
     assert family() == right, family()
 
 
 @case
 def d_restarts(team: RealTeam) -> None:
-    """d  a worker that is killed with a run that it has taken, and a restart of Prefect's server, keep no run from starting"""
+    """d  runs still start after a worker is killed with a run that it has taken, and after Prefect's server restarts"""
     with team.worker("first") as lost:
         taken = team.start()
         team.wait(taken, "PENDING", seconds=120)
@@ -212,7 +212,7 @@ def d_restarts(team: RealTeam) -> None:
 
 @case
 def g_search(team: RealTeam) -> None:
-    """g  a search of 12 trials over two workers, of which one is killed, has each trial's result once, and finds the best"""
+    """g  a search of 12 trials on two workers, one of them killed, has each trial's result once and finds the best"""
     searched: dict[str, list[Any]] = {
         "train_full.cycles": [1, 2],
         "unfreeze.lr_ratio": [2.0, 5.0],
@@ -247,7 +247,7 @@ def g_search(team: RealTeam) -> None:
     assert len(re.findall(r"trial \d+: evaluate/valid_tta_log_loss", printed)) == 12 and "failed" not in printed, (
         printed
     )
-    # All combinations were tried, so that a search with one trial at a time would find the same.
+    # All combinations were tried, so a search with one trial at a time would find the same best trial.
     found = yaml.safe_load((team.checkout.folder / ".unfreeze/sweep" / name / "best.yaml").read_text())
     chosen = tuple(str(value) for value in (flatten(found)[key] for key in searched))
     losses = {tuple(run.data.params[key] for key in searched): run.data.metrics[wanted["metric"]] for run in parents}
@@ -275,13 +275,13 @@ def h_secrets(team: RealTeam) -> None:
 
 
 def main() -> int:
-    """Run the cases, and print a table; returns 1 where one fails."""
+    """Run the cases and print a table; returns 1 if a case fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="".join(CASES), help="letters of those to run")
     parser.add_argument("--short", action="store_true", help="have cases b and e end with an early step")
     chosen = parser.parse_args()
     base = Path(tempfile.mkdtemp(prefix="team-"))
-    base.chmod(0o755)  # PostgreSQL is not run by root
+    base.chmod(0o755)  # PostgreSQL does not run as root
     print(f"in {base}, which stays", flush=True)
     table = []
     start = time.monotonic()

@@ -1,4 +1,4 @@
-"""Prefect's automations on a real server: lost workers' runs are scheduled again, and a local webhook is told."""
+"""Prefect's automations on a real server: runs of lost workers are scheduled again, and a local webhook is notified."""
 
 import json
 import threading
@@ -31,10 +31,10 @@ SHORT = timedelta(seconds=12)
 def client(
     make_project: Callable[[], Project], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[SyncPrefectClient]:
-    """Of a server of one's own."""
+    """Client of a separate server."""
     project, port, log = make_project(), free_port(), tmp_path_factory.mktemp("logs") / "server.log"
     api = f"http://127.0.0.1:{port}/api"
-    project.environment["PREFECT_UI_URL"] = f"http://127.0.0.1:{port}"  # for links
+    project.environment["PREFECT_UI_URL"] = f"http://127.0.0.1:{port}"  # used in links
     command = ("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port))
     with started(project, log, *command), temporary_settings({PREFECT_API_URL: api}):
         wait_for(f"{api}/health", log)
@@ -44,7 +44,7 @@ def client(
 
 @pytest.fixture
 def begin(client: SyncPrefectClient) -> Callable[..., FlowRun]:
-    """Makes runs of a deployment, with the tag that ours have, or without."""
+    """Function that creates runs of a deployment, with the tag of our runs or without it."""
 
     @flow(name="recipe")
     def recipe() -> None: ...
@@ -110,7 +110,7 @@ def test_a_run_whose_worker_is_silent_is_scheduled_again_and_no_other(
         return (found.name, found.type) if found else (None, None)
 
     heartbeat(lost)
-    heartbeat(done)  # as one that comes late
+    heartbeat(done)  # a heartbeat that arrives late
     taken = {lost.id: False, never_started.id: False}
     end = time.monotonic() + 60
     while not all(taken.values()) and time.monotonic() < end:
@@ -124,7 +124,7 @@ def test_a_run_whose_worker_is_silent_is_scheduled_again_and_no_other(
     states = [found.name for found in client.read_flow_run_states(lost.id)]
     assert states == ["Scheduled", "Pending", "Running", automations.LOST, "AwaitingRetry"]
 
-    # The same run is executed once more, and the worker that was only cut off sees it.
+    # The same run is executed again. The first worker, which was only disconnected, notices this.
     monkeypatch.setattr(owner, "_owned", (lost.id, 1))
     with pytest.raises(Abort):
         owner.stop_if_taken()

@@ -1,4 +1,4 @@
-"""A data set that has everything wrong with it at once, through the real steps; on a disk that fills up."""
+"""A data set with all kinds of bad input at once, processed by the real steps; and a disk that fills up."""
 
 import hashlib
 import json
@@ -33,7 +33,10 @@ def project(make_project: Callable[[], Project]) -> Iterator[Project]:
 
 
 def spoil(photos: Path) -> tuple[int, dict[str, str]]:
-    """Put into a class all that people's folders contain; the number of images in it, and why others must be set aside."""
+    """Add all kinds of files found in users' folders to a class.
+
+    Returns the number of images in the class, and the reasons why the other files must be skipped.
+    """
     names = [*corpus.NAMES, *map(os.fsdecode, corpus.RAW_NAMES)]
     named = {n: corpus.encoded(np.roll(corpus.NOISE, i + 1, 1), "PNG") for i, n in enumerate(names)}
     bad = {name: content for name, (content, _) in corpus.bad().items()}
@@ -121,8 +124,8 @@ def test_labels_from_a_csv_file(project: Project) -> None:
 
 @pytest.mark.timeout(200)
 def test_a_disk_that_fills_up(project: Project, tmp_path: Path, mounted: Callable[..., None]) -> None:
-    """From a source that cannot be written to; nothing that was finished is lost, and it goes on after space is made."""
-    for number in range(20):  # long ones, which take more space than is foreseen
+    """The source is read-only. Finished results are kept, and the run continues after space is freed."""
+    for number in range(20):  # long images, which take more space than estimated
         file = tmp_path / "long" / ("007", "08")[number % 2] / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(number).integers(0, 256, (32, 600, 3), np.uint8)

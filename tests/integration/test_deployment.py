@@ -37,18 +37,18 @@ class Team:
         return self.logs / f"{name}.log"
 
     def deploy(self) -> None:
-        """`make deploy` in the project."""
+        """Run `make deploy` in the project."""
         deploy(self.project)
 
     def commit(self) -> str:
-        """Commit what has changed in the checkout; returns the commit."""
+        """Commit the changes in the checkout; returns the commit."""
         git = ("git", "-c", "user.name=t", "-c", "user.email=t@t")
         for words in (["add", "-A"], ["commit", "-qm", "change"]):
             subprocess.run([*git, *words], cwd=self.project.folder, check=True)
         return self.project.git("rev-parse", "HEAD")
 
     def finish_a_run(self, **parameters: Any) -> dict[str, Any]:
-        """Run the deployment as a person triggers it, and wait for its end; returns the flow run, which went well."""
+        """Run the deployment as a user does, and wait for its end. The run must succeed; returns the flow run."""
         words = [word for name, value in parameters.items() for word in ("--param", f"{name}={json.dumps(value)}")]
         printed = self.project.run("prefect", "deployment", "run", "recipe/nightly", "--watch", *words, code=None)
         assert "finished successfully" in printed, printed + self.log("worker").read_text()
@@ -61,17 +61,17 @@ class Team:
         return "\n".join(record["message"] for record in self.request("logs/filter", wanted))
 
     def runs(self) -> list[Any]:
-        """MLflow's runs, the newest first."""
+        """MLflow runs, newest first."""
         mlflow = MlflowClient(self.mlflow)
         experiment = mlflow.get_experiment_by_name("unfreeze")
         return list(mlflow.search_runs([experiment.experiment_id], order_by=["start_time DESC"])) if experiment else []
 
     def parent_runs(self) -> list[Any]:
-        """Of these the parents."""
+        """The parent runs among the MLflow runs."""
         return [run for run in self.runs() if "mlflow.parentRunId" not in run.data.tags]
 
     def request(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """Ask the Prefect server: POST with a body, GET without."""
+        """Send a request to the Prefect server: POST with a body, GET without."""
         return ask(f"{self.prefect}/{path}", body)
 
     def scheduled_by_itself(self, *states: str, seconds: float) -> list[dict[str, Any]]:
@@ -87,8 +87,8 @@ class Team:
     def server_errors(self) -> list[str]:
         """Records of the Prefect server's log that report an error, each with its traceback.
 
-        One is left out: a worker's heartbeat that SQLite refuses because another transaction wrote first. Prefect reads
-        and then writes in one deferred transaction, for which SQLite does not wait. The worker sends heartbeats again.
+        One error is left out: SQLite rejects a worker's heartbeat if another transaction wrote first. Prefect reads and
+        then writes in one deferred transaction. SQLite does not wait for it. The worker sends heartbeats again.
         """
         heartbeat = "Worker channel heartbeat persistence failed"
         errors = errors_in(self.log("server"))
@@ -97,7 +97,7 @@ class Team:
 
 @pytest.fixture(scope="module")
 def team(make_project: Callable[[], Project], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
-    """Servers and a worker, with the deployment as `make deploy` creates it."""
+    """Servers and a worker, with the deployment that `make deploy` creates."""
     project = make_project()
     home = project.folder.parent / "home"
     project.environment["UNFREEZE_HOME"] = str(home)
@@ -174,7 +174,7 @@ def test_the_next_run_uses_what_was_committed_since_and_inherits_no_settings(tea
     assert run["name"] == "photos · test_efficientnet · 32 px"
     newest = team.parent_runs()[0]
     steps = [one for one in team.runs() if one.data.tags.get("mlflow.parentRunId") == newest.info.run_id]
-    assert len(steps) == len(STAGES) - 1  # of the same images, ingest was finished before
+    assert len(steps) == len(STAGES) - 1  # ingest was finished before, with the same images
     assert {one.info.status for one in [newest, *steps]} == {"FINISHED"}
     links = team.project.run("prefect", "artifact", "ls")
     for key in ("mlflow-run", "lr-find-plot", "evaluate-plot"):
@@ -201,7 +201,7 @@ def test_what_a_person_has_paused_stays_paused(team: Team) -> None:
 
 
 def test_a_schedule_of_every_minute_starts_runs_by_itself(team: Team, every_minute: None) -> None:
-    """The test before has finished all steps, so that a run takes seconds."""
+    """The previous test has finished all steps, so a run takes seconds."""
     runs = team.scheduled_by_itself("COMPLETED", "FAILED", "CRASHED", seconds=300)
     assert {run["state_type"] for run in runs} == {"COMPLETED"}, team.log("worker").read_text()
     assert team.server_errors() == []
@@ -213,7 +213,7 @@ def test_an_equal_run_waits_a_cancelled_one_ends_and_a_killed_worker_leaves_noth
     assert worker is not None
 
     def start() -> str:
-        """Start a run of a seed that no other test has; returns its id."""
+        """Start a run with a seed that no other test uses; returns its ID."""
         printed = project.run("prefect", "deployment", "run", "recipe/nightly", "--param", 'settings={"seed": 7}')
         return re.findall(r"UUID: (\S+)", printed)[0]
 
@@ -224,12 +224,12 @@ def test_an_equal_run_waits_a_cancelled_one_ends_and_a_killed_worker_leaves_noth
     until(lambda: "RUNNING" in statuses())
     family = at_work(worker.pid)
     with started(project, team.log("second"), *WORKER, "--name", "second") as second_worker:
-        # A second run of the same settings, on another worker: it says so, and waits.
+        # A second run with the same settings, on another worker, logs this and waits.
         second = start()
         waits = "computes the same (" + team.prefect.removesuffix("/api") + f"/runs/flow-run/{first})"
         until(lambda: waits in team.said(second), why=lambda: team.said(second))
 
-        # A person cancels the first in Prefect's pages: its step ends, the worker goes on, and nothing is reported as failed.
+        # A user cancels the first run in Prefect. Its step ends, the worker goes on, and nothing is reported as failed.
         project.run("prefect", "flow-run", "cancel", first)
         _, left = psutil.wait_procs(family, timeout=90)
         assert not left, [process.cmdline() for process in left]
@@ -238,11 +238,11 @@ def test_an_equal_run_waits_a_cancelled_one_ends_and_a_killed_worker_leaves_noth
         assert set(statuses().split()) <= {"FINISHED", "KILLED", "RUNNING"}, statuses()
         assert "KILLED" in statuses()
 
-        # The second goes on where the first was. Its worker is killed: the processes that it started end with it.
+        # The second run continues where the first one stopped. Its worker is killed, and that worker's processes end.
         family = at_work(second_worker.pid)
         second_worker.kill()
         gone, left = psutil.wait_procs(family, timeout=60)
         assert gone and not left, [process.cmdline() for process in left]
-        # The run does not: another worker goes on with it, once Prefect misses its heartbeats.
+        # The run itself does not end: another worker continues it after Prefect misses its heartbeats.
         states = [one["name"] for one in team.request(f"flow_run_states/?flow_run_id={second}")]
         assert "Running" in states and "Crashed" not in states

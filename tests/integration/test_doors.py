@@ -1,4 +1,4 @@
-"""The doors `unfreeze run` and `dvc repro`: the same house behind both, with real Prefect, DVC and MLflow."""
+"""The commands `unfreeze run` and `dvc repro` give the same results, with real Prefect, DVC and MLflow."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def flow_project(make_project: Callable[[], Project]) -> Project:
 
 
 def check_tracking(project: Project, door: str) -> None:
-    """One parent with everything a person compares, and a child with its curves for every step."""
+    """Check for one parent run with everything that users compare, and one child run with its curves for every step."""
     parents, children = project.runs()
     assert len(parents) == 1 and parents[0].data.tags["unfreeze.door"] == door
     assert parents[0].info.status == "FINISHED"
@@ -89,7 +89,7 @@ def test_served_model_answers(flow_project: Project) -> None:
 
 @pytest.mark.long
 def test_the_same_model_again(flow_project: Project) -> None:
-    """From the cache; what the cache has lost is computed; what MLflow does not know is said."""
+    """Outputs come from the cache. A missing output is computed, and a model unknown to MLflow is reported."""
     output = flow_project.run("flows.cli", "reproduce", "models:/unfreeze/1")
     assert "Nothing was computed" in output and "Weights: equal to those of dvc.lock and models:/unfreeze/1" in output
     parents, _ = flow_project.runs()
@@ -136,18 +136,18 @@ def test_same_seed_same_weights_through_either_door(flow_project: Project, dvc_p
 def test_what_people_try_with_dvc(dvc_project: Project) -> None:
     project = dvc_project
     (project.folder / "artifacts/train_head/head.safetensors").unlink()
-    assert project.ran(project.run("dvc", "repro")) == []  # it comes back from the cache
+    assert project.ran(project.run("dvc", "repro")) == []  # restored from the cache
     assert (project.folder / "artifacts/train_head/head.safetensors").exists()
 
     output = project.run("dvc", "exp", "run", "-S", "train_full.cycles=2")
-    # Two cycles of which the first is the best retrain to the same weights: then there is nothing new to register.
+    # If the first of two cycles is the best, retraining gives the same weights, and there is nothing new to register.
     assert project.ran(output)[:3] == AFTER_FULL[:3]
     assert "train_full" in project.run("dvc", "metrics", "show")
     assert "train_full.cycles" in project.run("dvc", "exp", "show", "--csv")
     assert "train_full.cycles" in project.run("dvc", "params", "diff")
 
     apply_overrides(project.folder / "params.yaml", ["train_full.cycles=1"])
-    assert project.ran(project.run("dvc", "repro")) == []  # known from the run cache
+    assert project.ran(project.run("dvc", "repro")) == []  # found in the run cache
     assert "file:///" in project.run("dvc", "plots", "show", "-o", "plots")
 
     head = project.folder / "tasks/explore.py"
@@ -158,7 +158,7 @@ def test_what_people_try_with_dvc(dvc_project: Project) -> None:
 
 @pytest.mark.long
 def test_an_experiment_in_a_copy_is_recorded_where_the_workspace_is(dvc_project: Project) -> None:
-    """DVC removes the copy, and its own record of the version is the workspace's once the experiment is applied."""
+    """DVC removes the copy. After the experiment is applied, the workspace has DVC's own record of the version."""
     output = dvc_project.run("dvc", "exp", "run", "--temp", "--name", "in-a-copy", "-S", "register.model_name=other")
     assert dvc_project.ran(output)[-1] == "register"
     mlflow = dvc_project.mlflow

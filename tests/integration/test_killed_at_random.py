@@ -1,4 +1,4 @@
-"""A whole recipe that is killed once, at a random moment, and started again; `tests.integration.soak` does it more often."""
+"""Kill a whole recipe once at a random moment, and start it again. `tests.integration.soak` does this more often."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A flow that is killed takes what it started with it; `tests.integration.soak` kills whole recipes, at length."""
+"""The processes of a killed flow end with it. `tests.integration.soak` kills whole recipes, and takes longer."""
 
 import signal
 import time

@@ -1,4 +1,7 @@
-"""A worker is lost in the middle of a training: with real servers, two workers in folders of their own, a folder as DVC's remote."""
+"""A worker is lost in the middle of a training.
+
+The servers are real, the two workers have separate folders, and DVC's remote is a folder.
+"""
 
 import json
 import os
@@ -35,7 +38,7 @@ def checkout():
 
 
 def clone(project: Project, base: Path) -> Project:
-    """Another machine: a folder and a home of its own, and the same images."""
+    """Another machine: a separate folder and home, and the same images."""
     base.mkdir()
     subprocess.run(["git", "clone", "-q", project.folder, base / "project"], check=True)
     shutil.copytree(project.folder.parent / "photos", base / "photos")
@@ -45,7 +48,7 @@ def clone(project: Project, base: Path) -> Project:
 
 @pytest.fixture
 def machines(tmp_path: Path) -> Iterator[Team]:
-    """Servers, and a deployment whose runs find their worker's checkout by themselves."""
+    """Servers, and a deployment whose runs use the checkout of their worker."""
     (tmp_path / "first").mkdir()
     (tmp_path / "pull").mkdir()
     (tmp_path / "pull/pull_step.py").write_text(PULL)
@@ -78,14 +81,14 @@ def machines(tmp_path: Path) -> Iterator[Team]:
 
 
 def iteration(file: Path) -> int:
-    """How far the training of a checkpoint had come; 0 where there is none."""
+    """Iteration that the training of a checkpoint had reached; 0 without a checkpoint."""
     if not file.exists():
         return 0
     with safe_open(file, "np") as opened:
         return int(json.loads(opened.metadata()["numbers"])["position"]["iteration"])
 
 
-@pytest.mark.timeout(2400)  # where others are at work on the machine
+@pytest.mark.timeout(2400)  # because the machine may be busy
 def test_another_worker_goes_on_in_the_middle_of_an_epoch_and_the_first_one_leaves_the_run_alone(
     machines: Team, tmp_path: Path
 ) -> None:
@@ -131,7 +134,7 @@ def test_another_worker_goes_on_in_the_middle_of_an_epoch_and_the_first_one_leav
     assert not list((tmp_path / "remote.checkpoints").rglob("*.safetensors"))
 
     def logged() -> dict[str, list[str]]:
-        """Of each run in MLflow, by its name, the states."""
+        """States of the runs in MLflow, by name."""
         client = MlflowClient(team.mlflow)
         experiment = client.get_experiment_by_name("unfreeze")
         assert experiment is not None

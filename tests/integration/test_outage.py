@@ -1,4 +1,4 @@
-"""MLflow's server goes away at every kind of moment, in every kind of way: nothing is missing afterwards, nothing twice."""
+"""Outages of MLflow's server at all kinds of moments and in all ways: afterwards nothing is missing or duplicated."""
 
 import hashlib
 import http.client
@@ -59,7 +59,7 @@ for attempt in range(100):
 
 @dataclass
 class Server:
-    """A real MLflow server, to be killed and started again, with what it keeps in a folder."""
+    """A real MLflow server that can be killed and started again; its data is in a folder."""
 
     folder: Path
     port: int = field(default_factory=free_port)
@@ -95,7 +95,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @dataclass
 class Proxy:
-    """Stands before the server and does as it is told: pass, fail (503), hang, or cut (the answer is lost)."""
+    """Proxy of the server, with a mode: pass, fail (503), hang, or cut (the response is lost)."""
 
     port: int
     server: int
@@ -145,7 +145,7 @@ def proxy(server: Server) -> Iterator[Proxy]:
 
 @dataclass
 class Work:
-    """A folder in which steps run, and what MLflow knows of them."""
+    """A folder in which steps run, and checks of their records in MLflow."""
 
     folder: Path
     server: Server
@@ -176,7 +176,7 @@ class Work:
         return self.run("-m", "flows.cli", "publish", code=code)
 
     def check(self, stages: dict[str, int], status: str = "FINISHED") -> None:
-        """One parent, and of each step one child with so many points, each once, and its report."""
+        """Check for one parent run, and one child run per step with this many points, each once, and its report."""
         client = MlflowClient(f"http://127.0.0.1:{self.server.port}")
         experiment = client.get_experiment_by_name(self.folder.name)
         assert experiment is not None
@@ -188,7 +188,7 @@ class Work:
         for stage, points in stages.items():
             child = children[stage]
             assert child.info.status == status and child.data.params == {"seed": "1"}
-            for name in ("loss", "rate") if points else ():  # of what has no curve the final value is there
+            for name in ("loss", "rate") if points else ():  # without a curve, there is only the final value
                 history = client.get_metric_history(child.info.run_id, name)
                 assert sorted(point.step for point in history) == list(range(points))
             if status == "FINISHED":
@@ -218,11 +218,11 @@ def say(step: subprocess.Popen[str], text: str, answer: str) -> None:
 
 
 said: list[str] = []
-"""What a step has printed while it was talked to."""
+"""Output of a step, as read so far by `say`."""
 
 
 def end(step: subprocess.Popen[str]) -> tuple[str, float]:
-    """Have a step end; returns all that it printed, and for how long its end took."""
+    """Let a step end; returns all its output, and the seconds that its end took."""
     rest, _ = step.communicate(timeout=120)
     output = "".join(said) + rest
     said.clear()
@@ -245,7 +245,7 @@ def test_a_server_that_fails_at_the_start_has_everything_when_it_is_back(
     say(step, "0 1500", "noted")
     until(lambda: len(asked) > 1)
     proxy.mode = lambda path, body: "pass"
-    until(lambda: work.seen(1500))  # without anybody's doing, while the step runs
+    until(lambda: work.seen(1500))  # automatically, while the step runs
     output, _ = end(step)
     assert output.count(SENTENCE) == 1
     work.check({"ingest": 1500})
@@ -275,7 +275,7 @@ def test_an_answer_that_is_lost_doubles_nothing(server: Server, proxy: Proxy, tm
     seen: set[str] = set()
 
     def once(path: str, body: bytes) -> str:
-        """The first time of every request the server takes it and the answer is lost."""
+        """The server receives every request, but the response to the first attempt is lost."""
         first = (key := hashlib.sha256(path.encode() + body).hexdigest()) not in seen
         seen.add(key)
         return "cut" if first else "pass"
@@ -286,7 +286,7 @@ def test_an_answer_that_is_lost_doubles_nothing(server: Server, proxy: Proxy, tm
     say(step, "0 1200", "noted")
     output, _ = end(step)
     assert output.count(SENTENCE) == 1
-    assert len(work.run("-c", SEND).splitlines()) > 5  # each time it comes a request further
+    assert len(work.run("-c", SEND).splitlines()) > 5  # each attempt completes one more request
     work.check({"ingest": 1200})
 
 
@@ -336,14 +336,12 @@ def test_a_model_is_registered_once_however_often_it_takes(server: Server, proxy
     client = MlflowClient(f"http://127.0.0.1:{server.port}")
     [version] = client.search_model_versions("name = 'unfreeze'")
     assert f"run {version.run_id}" in output
-    later = {"UNFREEZE_PASS": "pass-2"}  # as after a kill before DVC had noted the step
+    later = {"UNFREEZE_PASS": "pass-2"}  # as after a kill before DVC had recorded the step
     assert f"version 1 registered in MLflow, run {version.run_id}" in work.run("-m", "tasks", "register", **later)
     assert len(client.search_model_versions("name = 'unfreeze'")) == 1
     (folder / "model.safetensors").write_bytes(b"other weights")
     assert "version 2 registered" in work.run("-m", "tasks", "register", **later)
-    (folder / "model.safetensors").write_bytes(
-        b"yet others"
-    )  # and the same pass again: Prefect can run a flow run anew
+    (folder / "model.safetensors").write_bytes(b"yet others")  # the same pass again: Prefect can repeat a flow run
     assert "version 3 registered" in work.run("-m", "tasks", "register", **later)
     assert len({version.source for version in client.search_model_versions("name = 'unfreeze'")}) == 3
     experiment = client.get_experiment_by_name(tmp_path.name)

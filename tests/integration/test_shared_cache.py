@@ -1,4 +1,4 @@
-"""Two workspaces on one DVC cache, as two people on one machine have it."""
+"""Two workspaces on one DVC cache, as for two users of one machine."""
 
 import shutil
 import subprocess
@@ -13,7 +13,7 @@ from unfreeze.settings.overrides import apply_overrides
 
 pytestmark = pytest.mark.long
 
-UPTO = "ingest"  # the seed decides how it splits
+UPTO = "ingest"  # its split depends on the seed
 
 
 def split(project: Project) -> bytes:
@@ -34,7 +34,7 @@ def test_two_workspaces_at_once_on_one_cache_are_both_right(
     first = split(one)
     assert first and split(other) == first
 
-    # One goes on to other settings; the other neither notices nor loses anything.
+    # One workspace changes its settings. The other one is not affected and loses nothing.
     apply_overrides(one.folder / "params.yaml", ["seed=7"])
     one.run("dvc", "repro", UPTO)
     second = split(one)
@@ -43,7 +43,7 @@ def test_two_workspaces_at_once_on_one_cache_are_both_right(
     other.run("dvc", "checkout", "--allow-missing")
     assert split(other) == first
 
-    # What one has computed the other need not compute again.
+    # Outputs that one workspace has computed are cache hits in the other one.
     apply_overrides(other.folder / "params.yaml", ["seed=7"])
     assert other.ran(other.run("dvc", "repro", UPTO)) == []
     assert split(other) == second

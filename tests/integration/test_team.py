@@ -1,4 +1,7 @@
-"""Several workers on real parts, in short: PostgreSQL and S3 with passwords. `python -m tests.integration.team` has all cases."""
+"""Short tests of several workers with real parts: PostgreSQL and S3 with passwords.
+
+`python -m tests.integration.team` runs all cases.
+"""
 
 import importlib.util
 import tempfile
@@ -13,12 +16,12 @@ from tests.integration import team as cases
 from tests.integration.real_team import RealTeam, real_team
 from unfreeze.errors import UserError
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]  # where others are at work on the machine
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]  # because the machine may be busy
 
 
 @pytest.fixture(scope="module")
 def team() -> Iterator[RealTeam]:
-    """A team, where there is what it takes."""
+    """A team. The tests are skipped if a requirement is missing."""
     if missing := [module for module in NEEDED if importlib.util.find_spec(module) is None]:
         pytest.skip(f"{', '.join(missing)} of the extra `team` are not installed")
     try:
@@ -27,7 +30,7 @@ def team() -> Iterator[RealTeam]:
     except UserError as error:
         pytest.skip(str(error))
     with tempfile.TemporaryDirectory(prefix="team-") as name:
-        Path(name).chmod(0o755)  # PostgreSQL is not run by root
+        Path(name).chmod(0o755)  # PostgreSQL does not run as root
         with real_team(Path(name)) as team:
             yield team
 

@@ -1,4 +1,4 @@
-"""A pass that meets trouble: MLflow, DVC's remote or Prefect's server are away, an image is bad, `dvc.lock` is damaged."""
+"""Problems in a pass: MLflow, DVC's remote or Prefect's server unavailable, a bad image, a damaged `dvc.lock`."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture(scope="module")
 def project(make_project: Callable[[], Project], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """All steps are done, and a Prefect server is there."""
+    """A project with all steps done, and a Prefect server."""
     project, port = make_project(), free_port()
     project.environment["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
     log = tmp_path_factory.mktemp("logs") / "server.log"
@@ -30,7 +30,7 @@ def project(make_project: Callable[[], Project], tmp_path_factory: pytest.TempPa
 
 
 def make_stale(project: Project) -> None:
-    """Change the code of `explore`: of all steps it alone is to be run then."""
+    """Change the code of `explore`, so that only this step is stale."""
     code = project.folder / "tasks/explore.py"
     code.write_text(code.read_text() + "\n# a change\n")
 
@@ -41,13 +41,13 @@ def test_a_pass_goes_on_while_mlflow_and_the_remote_are_away(project: Project) -
     project.run("dvc", "remote", "add", "-d", "away", str(project.folder / "in the way/remote"))
     make_stale(project)
     output = alone.run("flows.cli", "run")
-    assert output.count("Continuing without it") == 2  # the step says so, and the pass
+    assert output.count("Continuing without it") == 2  # once from the step, once from the pass
     assert "not yet sent to MLflow at http://***@127.0.0.1:9." in output and "a:b@" not in output
     assert "Not everything was pushed to DVC's remote" in output and "Traceback" not in output
 
     assert "does not answer (connection refused)" in alone.run("flows.cli", "publish", code=1)
     (project.folder / "in the way").unlink()
-    output = project.run("flows.cli", "publish", code=1)  # it was meant for another server
+    output = project.run("flows.cli", "publish", code=1)  # the records are for another server
     assert "Pushed to DVC's remote" in output and "--anyway" in output
     assert "Sent to MLflow" in project.run("flows.cli", "publish", "--anyway")
     assert "Nothing waits" in project.run("flows.cli", "publish")
@@ -76,13 +76,13 @@ def test_what_the_cache_lacks_is_computed_when_the_remote_is_away(project: Proje
 def test_a_pass_that_fails_does_not_say_that_nothing_is_left(project: Project) -> None:
     photo = project.folder.parent / "photos/dark/00.png"
     whole = photo.read_bytes()
-    photo.write_bytes(whole[: len(whole) // 2])  # its header is sound, so that it is found out at work
+    photo.write_bytes(whole[: len(whole) // 2])  # its header is valid, so only decoding fails
     output = project.run("flows.cli", "run", "-S", "data.max_broken=0", code=1)
     assert "ingest: " in output and "Nothing to run" not in output and "Traceback" not in output
-    assert output.count("dark/00.png: ") == 2  # in the log and at the end
+    assert output.count("dark/00.png: ") == 2  # once in the log, once at the end
     photo.write_bytes(whole)
     back = project.run("flows.cli", "run", "-S", "data.max_broken=0.05")
-    assert "Nothing to run" in back  # it comes from the cache
+    assert "Nothing to run" in back  # the outputs come from the cache
 
 
 def test_a_lock_file_that_was_cut_off_costs_nothing(project: Project) -> None:

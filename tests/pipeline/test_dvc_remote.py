@@ -23,7 +23,7 @@ def dvc(*words: str) -> None:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with DVC."""
+    """A folder with a DVC project."""
     monkeypatch.chdir(tmp_path)
     dvc("init", "--no-scm")
     return tmp_path
@@ -31,7 +31,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def ssh(tmp_path: Path) -> Iterator[int]:
-    """The port of an SSH server for files, of a user `ann` with the password `swordfish`."""
+    """Port of an SSH file server with the user `ann` and the password `swordfish`."""
     asyncssh = pytest.importorskip("asyncssh")
     port: list[int] = []
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are shared between machines, which are folders here."""
+"""Checkpoints that machines share. In these tests, a machine is a folder."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ STEP = scratch.ROOT / "train_full" / "word"
 
 
 def saved(iteration: int, place: str, close: bool = True) -> tuple[Mirror, Checkpoint]:
-    """A training of this machine that has come so far, with the weights of a cycle, copied to the shared place."""
+    """Save this machine's training at an iteration, with the weights of a cycle; copied to the shared location."""
     shared, checkpoint = Mirror(STEP, place), Checkpoint(STEP / "training.safetensors", "word", 60)
     checkpoint.written = shared.changed
     (STEP / "cycles").mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def saved(iteration: int, place: str, close: bool = True) -> tuple[Mirror, Check
 
 
 def reached() -> float:
-    """The weight in this machine's checkpoint, which says how far it has come."""
+    """Weight in this machine's checkpoint: its value is the iteration reached."""
     model = nn.Linear(1, 1)
     checkpoint = Checkpoint(STEP / "training.safetensors", "word", 60)
     at = checkpoint.load(trainable_state(model), torch.optim.SGD(model.parameters()))
@@ -48,7 +48,7 @@ def reached() -> float:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The shared place, and two machines beside it, of which one is left and one is here."""
+    """The shared location, beside two machines: one is lost, and this process is on the other one."""
     for name in ("lost", "here"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -155,7 +155,7 @@ def test_what_is_safe_in_the_remote_is_shared_no_more_nor_what_is_a_week_old(pla
     assert (Path(place) / "train_full/word/training.safetensors").exists()
     forget({"ingest", "train_full"})
     assert not (Path(place) / "train_full/word").exists()
-    saved(1, place)  # by which others' are looked at
+    saved(1, place)  # records the location, so that `forget` examines it
     forget({"retrain"})
     assert not old.exists() and new.exists() and all(file.exists() for file in foreign)
 
@@ -177,7 +177,7 @@ def test_checkpoints_are_shared_beside_dvcs_remote(tmp_path: Path, monkeypatch: 
     dvc("remote", "add", "-q", "--default", "--local", "own", "s3://bucket/dvc")
     assert shared_place(None) == "s3://bucket/dvc.checkpoints"
     dvc("remote", "modify", "-q", "--local", "own", "url", "s3://bucket/")
-    assert shared_place(None) == "s3://bucket/checkpoints"  # another bucket may be anybody's
+    assert shared_place(None) == "s3://bucket/checkpoints"  # another bucket may belong to someone else
     dvc("remote", "modify", "-q", "--local", "own", "url", "https://host/dvc")
     assert shared_place(None) is None
 
@@ -220,7 +220,7 @@ def test_a_place_that_cannot_be_opened_is_refused_with_the_key(tmp_path: Path) -
 
 
 def test_an_object_store_takes_checkpoints_too(place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of those that fsspec knows, the one in memory is always installed."""
+    """Uses the in-memory file system of fsspec, which is always installed."""
     lost("memory://team", 5, monkeypatch, tmp_path)
     assert Mirror(STEP, "memory://team").fetch(Checkpoint(STEP / "training.safetensors", "word", 60))
     assert reached() == 5

@@ -1,4 +1,4 @@
-"""Disks that are full, limits of file sizes, folders that are closed: a sentence, and nothing that was finished is lost."""
+"""Full disks, file size limits, folders without access: a one-line message, and no finished result is lost."""
 
 import errno
 import hashlib
@@ -40,7 +40,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def ended(work: Callable[[Run], Mapping[str, float]], capsys: pytest.CaptureFixture[str]) -> str:
-    """What a step says that ends with the user's error."""
+    """Message of a step that ends with a user error."""
     with pytest.raises(SystemExit) as caught:
         Step("explore", work, ()).main()
     said = capsys.readouterr().err

@@ -1,4 +1,7 @@
-"""The power fails: what was said to be written is there, on a real file system that keeps in memory what it may."""
+"""After a power loss, data that was reported as written is on the disk.
+
+The file system is real, and keeps as much in memory as it may.
+"""
 
 import hashlib
 import json
@@ -32,7 +35,7 @@ from unfreeze.training.history import History
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    """A disk that gets what is waited for, and nothing else for minutes."""
+    """A disk to which only flushed data is written; other data stays in memory for minutes."""
     try:
         made = Disk(tmp_path / "machine", 64, "commit=300,noauto_da_alloc")
     except OSError as error:
@@ -86,7 +89,7 @@ def test_what_was_written_is_there(write: Callable[[Path, int], None], disk: Dis
 
 def test_this_disk_does_lose_what_nobody_waits_for(disk: Disk) -> None:
     before, lost = disk.folder / "before", False
-    for _ in range(10):  # a step of another test may have all disks written meanwhile
+    for _ in range(10):  # meanwhile, a step of another test may flush all disks
         before.write_bytes(b"before")
         os.sync()
         (disk.folder / "partial").write_bytes(bytes(100_000))
@@ -128,7 +131,7 @@ def test_a_journal_is_there_before_a_server_knows_of_it_and_its_end_before_it_is
 
 
 def cached(content: bytes, torn: bool) -> Path:
-    """A file in the cache of a DVC project in this folder."""
+    """Create a file in the cache of the DVC project in this folder."""
     name = hashlib.md5(content).hexdigest()
     path = Path(".dvc/cache/files/md5", name[:2], name[2:]).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +141,7 @@ def cached(content: bytes, torn: bool) -> Path:
 
 
 def restart() -> None:
-    """As far as can be told, of the machine."""
+    """Simulate a restart of the machine."""
     note = json.loads(dvc_cache.NOTE.read_text())
     dvc_cache.NOTE.write_text(json.dumps(note | {"boot": "another"}))
 
@@ -173,7 +176,7 @@ def test_what_is_torn_in_dvcs_cache_is_removed(tmp_path: Path, monkeypatch: pyte
 def test_a_step_reads_nothing_that_dvc_has_put_back_torn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`dvc repro` restores what earlier steps have left before anybody has looked at its cache."""
+    """`dvc repro` restores the outputs of earlier steps before anything has checked its cache."""
     begun: list[str] = []
 
     class Tracker(NoTracker):

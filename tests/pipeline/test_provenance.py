@@ -1,4 +1,4 @@
-"""What a run is called, and what MLflow is told of where it comes from, with a real Git repository."""
+"""Names of runs, and tags in MLflow for their provenance, with a real Git repository."""
 
 import socket
 import subprocess
@@ -32,7 +32,7 @@ def test_a_run_is_called_by_what_differs_from_the_commit(checkout: Path) -> None
     many = {f"train.knob_{i}": i for i in range(100)}
     for long in ({}, {"backbone.name": "timm:" + "x" * 300}, {"data.source": "/srv/" + "y" * 240}):
         assert len(title(FLAT | many | long)) == LONGEST
-    assert len(f"{'x' * LONGEST} · 27 Nov 23:59") <= 250  # of more characters MLflow's PostgreSQL takes none
+    assert len(f"{'x' * LONGEST} · 27 Nov 23:59") <= 250  # the limit of MLflow's PostgreSQL
 
 
 def test_settings_make_no_code_changed_and_a_new_module_does(checkout: Path) -> None:
@@ -58,9 +58,9 @@ def test_without_a_commit_nothing_differs(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_commit_is_known_in_a_clone_of_somebody_elses(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a container, to whose superuser a folder of the host's is given."""
+    """For example in a container that runs as root, with a folder of the host."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # Git's own, for its tests
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # a variable for Git's own tests
     refused = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     assert "dubious ownership" in refused.stderr
     assert code_tags() == {"mlflow.source.git.commit": commit, "unfreeze.changed": "no"}

@@ -1,4 +1,4 @@
-"""What judging leaves behind."""
+"""Files that the evaluation writes."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from unfreeze.evaluation.evaluating import Predictions
 
 
 def written(path: Path, classes: int, images: int = 30) -> tuple[pd.DataFrame, Predictions, PackedImages]:
-    """The file for random predictions of that many classes."""
+    """Write the file for random predictions of this many classes."""
     rng = np.random.default_rng(0)
     names = sorted(f"c{i}" for i in range(classes))
     labels = rng.integers(0, classes, images)
@@ -42,4 +42,4 @@ def test_predictions_of_many_classes_are_those_that_count(tmp_path: Path) -> Non
         likeliest = np.sort(expected, 1)[:, -20:]
         assert np.sort(np.where(kept, found, 0), 1)[:, -20:] == pytest.approx(likeliest, abs=1e-6)
     assert [packed.classes[i] for i in predictions.plain.argmax(1)] == table["predicted"].tolist()
-    assert (tmp_path / "p.csv").stat().st_size < 30 * 2500 + 20_000  # of which the header is 16,000
+    assert (tmp_path / "p.csv").stat().st_size < 30 * 2500 + 20_000  # the header takes 16,000

@@ -1,4 +1,4 @@
-"""What a step's checkpoints depend on, and when they are removed."""
+"""Dependencies of a step's checkpoints, and their removal."""
 
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def test_checkpoints_of_finished_steps_and_of_other_settings_are_cleared(
     monkeypatch.chdir(tmp_path)
     for name in ("precompute/a", "train_head/a", "train_full/a", "train_full/b", "retrain/a"):
         (scratch.ROOT / name).mkdir(parents=True)
-    for stage in ("ingest", "train_head"):  # precompute has not finished: a step after it was begun by hand
+    for stage in ("ingest", "train_head"):  # precompute is unfinished: a later step was started by hand
         artifact(stage, "").mkdir(parents=True)
         artifact(stage, "metrics.json").touch()
     scratch.clear_earlier("train_full")

@@ -1,4 +1,4 @@
-"""What a step may not have happen to it while it is at work, and what the doors say of trouble outside of steps."""
+"""Errors and changes of inputs while a step is running, and messages of the commands about errors outside of steps."""
 
 import errno
 import logging
@@ -50,7 +50,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ended(step: Step, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """The exit code of a step, and what it says."""
+    """Exit code and error output of a step."""
     code: Any = 0
     try:
         step.main()
@@ -173,21 +173,21 @@ def test_a_run_that_is_stopped_as_soon_as_it_begins_says_so(number: int) -> None
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
     ) as run:
-        until = time.monotonic() + 120  # on a machine that is busy
+        until = time.monotonic() + 120  # long, because the machine may be busy
         while not (begun := Path(".unfreeze/run.lock").exists()) and time.monotonic() < until:
             time.sleep(0.05)
         run.send_signal(number)
         _, said = run.communicate(timeout=60)
     assert begun and said == "unfreeze: stopped. `unfreeze run` continues where it stopped.\n"
-    # Where the signal comes within an `exec` of text, as in the making of a dataclass, `python -m` ends by it after all,
-    # although it was caught. A shell says 130 of both.
+    # If the signal comes during an `exec` of text, for example while a dataclass is created, it ends `python -m`
+    # although it was caught. A shell reports 130 in both cases.
     assert run.returncode in (130, -signal.SIGINT)
 
 
 def test_what_the_disk_does_not_allow_outside_of_steps_is_a_sentence(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(lock, "FOLDER", Path("/sys/unfreeze"))  # where not even the superuser makes a folder
+    monkeypatch.setattr(lock, "FOLDER", Path("/sys/unfreeze"))  # where not even root can create a folder
     monkeypatch.setattr("pipeline.process.orphans.leave_none", lambda: None)
     assert main(["run"]) == USER_ERROR
     said = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What MLflow is told of a training."""
+"""The curves of a training in MLflow."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What DVC would hang or stumble at, or not notice, is named before it does."""
+"""Inputs on which DVC would hang or fail, or whose changes it would not notice, are reported in advance."""
 
 import os
 import socket
@@ -67,7 +67,7 @@ def test_all_else_is_fine(photos: Path) -> None:
 def test_files_that_may_not_be_read_are_named(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usual, closed = os.access, {str(photos / "cat/a.png"), str(photos / "dog/link.png")}
     (photos / "dog/link.png").symlink_to("a.png")
-    monkeypatch.setattr(os, "access", lambda path, mode: path not in closed and usual(path, mode))  # the superuser may
+    monkeypatch.setattr(os, "access", lambda path, mode: path not in closed and usual(path, mode))  # root could read
     with pytest.raises(UserError, match="cannot read 2 of its entries") as caught:
         check_readable(str(photos))
     assert sorted(str(caught.value).splitlines()[1:]) == [f"  {path}: Permission denied" for path in sorted(closed)]
@@ -179,7 +179,7 @@ def test_names_that_dvc_takes_for_its_own_are_refused(photos: Path) -> None:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project of DVC, and the working directory."""
+    """A DVC project, which is the working directory."""
     for words in (("git", "init", "-q"), dvc.dvc("init", "-q")):
         subprocess.run(words, cwd=tmp_path, check=True)
     monkeypatch.chdir(tmp_path)

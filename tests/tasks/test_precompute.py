@@ -1,4 +1,4 @@
-"""The step `precompute`, interrupted and gone on with."""
+"""The step `precompute`, interrupted and resumed."""
 
 import logging
 import shutil
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """Of a project whose images are packed."""
+    """Settings of a project whose images are packed."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "params.yaml", "params.yaml")
     apply_overrides("params.yaml", [f"{k}={v}" for k, v in (SMALL | {"data.source": "photos"}).items()])
@@ -82,11 +82,11 @@ def test_what_was_computed_is_not_computed_again(
     with caplog.at_level(logging.INFO, "unfreeze"):
         assert (run(settings), written()) == expected
     assert f"{16 * batches} of 48 images were done before an interruption" in caplog.text
-    shutil.rmtree(artifact("precompute", ""))  # as DVC does, where it had not taken them yet
+    shutil.rmtree(artifact("precompute", ""))  # as DVC does if it had not recorded the outputs yet
     with caplog.at_level(logging.INFO, "unfreeze"):
         assert (run(settings), written()) == expected
     assert "48 of 48 images were done before an interruption" in caplog.text
-    artifact("precompute", "metrics.json").touch()  # as the step itself does in the end
+    artifact("precompute", "metrics.json").touch()  # as the step itself does at its end
     scratch.clear_earlier("lr_find")
     assert not (scratch.ROOT / "precompute").exists()
 

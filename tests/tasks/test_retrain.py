@@ -1,4 +1,4 @@
-"""The step `retrain` where logistic regression, or an average of cycles, was chosen."""
+"""The step `retrain` if logistic regression, or an average of cycles, was chosen."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def execution(stage: str) -> Run:
 
 
 def retrained(chosen: dict[str, Any], *changes: str) -> dict[str, float]:
-    """Metrics of `retrain` on painted images, in the working folder, after a pass that chose so."""
+    """Metrics of `retrain` on generated images, in the working folder, after a pass that made this choice."""
     shutil.copy(ROOT / "params.yaml", "params.yaml")
     settings = SMALL | {"data.source": "photos"}
     apply_overrides("params.yaml", [*(f"{key}={value}" for key, value in settings.items()), *changes])

@@ -1,4 +1,4 @@
-"""The hardware at hand."""
+"""Use of the available hardware."""
 
 import logging
 import subprocess
@@ -34,9 +34,9 @@ print(min(counts))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
 def test_memory_that_a_batch_frees_is_there_for_the_next() -> None:
-    """Counted in pages that had to be mapped: 23,400 for a batch of 96 MB where all is handed back.
+    """Count the pages that had to be mapped: 23,400 for a batch of 96 MB if all memory is handed back.
 
-    The heap grows by a tensor now and then before it has settled, so the batch that counts is the best of thirty.
+    At first the heap sometimes grows by a tensor. The test therefore uses the best of thirty batches.
     """
 
     def fewest(what: str) -> int:
@@ -67,7 +67,7 @@ def test_cuda_is_refused_with_the_reason_where_it_does_not_work() -> None:
 def test_auto_warns_with_the_reason_where_there_is_a_driver(
     driver: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where there is none, nobody expects a GPU."""
+    """Without a driver, nobody expects a GPU."""
     (tmp_path / "version").touch()
     monkeypatch.setattr(device, "DRIVER", tmp_path / ("version" if driver else "none"))
     with caplog.at_level(logging.WARNING, "unfreeze"):

@@ -1,4 +1,4 @@
-"""Work on several items at once, whose results come in order."""
+"""Work on several items at once, with results in order."""
 
 import threading
 import time
@@ -18,7 +18,7 @@ def test_results_are_in_the_order_of_the_items_whoever_is_first() -> None:
 
 
 def test_as_many_threads_work_at_once_as_are_asked_for() -> None:
-    together = threading.Barrier(4, timeout=60)  # fewer threads would wait for ever
+    together = threading.Barrier(4, timeout=60)  # fewer threads would wait forever
     assert len(list(in_order(lambda _: together.wait(), range(8), 1, threads=4))) == 8
 
 

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any
 
 import torch
@@ -167,7 +168,7 @@ def frozen_copy(network: nn.Module, images: torch.Tensor, earlier: nn.Module | N
     dtype = precision(images.device)
     if dtype == torch.float32:
         return folded
-    if images.device.type == "cpu" and dtype == torch.bfloat16:
+    if images.device.type == "cpu" and dtype == torch.bfloat16 and _fused_convolutions_work():
         for name, (count, *shape) in shapes.items():
             joined: Any = folded.get_submodule(name)
             folded.set_submodule(name, OneDNNConvAct(joined, (count * batch // len(images), *shape)))
@@ -175,6 +176,27 @@ def frozen_copy(network: nn.Module, images: torch.Tensor, earlier: nn.Module | N
         if type(module) in (nn.Conv2d, nn.Linear):  # but no subclass, which may need full precision
             module.weight.data = module.weight.data.to(dtype)  # as autocast would, but once
     return folded
+
+
+@cache
+def _fused_convolutions_work() -> bool:
+    """Whether `OneDNNConvAct` computes what `ConvAct` does: torch may change its private operators in any version."""
+    with torch.random.fork_rng(devices=[]):
+        public = ConvAct(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()).requires_grad_(False)
+        images, other = torch.randn(2, 2, 16, 8, 8)
+    try:
+        fused = OneDNNConvAct(public, tuple(images.shape))
+        for found, expected in (
+            (fused(images), public(images)),
+            (fused(images, other), public(images, other)),
+        ):
+            torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+    except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
+        logger.warning(
+            "torch %s lacks oneDNN's fused convolutions: inference takes longer (%s)", torch.__version__, error
+        )
+        return False
+    return True
 
 
 def _refreshed(copied: nn.Module, network: nn.Module) -> bool:

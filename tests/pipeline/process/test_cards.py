@@ -1,4 +1,4 @@
-"""One GPU for each run: the names are made up, the locks are real."""
+"""One GPU for each run. The names of the GPUs are invented, the locks are real."""
 
 import os
 import threading

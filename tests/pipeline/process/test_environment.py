@@ -1,4 +1,4 @@
-"""The defaults of the environment are there before the libraries that read them only once."""
+"""Environment variables get their defaults before the import of libraries that read them only once."""
 
 import getpass
 import os
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent.parent.parent
 
 
 def test_a_step_knows_how_long_threads_wait_before_torch_is_imported(tmp_path: Path) -> None:
-    """`dvc repro` starts steps without anything of ours around them."""
+    """`dvc repro` starts steps directly, without our code around them."""
     code = (
         "import runpy, sys, os\n"
         "class Watch:\n"
@@ -53,7 +53,7 @@ def test_names_of_files_are_utf_8_whatever_the_locale(tmp_path: Path) -> None:
 
 
 def python(code: str, *shell: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """What a program does after its environment is set, started by a shell that closes files (``2>&-``)."""
+    """Set the environment and run a program, from a shell that can close files (``2>&-``)."""
     code = f"from pipeline.process.environment import *; set_environment(); {code}"
     command = ["sh", "-c", f'exec "$0" -c "$1" {" ".join(shell)}', sys.executable, code]
     variables = os.environ | {"PYTHONPATH": str(ROOT)} | environment
@@ -61,7 +61,7 @@ def python(code: str, *shell: str, **environment: str) -> "subprocess.CompletedP
 
 
 def test_where_output_is_closed_nothing_else_gets_it(tmp_path: Path) -> None:
-    """Neither Python, to which a closed one is None, nor a library in C, which writes to the next file that is opened."""
+    """In Python, a closed stream is None. A C library would write to the next file that is opened."""
     code = (
         f"file = open({str(tmp_path / 'file')!r}, 'w'); print(sys.stderr.isatty(), file=sys.stderr, flush=True); "
         "os.write(2, b'of C'); print('out')"
@@ -82,7 +82,7 @@ def test_a_user_id_without_a_name_gets_one_and_a_home(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(os, "getuid", lambda: 54_321)  # a process with this id could not read this interpreter
+    monkeypatch.setattr(os, "getuid", lambda: 54_321)  # mocked: this user could not read the interpreter
     name_user()
     assert getpass.getuser() == "54321" and Path.home() == tmp_path
     name_user()
@@ -101,7 +101,7 @@ def test_where_prefects_folder_cannot_be_written_it_has_one_in_the_workspace(
         monkeypatch.setenv("PREFECT_HOME", str(home))
         monkeypatch.delenv("PREFECT_PROFILES_PATH", raising=False)
         set_prefect_home()
-        assert os.environ["PREFECT_HOME"] == str(home)  # Prefect makes it
+        assert os.environ["PREFECT_HOME"] == str(home)  # Prefect creates it
     closed.chmod(0o555)
     for home in (closed, closed / "below/.prefect"):
         monkeypatch.setenv("PREFECT_HOME", str(home))

@@ -1,4 +1,4 @@
-"""The warm process: its steps are processes of their own, and nothing outlives whoever waits for it."""
+"""The warm process: each step runs in a separate process, and ends with the process that waits for it."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ ingest = Step()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A project with a step that does as it is told, and a warm process for it."""
+    """A project with a step that runs given code, and a warm process for it."""
     folder = tmp_path_factory.mktemp("warm")
     (folder / "tasks").mkdir()
     for name in ("__init__", "__main__"):
@@ -78,7 +78,7 @@ def test_a_step_dies_with_whoever_waits_for_it(folder: Path) -> None:
     process.kill()
     process.wait()
     gone(number)
-    assert start(folder, "pass").wait(180) == 0  # and the next one runs
+    assert start(folder, "pass").wait(180) == 0  # the next step still runs
 
 
 def test_the_warm_process_and_its_step_die_with_the_flow(folder: Path) -> None:
@@ -102,15 +102,15 @@ def test_the_warm_process_and_its_step_die_with_the_flow(folder: Path) -> None:
 def test_the_folder_for_temporary_files_may_have_a_long_name(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A socket's address may not."""
+    """The address of a socket must not be long."""
     long = tmp_path / ("t" * 96)
     long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
-    monkeypatch.setenv(ADDRESS, os.environ[ADDRESS])  # to be had again afterwards
+    monkeypatch.setenv(ADDRESS, os.environ[ADDRESS])  # so that it is restored afterwards
     with warm_process():
         assert len(os.environ[ADDRESS]) > LONGEST
         output, _ = start(folder, "pass").communicate(timeout=180)
-        assert output.endswith("True\n")  # it has torch: it is warm
+        assert output.endswith("True\n")  # torch is already imported: the process is warm
 
 
 def test_without_a_warm_process_a_step_runs_in_its_own(folder: Path) -> None:
@@ -123,7 +123,7 @@ def test_without_a_warm_process_a_step_runs_in_its_own(folder: Path) -> None:
 
 
 def gone(*numbers: int) -> None:
-    """Wait until none of these processes is left."""
+    """Wait until all these processes have ended."""
     for _ in range(200):
         if not any(psutil.pid_exists(number) for number in numbers):
             return

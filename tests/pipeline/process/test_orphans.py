@@ -1,4 +1,4 @@
-"""What a killed run leaves behind is ended, and nobody waits for who sees to it."""
+"""Processes left by a killed run are ended. No reader of the output waits for the process that ends them."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ def begin(grace: float) -> tuple[subprocess.Popen[str], str]:
 def test_what_a_killed_run_started_is_ended() -> None:
     process, left = begin(0.2)
     time.sleep(2)
-    assert alive(left)  # as long as the run is there
+    assert alive(left)  # while the run is alive
     process.kill()
     process.communicate()
     end = time.monotonic() + 20
@@ -42,7 +42,7 @@ def test_what_a_killed_run_started_is_ended() -> None:
 def test_it_has_its_time_to_end_by_itself_and_a_reader_of_the_output_does_not_wait_for_that() -> None:
     process, left = begin(100)
     start = time.monotonic()
-    process.communicate()  # until nobody has the output open
+    process.communicate()  # until no process has the output open
     assert process.returncode == 0
     assert time.monotonic() - start < 10
     time.sleep(2)

@@ -1,4 +1,4 @@
-"""What nobody may see is masked wherever it stands; everything else stays as it is."""
+"""Secrets are masked everywhere; other text is unchanged."""
 
 import logging
 
@@ -39,7 +39,7 @@ def test_names_of_secrets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_of_a_user_with_a_password_the_password_is_masked_alone_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Prefect has them in a variable."""
+    """Prefect has the user and the password in one variable."""
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "ann:swordfish")
     assert mask("ann:swordfish and swordfish of ann") == "*** and *** of ann"
 

@@ -1,4 +1,4 @@
-"""How steps end before their time, and keep to themselves."""
+"""Steps that are stopped early, identities of processes, and one run at a time."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ def test_an_identity_is_of_one_process_only() -> None:
         assert not alive(word.replace("-", "-1"))
         process.kill()
         deadline = time.monotonic() + 5
-        while alive(word) and time.monotonic() < deadline:  # dead, though nobody has waited for it yet
+        while alive(word) and time.monotonic() < deadline:  # dead, but its parent has not waited for it yet
             time.sleep(0.01)
         assert not alive(word)
     assert not alive(word)
@@ -37,7 +37,7 @@ def test_an_identity_is_of_one_process_only() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the time of a start is kept as it was")
 def test_a_clock_that_is_set_makes_no_other_process_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel counts from the boot, whose time of day moves with the clock."""
+    """The kernel counts start times from the boot. The boot's time of day changes with the clock."""
     before, word = psutil.Process().create_time(), identity(psutil.Process())
     booted = psutil.boot_time()
     monkeypatch.setattr("psutil._pslinux.boot_time", lambda: booted + 1.0)
@@ -85,7 +85,7 @@ def test_a_training_ends_after_its_batch_and_all_else_at_once(number: int, what:
     with subprocess.Popen([sys.executable, "-c", TRAINING, what], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        for words in said:  # the second signal does not wait for the training
+        for words in said:  # the second signal does not wait for the training's batch
             process.send_signal(number)
             assert process.stdout.readline() == words + "\n"
 
@@ -99,7 +99,7 @@ def test_one_run_at_a_time_in_a_workspace(tmp_path: Path, monkeypatch: pytest.Mo
         assert first.stdout.readline() == "in\n"
         with pytest.raises(UserError, match=rf"Another run is at work in .*process {first.pid}"), alone("run"):
             pass
-        with alone("step"):  # something else may go on
+        with alone("step"):  # another lock is still free
             pass
         first.kill()
         first.wait()
@@ -108,7 +108,7 @@ def test_one_run_at_a_time_in_a_workspace(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_parent_that_may_not_be_looked_at_is_no_dvc(monkeypatch: pytest.MonkeyPatch) -> None:
-    def hidden(process: psutil.Process) -> list[str]:  # another user's, where /proc hides these
+    def hidden(process: psutil.Process) -> list[str]:  # another user's process, hidden by /proc
         raise psutil.AccessDenied(process.pid)
 
     monkeypatch.setattr(psutil.Process, "cmdline", hidden)

@@ -1,4 +1,4 @@
-"""The copies that DVC makes of the workspace, to run experiments in."""
+"""Copies of the workspace in which DVC runs experiments."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.process.workspace import link_source, workspace
 
-COPIES = (".dvc/tmp/exps/tmpa", ".dvc/tmp/exps/standalone/tmpb")  # of its queue, and of `dvc exp run --temp`
+COPIES = (".dvc/tmp/exps/tmpa", ".dvc/tmp/exps/standalone/tmpb")  # from its queue, and from `dvc exp run --temp`
 
 
 @pytest.fixture

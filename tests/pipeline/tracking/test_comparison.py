@@ -1,4 +1,4 @@
-"""A registered version beside the one before it, in a real MLflow."""
+"""Comparison of a registered version with the previous version, in a real MLflow."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The journal of what MLflow is to be told, on disks that are full and by processes that are killed."""
+"""The journal of records for MLflow, with full disks and killed processes."""
 
 import os
 import resource
@@ -68,14 +68,14 @@ def test_where_nothing_can_be_written_that_is_said_in_a_sentence() -> None:
 
 @pytest.fixture
 def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Of a step's journal, and a local MLflow to send it to."""
+    """Header of a step's journal, and a local MLflow to send the journal to."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     head = {"pass": "a", "door": "flow", "stage": "ingest", "execution": "1", "address": sender.address()}
     return head | {"experiment": "unfreeze", "name": "a", "when": 1, "params": {"parent": {}, "child": {}}}
 
 
 def ended(head: dict[str, Any], *runs: str) -> None:
-    """A journal of nothing but the end of its runs."""
+    """Write a journal that contains only the end of its runs."""
     journal = Journal(head)
     journal.write(*({"run": run, "status": "FINISHED", "when": 2} for run in runs), {"closed": True})
     journal.close()
@@ -89,7 +89,7 @@ def statuses(client: Any) -> list[str]:
 def test_one_that_is_back_after_it_was_sent_changes_nothing(
     head: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after a loss of power, before which its removal had not got to the disk."""
+    """For example after a power loss, if the journal's removal had not reached the disk."""
     ended(head | {"description": "On a host."}, "child", "parent")
     client = sender.client()
     for removes in (False, True):
@@ -100,11 +100,11 @@ def test_one_that_is_back_after_it_was_sent_changes_nothing(
         assert statuses(client) == ["FINISHED"] * 2 and bool(waiting()) != removes
     experiment = client.get_experiment_by_name("unfreeze")
     notes = [run.data.tags.get("mlflow.note.content") for run in client.search_runs([experiment.experiment_id])]
-    assert notes.count("On a host.") == 1  # the parent's
+    assert notes.count("On a host.") == 1  # only in the parent run
 
 
 def test_killed_while_the_end_of_a_pass_is_sent_nothing_seems_to_run(head: dict[str, Any]) -> None:
-    """`dvc repro` with nothing to do, which may come next, sends nothing."""
+    """The next command may be `dvc repro` with nothing to do, which sends nothing."""
     ended(head, "child", "parent")
     client = sender.client()
     list(sender.send(client))
@@ -127,7 +127,7 @@ def test_a_deleted_experiment_holds_up_no_other(head: dict[str, Any]) -> None:
     assert sender.reason(caught.value) == str(caught.value)
     assert statuses(client) == ["FINISHED"] * 2 and len(waiting()) == 1
     own = Journal(head | {"pass": "c"})
-    list(sender.send(client, own))  # a step sends what it has, whatever an earlier one has left
+    list(sender.send(client, own))  # a step sends its own records despite those that an earlier step has left
     assert len(waiting()) == 2
     client.restore_experiment(gone)
     own.close()
@@ -136,7 +136,7 @@ def test_a_deleted_experiment_holds_up_no_other(head: dict[str, Any]) -> None:
 
 
 def test_a_run_that_the_database_refuses_holds_up_no_other(head: dict[str, Any]) -> None:
-    """PostgreSQL refuses a name of more than 250 characters, SQLite does not: a trigger does it here."""
+    """PostgreSQL refuses a name of more than 250 characters. SQLite does not, so a trigger refuses it here."""
     client = sender.client()
     client.search_experiments()
     with sqlite3.connect(os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///")) as database:
@@ -184,7 +184,7 @@ def test_a_database_of_another_version_is_told_with_what_to_do(
     list(sender.send(sender.client()))
     ended(head | {"pass": "b"}, "parent")
     file = os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///")
-    address = f"sqlite:///{shutil.copy(file, f'{file}.other')}"  # which this process has not looked at before
+    address = f"sqlite:///{shutil.copy(file, f'{file}.other')}"  # not opened before by this process
     with sqlite3.connect(address.removeprefix("sqlite:///")) as database:
         database.execute("UPDATE alembic_version SET version_num = 'acf3f17fdcc7'")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
@@ -194,7 +194,7 @@ def test_a_database_of_another_version_is_told_with_what_to_do(
 
 
 def test_a_run_that_is_deleted_meanwhile_is_taken_up_by_a_new_one(head: dict[str, Any]) -> None:
-    """Somebody tidies up MLflow's pages while a pass is at work."""
+    """A user deletes runs in MLflow while a pass is running."""
     client = sender.client()
     journal = Journal(head)
     list(sender.send(client, journal))
@@ -203,7 +203,7 @@ def test_a_run_that_is_deleted_meanwhile_is_taken_up_by_a_new_one(head: dict[str
         client.delete_run(run.info.run_id)
     journal.write({"run": "child", "metrics": {"loss": 1.0}, "at": 0, "when": 1}, {"closed": True})
     journal.close()
-    list(sender.send(client))  # what was meant for it alone is not kept, and holds up nothing
+    list(sender.send(client))  # records for the deleted run alone are not kept, and block nothing
     ended(head | {"stage": "explore", "execution": "2"}, "child", "parent")
     list(sender.send(client))
     assert statuses(client) == ["FINISHED"] * 2 and not waiting()
@@ -224,12 +224,12 @@ def left(head: dict[str, Any], *records: dict[str, Any]) -> Path:
     """The journal of a step that was killed."""
     journal = Journal(head)
     journal.write(*records)
-    journal.close()  # without the record that says so
+    journal.close()  # without the closing record
     return journal.folder
 
 
 def runs(client: Any) -> dict[str, tuple[str, str]]:
-    """Of each run, by its name, the status and the owner."""
+    """Status and owner of each run, by name."""
     found = client.search_runs([client.get_experiment_by_name("unfreeze").experiment_id])
     return {run.info.run_name: (run.info.status, run.data.tags["unfreeze.owner"]) for run in found}
 
@@ -256,8 +256,8 @@ def test_a_worker_that_comes_back_leaves_a_run_alone_that_another_one_has_taken(
         {"run": "parent", "tag": ["unfreeze.data", "lost"]},
         {"run": "parent", "status": "FAILED", "when": 3},
     )
-    being_written.close()  # and killed
-    left(lost | {"execution": "3", "stage": "explore"})  # this one the server has never heard of
+    being_written.close()  # the step is killed
+    left(lost | {"execution": "3", "stage": "explore"})  # this run is unknown to the server
     list(sender.send(client))
     assert not waiting() and runs(client) == taken | {"explore": ("KILLED", "1@lost")}
     [parent] = [run for run in client.search_runs(["1"]) if run.info.run_name == "a"]
@@ -265,7 +265,7 @@ def test_a_worker_that_comes_back_leaves_a_run_alone_that_another_one_has_taken(
 
 
 def test_the_next_worker_takes_a_run_that_its_last_one_has_ended(head: dict[str, Any]) -> None:
-    """As a worker does that is stopped in order."""
+    """A worker that is stopped normally ends its run."""
     client = sender.client()
     left(head | {"owner": "1@lost"})
     list(sender.send(client))

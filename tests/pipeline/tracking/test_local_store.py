@@ -1,4 +1,7 @@
-"""MLflow's database and files belong to the workspace: where it was copied or moved, and in the copies that DVC makes of it."""
+"""MLflow's database and files belong to the workspace.
+
+This also holds after the workspace was copied or moved, and in the copies that DVC makes of it.
+"""
 
 import shutil
 from pathlib import Path
@@ -17,7 +20,7 @@ PARAMS = {"data.source": "photos", "backbone.name": "timm:resnet18", "data.image
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace with a run that has a file, and two that have none."""
+    """A workspace with three runs: one with a file, and two without files."""
     folder = tmp_path_factory.mktemp("original")
     with pytest.MonkeyPatch.context() as patch:
         be_in(folder, patch)
@@ -33,7 +36,7 @@ def mlflow_of(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def be_in(folder: Path, patch: pytest.MonkeyPatch, database: str = "") -> None:
-    """Work in a folder; MLflow keeps a connection to each address, so that of a database is its full path."""
+    """Work in a folder. MLflow caches a connection for each address, so a database's address has its full path."""
     folder.mkdir(parents=True, exist_ok=True)
     patch.chdir(folder)
     patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database or quote(str(folder / 'mlflow.db'))}")
@@ -41,7 +44,7 @@ def be_in(folder: Path, patch: pytest.MonkeyPatch, database: str = "") -> None:
 
 
 def log(key: str, *files: str) -> None:
-    """A pass with these files, sent."""
+    """Record a pass with these files, and send it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UNFREEZE_PASS", key)
         journal: Journal = begin_journal("", PARAMS, {})
@@ -55,7 +58,7 @@ def log(key: str, *files: str) -> None:
 
 
 def where() -> dict[str, Path]:
-    """Where MLflow looks for the files of each pass, as the database here says."""
+    """Folders in which MLflow looks for the files of each pass, according to this folder's database."""
     client = sender.client()
     ids = [experiment.experiment_id for experiment in client.search_experiments()]
     found = {}
@@ -158,7 +161,7 @@ def test_addresses_of_mlflows_are_taken(monkeypatch: pytest.MonkeyPatch, address
 
 
 def test_files_of_a_database_elsewhere_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a worker's: the workspace of a run goes away before it."""
+    """For example on a worker: the workspace of a run is removed, and the database stays."""
     (tmp_path / "workspace").mkdir()
     monkeypatch.chdir(tmp_path / "workspace")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/home/mlflow.db")

@@ -1,4 +1,4 @@
-"""The registered model holds the weights, however DVC keeps them."""
+"""The registered model contains the weights, for every way in which DVC stores them."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from pipeline.tracking.sender import client
 def test_weights_that_dvc_has_linked_into_its_cache_are_registered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with `dvc config cache.type symlink`, for a cache on another disk."""
+    """For example with `dvc config cache.type symlink`, for a cache on another disk."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/3b0c").write_bytes(b"weights")

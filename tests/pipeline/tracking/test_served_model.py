@@ -1,4 +1,4 @@
-"""The served model, asked through MLflow's own scoring server."""
+"""Requests to the served model through MLflow's own scoring server."""
 
 import base64
 import io
@@ -38,7 +38,7 @@ HALF = base64.b64encode(PNG[: len(PNG) // 2]).decode()
 
 @pytest.fixture(scope="module")
 def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
-    """Asks the server; returns the status and the answer, which must be JSON as RFC 8259 has it."""
+    """Function that sends a request; returns the status and the answer, which must be JSON according to RFC 8259."""
     folder = tmp_path_factory.mktemp("served")
     torch.manual_seed(0)
     backbone = create_backbone("timm:test_efficientnet", "none", 32)

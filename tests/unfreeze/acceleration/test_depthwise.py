@@ -1,4 +1,4 @@
-"""Gradients of depthwise convolutions: the same as autograd's own."""
+"""Gradients of depthwise convolutions are the same as autograd's."""
 
 import pytest
 import torch

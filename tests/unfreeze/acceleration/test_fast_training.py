@@ -1,4 +1,4 @@
-"""Training in less time: the same outputs and gradients as the network's own, whatever it is made of."""
+"""Faster training: the same outputs and gradients as the original network, for all kinds of layers."""
 
 import dataclasses
 import statistics
@@ -41,7 +41,7 @@ class Step:
 
 
 def step(model: Classifier, images: torch.Tensor, half: bool = False) -> Step:
-    """What one training step computes, without changing the weights."""
+    """Results of one training step, without changing the weights."""
     torch.manual_seed(1)
     with autocast(CPU) if half else nullcontext():
         logits = model(images).float()
@@ -53,7 +53,7 @@ def step(model: Classifier, images: torch.Tensor, half: bool = False) -> Step:
 
 
 def operations(node: object) -> Iterator[str]:
-    """Names of what is differentiated."""
+    """Names of the operations in the autograd graph."""
     seen, waiting = set(), [node]
     while waiting:
         node = waiting.pop()
@@ -104,13 +104,13 @@ def test_outputs_and_gradients_are_the_networks_own(name: str, bn_freeze: bool) 
 @pytest.mark.parametrize("name", FOLDED + OTHERS)
 def test_bfloat16_rounds_no_more_than_before(name: str, n: int) -> None:
     model, images = classifier(name, n)
-    model.head.eval()  # its BatchNorm, over four images, would blow the differences up
+    model.head.eval()  # its BatchNorm over four images would amplify the differences
     exact, rounded = step(model, images), step(model, images, half=True)
     with fast_training(model.backbone, images):
         ours = step(model, images, half=True)
     assert ours.gradients.keys() == exact.gradients.keys()
     assert apart(ours.logits, exact.logits) < 2 * apart(rounded.logits, exact.logits) + 1e-3
-    # Which of the two rounds a single tensor better is chance; over all of them it is not.
+    # Which of the two rounds a single tensor better is random. Over all tensors it is not.
     ratios, largest = [], max(float(g.norm()) for g in exact.gradients.values())
     for key, gradient in exact.gradients.items():
         error, allowed = (float((found.gradients[key] - gradient).norm()) for found in (ours, rounded))
@@ -127,7 +127,7 @@ def test_kept_statistics_cost_nothing_per_pixel(name: str) -> None:
         ours = step(model, images)
     norms = [module for module in model.backbone.modules() if isinstance(module, _BatchNorm)]
     assert norms and any("BatchNorm" in name for name in usual.operations)
-    assert sum("BatchNorm" in name for name in ours.operations) <= 1  # the head's
+    assert sum("BatchNorm" in name for name in ours.operations) <= 1  # the BatchNorm of the head
 
 
 @pytest.mark.parametrize("name", ["timm:test_convnext", "torchvision:mobilenet_v3_small"])
@@ -157,7 +157,7 @@ def test_afterwards_the_network_is_as_it_was() -> None:
 
 
 class FrozenMiddle(nn.Module):
-    """What trains comes before what is frozen."""
+    """A trainable layer comes before frozen layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class FrozenMiddle(nn.Module):
 
 
 class Dropping(Branching):
-    """In eval mode, the dropout is not there."""
+    """In eval mode, the dropout has no effect."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class Dropping(Branching):
 
 
 class FrozenBranch(Branching):
-    """What a frozen norm makes goes into the activation, and past it."""
+    """The output of a frozen norm goes into the activation, and also past it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ def test_an_activation_is_not_joined_where_something_else_sees_its_input() -> No
 
 
 class Wide(Branching):
-    """Not to be folded, and slow to train: wide, of several channels each, and called twice."""
+    """Convolutions that cannot be folded and train slowly: wide, with several channels each, and called twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -241,7 +241,7 @@ def test_depthwise_convolutions_are_fast_even_where_nothing_can_be_folded(half: 
     assert ours.operations.count("_DepthwiseBackward") == 2
     for key, gradient in exact.gradients.items():
         assert apart(ours.gradients[key], gradient) < (0.03 if half else 1e-5), key
-    # What we have no gradient for is computed in float32.
+    # A convolution without our own gradient is computed in float32.
     kinds = []
     with fast_training(network, images), autocast(CPU) if half else nullcontext():
         hook = network.more.register_forward_hook(lambda _, inputs, output: kinds.append(output.grad_fn.name()))
@@ -298,7 +298,7 @@ def test_the_check_leaves_tied_modules_as_they_were() -> None:
 
 
 def test_a_stem_that_sees_one_pixel_of_few_channels_can_be_trained() -> None:
-    """PyTorch 2.15 ends in a segmentation fault in float32; RepVGG, MobileOne and FastViT begin with one."""
+    """PyTorch 2.15 has a segmentation fault in float32. RepVGG, MobileOne and FastViT begin with such a stem."""
     stem = nn.Conv2d(3, 48, 1, 2, bias=False).to(memory_format=torch.channels_last)
     images = torch.randn(4, 3, 96, 96).contiguous(memory_format=torch.channels_last)
     expected = torch.einsum("bchw->c", images[:, :, ::2, ::2]).expand(48, 3)

@@ -1,4 +1,6 @@
-"""Copies for prediction: the same outputs as the network's own, whatever it is made of."""
+"""Copies for prediction: the same outputs as the original network, for all kinds of layers."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tests.devices import DEVICES
 from unfreeze.acceleration.conv_chains import ADDITIONS
-from unfreeze.acceleration.frozen import ConvAct, OneDNNConvAct, _eval_copy, frozen_copy
+from unfreeze.acceleration.frozen import ConvAct, OneDNNConvAct, _eval_copy, _fused_convolutions_work, frozen_copy
 from unfreeze.device import autocast, native_bf16, to_device
 from unfreeze.models.backbones import create_backbone
 from unfreeze.models.classifier import Head
@@ -18,14 +20,14 @@ OTHERS = [
     "timm:test_vit",
     "timm:test_convnext",
     "timm:nf_resnet26",
-    "timm:fasternet_t0",  # gives some modules a forward of their own
+    "timm:fasternet_t0",  # replaces ``forward`` on some modules
     "torchvision:mobilenet_v3_small",
 ]
 requires_bf16 = pytest.mark.skipif(not native_bf16(CPU), reason="a processor without native bfloat16")
 
 
 def trained(name: str, size: int, device: torch.device = CPU) -> nn.Module:
-    """A network whose BatchNorms do something."""
+    """A network whose BatchNorm layers have an effect."""
     torch.manual_seed(0)
     network = to_device(create_backbone(name, "none", size), device)
     for module in network.modules():
@@ -94,7 +96,7 @@ def test_a_refreshed_copy_computes_what_a_new_copy_computes(name: str, device: t
 
 @pytest.mark.parametrize("name", FOLDED)
 def test_a_copy_is_where_the_network_is(name: str) -> None:
-    copied = _eval_copy(create_backbone(name, "none", 64).to("meta"))  # the one other device that is always there
+    copied = _eval_copy(create_backbone(name, "none", 64).to("meta"))  # the only other device that always exists
     assert {tensor.device.type for tensor in copied.state_dict().values()} == {"meta"}
 
 
@@ -117,6 +119,36 @@ def test_every_batch_norm_after_a_convolution_is_folded(name: str) -> None:
 
 
 @requires_bf16
+@pytest.mark.parametrize("fault", ["gone", "other arguments", "other results"])
+def test_where_torch_changes_its_private_convolutions_the_public_ones_are_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    def other(*arguments: Any) -> torch.Tensor:
+        if fault == "gone":
+            raise AttributeError("no such operator")
+        if fault == "other arguments":
+            raise TypeError("takes 9 arguments")
+        return reorder(*arguments) * 2
+
+    reorder = torch._C._nn.mkldnn_reorder_conv2d_weight
+    monkeypatch.setattr(torch._C._nn, "mkldnn_reorder_conv2d_weight", other)
+    network = trained("timm:test_efficientnet", 64)
+    images = torch.randn(4, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    _fused_convolutions_work.cache_clear()
+    try:
+        state = torch.get_rng_state()
+        fast = frozen_copy(network, images)
+        assert torch.equal(torch.get_rng_state(), state)
+    finally:
+        _fused_convolutions_work.cache_clear()
+    kinds = {type(module) for module in fast.modules()}
+    assert ConvAct in kinds and OneDNNConvAct not in kinds
+    assert "inference takes longer" in caplog.text
+    with torch.no_grad(), autocast(CPU):
+        torch.testing.assert_close(fast(images).float(), network.eval()(images).float(), rtol=0.1, atol=0.1)
+
+
+@requires_bf16
 def test_convolution_and_activation_are_one_operation_where_bf16_is_native() -> None:
     fast = frozen_copy(trained("timm:tf_efficientnet_lite0", 64), torch.randn(2, 3, 64, 64))
     kinds = [type(module) for module in fast.modules()]
@@ -126,7 +158,7 @@ def test_convolution_and_activation_are_one_operation_where_bf16_is_native() -> 
 @requires_bf16
 @pytest.mark.parametrize("name", FOLDED)
 def test_no_weights_are_laid_out_anew_from_call_to_call(name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """What oneDNN says it does; a layout that was not made for the batch's shape cost more than half of a forward on AMX."""
+    """Checked in oneDNN's log. A layout for another batch shape cost more than half of a forward pass on AMX."""
     images = torch.randn(8, 3, 96, 96).contiguous(memory_format=torch.channels_last)
     fast = frozen_copy(trained(name, 96), images)
     with torch.no_grad(), autocast(CPU):
@@ -150,7 +182,7 @@ def test_a_residual_block_adds_and_activates_in_its_last_convolution(name: str) 
 
 
 class Decides(nn.Module):
-    """What it calls depends on the images."""
+    """The modules that it calls depend on the images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,7 +199,7 @@ def test_a_network_that_looks_at_the_images_goes_on_doing_so(sign: int) -> None:
 
 
 class Adds(nn.Module):
-    """Adds in ways that only look like a residual block's."""
+    """Additions that only look like those of a residual block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,7 +210,7 @@ class Adds(nn.Module):
         twice = self.convs[0](x)
         x = self.act(twice + twice) + self.convs[1](x)  # added after its own activation
         row = self.convs[2](x)[:, :, :1]
-        x = self.act(self.convs[2](x) + row)  # of another shape, and of a convolution that is called twice
+        x = self.act(self.convs[2](x) + row)  # another shape, and a convolution that is called twice
         both = self.convs[3](x)
         return (torch.add(both, self.convs[0](x), alpha=3) + x.add(both)).mean((2, 3))
 
@@ -192,8 +224,10 @@ def test_what_is_added_otherwise_stays_so() -> None:
 
 
 class SeenLater(nn.Module):
-    """Adds what is seen once more afterwards, what it convolves, and what nobody sees later: the last of pooled images and
-    that of a convolution."""
+    """Adds tensors that are used again later, that are also convolved, and that are not used later.
+
+    The last case occurs for pooled images and for the output of a convolution.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,8 +238,8 @@ class SeenLater(nn.Module):
         pooled = self.pool(x)
         first = self.convs[0](self.convs[7](self.convs[6](pooled)) + pooled)
         second = self.convs[1](first) + first
-        third = self.convs[2](second) + second  # the last to see it, but it is convolved as well
-        fourth = self.convs[4](self.convs[3](third)) + third  # the last to see it
+        third = self.convs[2](second) + second  # last use of ``second``, but it is also convolved
+        fourth = self.convs[4](self.convs[3](third)) + third  # last use of ``third``
         return (fourth * self.convs[5](first)).mean((2, 3))
 
 
@@ -222,7 +256,7 @@ def test_a_sum_takes_the_memory_of_what_nobody_sees_later() -> None:
 
 
 class Branching(nn.Module):
-    """The convolution's output is used twice, which module calls alone do not show."""
+    """The convolution's output is used twice. Module calls alone do not show this."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,7 +268,7 @@ class Branching(nn.Module):
 
 
 class AddsInPlace(Branching):
-    """What the activation sees is no longer what the BatchNorm made."""
+    """The BatchNorm's output is changed in place before the activation."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         seen = self.norm(self.conv(x))
@@ -243,14 +277,14 @@ class AddsInPlace(Branching):
 
 
 class Shared(Branching):
-    """One module in two places."""
+    """One module is used in two places."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.act(self.norm(self.conv(x))).mean((2, 3)) + self.norm(self.conv(self.act(x))).mean((2, 3))
 
 
 class Chooses(Branching):
-    """Has its ``forward`` by itself, and not by its class, as some of timm's modules."""
+    """``forward`` is set on the instance and not by the class, as in some of timm's modules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -261,7 +295,7 @@ class Chooses(Branching):
 
 
 class Remembers(Branching):
-    """Keeps in eval mode what it computed from its weights, as timm's LeViT does with attention's biases."""
+    """In eval mode, caches a value computed from its weights, as timm's LeViT does with attention biases."""
 
     kept: torch.Tensor | None = None
 

@@ -1,4 +1,4 @@
-"""Rendered views against computations by hand and by SciPy: on the processor, and in the way of a GPU."""
+"""Rendered views compared with computations by hand and by SciPy: on the CPU, and in the same way as on a GPU."""
 
 import dataclasses
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def lying_on_a_gpu(packed: PackedImages, views: Views, norm: Normalisation) -> t
 
 
 def gathered(packed: PackedImages, views: Views, norm: Normalisation, device: torch.device) -> torch.Tensor:
-    """As where all packed pixels are on the device already."""
+    """Render as if all packed pixels were already on the device."""
     pixels = np.empty(int(packed.sizes.prod(1).sum()) * 3, np.uint8)
     packed.read(0, pixels)
     found = find_pixels(torch.from_numpy(pixels).view(-1, 3).to(device), packed, views)
@@ -68,7 +68,7 @@ WAYS = pytest.mark.parametrize(
 ROUNDING: dict[Way, float] = dict.fromkeys([as_on_a_gpu, lying_there, on_a_gpu, lying_on_a_gpu], 0.0) | {
     here: 0.5 / 255
 }
-"""OpenCV rounds to whole steps of 255."""
+"""Rounding errors: OpenCV rounds to whole steps of 255."""
 
 
 def images(count: int, width: int = SIZE, height: int = SIZE) -> PackedImages:
@@ -78,7 +78,7 @@ def images(count: int, width: int = SIZE, height: int = SIZE) -> PackedImages:
 
 
 def expected(image: NDArray[np.uint8], views: Views, number: int) -> NDArray[np.float64]:
-    """A view without lighting as SciPy sees it, (S, S, 3) shares of full white."""
+    """A view without lighting, rendered by SciPy: (S, S, 3) shares of full white."""
     from scipy.ndimage import map_coordinates
 
     offset = np.arange(SIZE) - (SIZE - 1) / 2
@@ -115,7 +115,7 @@ def test_a_warp_by_a_symmetry_is_that_symmetry(way: Way, number: int) -> None:
 
 @WAYS
 def test_a_turned_view_is_interpolated_and_mirrored_at_the_edges(way: Way) -> None:
-    """A rotation by 20 degrees and a zoom, of a square that reaches over the image's edge."""
+    """Rotation by 20 degrees and zoom, for a square that extends beyond the image's edge."""
     packed = images(2, width=SIZE + 6)
     turn = np.deg2rad(20)
     linear = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]], np.float32) * 0.9
@@ -132,13 +132,13 @@ def test_a_turned_view_is_interpolated_and_mirrored_at_the_edges(way: Way) -> No
 
 @WAYS
 def test_random_views_of_long_images_are_where_they_should_be(way: Way) -> None:
-    """Far from the corner, in an image longer than OpenCV can warp as a whole."""
+    """The views are far from the corner, in an image that is too long for OpenCV to warp as a whole."""
     packed = images(4, width=40_000)
     augment = Augment("dihedral", 10, 1.3, 0.0)
     views = random_views(np.arange(4), packed.sizes, SIZE, augment, np.random.default_rng(3))
     batch = way(packed, views, RAW)
     for i in range(4):
-        near = np.floor(views.centre[i, 0]).astype(int) - 100  # SciPy would take seconds for all of it
+        near = np.floor(views.centre[i, 0]).astype(int) - 100  # SciPy would take seconds for the whole image
         assert 0 < near < 39_000
         part = dataclasses.replace(views, centre=views.centre - np.array([near, 0], np.float32))
         by_scipy = expected(packed[i][:, near : near + 200], part, i)

@@ -1,6 +1,6 @@
-"""Every image of the corpus, and what a fuzzer makes of it: read as the reference reads it, or set aside with a reason.
+"""All images of the corpus, and fuzzed copies: each is read like the reference, or skipped with a reason.
 
-More of the fuzzer: ``FUZZ=20000 pytest tests/unfreeze/data/test_bad_images.py -k damaged``.
+To run more fuzzing: ``FUZZ=20000 pytest tests/unfreeze/data/test_bad_images.py -k damaged``.
 """
 
 import errno
@@ -53,7 +53,7 @@ def test_good_images_are_read_as_the_reference_reads_them(name: str) -> None:
 
 
 BY_TORCHVISION = [name for name in GOOD if name.endswith((".jpg", ".jpeg", "plain.png", ".gif", "lossy.webp"))]
-"""What torchvision reads too; some of it it shows otherwise, or not at all."""
+"""Images that torchvision reads too. It shows some of them differently, or not at all."""
 for otherwise in ("cmyk.jpg", "transparent.gif", "wrong ending.jpg"):
     BY_TORCHVISION.remove(otherwise)
 
@@ -87,7 +87,7 @@ def test_bombs_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def unusable(data: bytes) -> bool:
-    """Whether the reference cannot read it either, or what it says of itself is beyond what the settings allow."""
+    """Whether the reference cannot read the image either, or its stated size exceeds the limits of the settings."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.format in ("EPS", "WMF"):
@@ -117,7 +117,7 @@ def test_damaged_images_are_read_as_the_reference_reads_them_or_set_aside(damage
         assert wide or same(found, corpus.reference(data))
 
 
-# What becomes of a file whose last bytes go while it is read, in a process that would die of it: (bytes, moment).
+# The end of a file is cut off while it is read, in a separate process that this might kill.
 SHRUNK = """
 import os, sys
 from unfreeze.data import decoding
@@ -165,7 +165,7 @@ def photos(tmp_path: Path) -> Path:
 def packed(
     photos: Path, table: pd.DataFrame | None = None, share: float = 0.5
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Metrics, and why images were set aside."""
+    """Metrics, and the reasons for skipped images."""
     data = Data(str(photos), 32, 0.2, 0.2, "group", share, MEGAPIXELS, "auto", None, 1)
     out = photos.parent / "out"
     metrics = pack(read_source(str(photos)) if table is None else table, out, data, 0)
@@ -191,7 +191,7 @@ def test_files_that_vanish_or_change_are_set_aside(photos: Path, monkeypatch: py
         return original(*image)
 
     monkeypatch.setattr(decoding, "_as_rgb", meanwhile)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})  # one after the other
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})  # images are read one after the other
     table = pd.concat([table[table["path"] == "dog/0.png"], table[table["path"] != "dog/0.png"]], ignore_index=True)
     metrics, reasons = packed(photos, table)
     assert metrics["images"] == 13 and reasons == {
@@ -244,7 +244,7 @@ def test_what_is_no_file_does_not_hang_the_packing(photos: Path) -> None:
     (photos / "cat/round").symlink_to(photos)
     (photos / "cat/again").symlink_to(".")
     metrics, reasons = packed(photos)
-    # The link to the whole folder is followed, once: its images are there under another name, as exact duplicates.
+    # The link to the whole folder is followed once. Its images occur under another name, as exact duplicates.
     assert {path: reason for path, reason in reasons.items() if "/round/" not in path} == {
         "cat/pipe.jpg": "not a file but a folder, pipe or device",
         "cat/zero.png": "not a file but a folder, pipe or device",
@@ -351,7 +351,7 @@ def test_decoders_get_no_descriptor_to_map(tmp_path: Path, monkeypatch: pytest.M
     (file := tmp_path / "a.tif").write_bytes(GOOD["lzw.tiff"])
     with decoding._open(file, file.stat().st_size) as stream, pytest.raises(io.UnsupportedOperation):
         stream.fileno()
-    monkeypatch.setattr(decoding, "MAX_HELD", 10)  # a large one is not read as a whole
+    monkeypatch.setattr(decoding, "MAX_HELD", 10)  # a large file is not read as a whole
     with decoding._open(file, file.stat().st_size) as stream:
         assert stream.fileno() > 0
     assert same(np.asarray(decode(file, MEGAPIXELS)[1]).astype(float), corpus.reference(GOOD["lzw.tiff"]))

@@ -1,4 +1,4 @@
-"""Decoding, against formulas, encoders written by hand and Pillow's own plain decoding."""
+"""Decoding, compared with formulas, hand-written encoders and Pillow's own plain decoding."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ from PIL import Image, PngImagePlugin
 from tests import corpus
 from unfreeze.data.decoding import ORIENTATION, BrokenImage, UnknownGreyRange, decode, raw_greys, resize_shorter
 
-pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")  # pytest undoes what the module itself does about them
+pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")  # pytest resets the module's own filters
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (23, 31, 3), np.uint8)
 SMOOTH = np.stack([*np.meshgrid(np.linspace(0, 255, 31), np.linspace(0, 255, 23)), np.full((23, 31), 90.0)], 2).astype(
@@ -35,7 +35,7 @@ def encoded(image: Image.Image, kind: str, **how: object) -> io.BytesIO:
 
 
 def png(width: int, height: int, depth: int, colour: int, rows: bytes, *chunks: tuple[bytes, bytes]) -> io.BytesIO:
-    """A PNG file, written by the letter of its specification: no filters, rows of bytes as given."""
+    """Build a PNG file exactly by its specification: no filters, rows of bytes as given."""
     stride = len(rows) // height if height else 0
     scanlines = b"".join(b"\0" + rows[i * stride : (i + 1) * stride] for i in range(min(height, len(rows))))
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
@@ -337,7 +337,7 @@ def test_a_bomb_inside_a_container_that_says_it_is_small_is_refused(side: int, l
 
 
 def test_the_limit_is_the_settings_and_not_pillows() -> None:
-    with pytest.raises(BrokenImage, match="damaged"):  # it has no pixels, but that is found by decoding it
+    with pytest.raises(BrokenImage, match="damaged"):  # the file has no pixels, which only decoding detects
         decode(png(15_000, 15_000, 1, 0, b""), 300)
 
 

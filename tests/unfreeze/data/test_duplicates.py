@@ -1,4 +1,4 @@
-"""Images that are there twice, against comparing all pairs."""
+"""Duplicate images, compared with a search over all pairs."""
 
 import hashlib
 import itertools
@@ -23,7 +23,7 @@ def test_the_difference_hash_is_brightness_from_cell_to_cell() -> None:
 
 
 def gallery(seed: int, count: int = 60) -> PackedImages:
-    """Smooth images, some of them in several versions, with what is known of packed images."""
+    """Smooth images, some of them in several versions, with the table of packed images."""
     rng = np.random.default_rng(seed)
     pictures = []
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""Which folders are splits, classes and masks; in the layouts that public data sets come in."""
+"""Detection of splits, classes and masks in the folder layouts of public data sets."""
 
 import unicodedata
 from collections import Counter
@@ -12,7 +12,7 @@ from unfreeze.errors import UserError
 
 
 def layout(root: Path, *names: str, count: int = 2) -> str:
-    """Folders with empty files in each, which are never opened; ``name.ending`` is one such file."""
+    """Create folders with empty files, which are never opened. ``name.ending`` is a single such file."""
     for name in names:
         files = [root / name] if Path(name).suffix else [root / name / f"{i}.jpg" for i in range(count)]
         for file in files:
@@ -158,11 +158,11 @@ def test_masks_are_left_out(tmp_path: Path, images: str, masks: str) -> None:
 @pytest.mark.parametrize(
     "names",
     [
-        ("mask/1.jpg", "no_mask/1.jpg"),  # which are classes
-        ("a/1_mask.png", "b/2.png"),  # of no image
-        ("a/1.jpg", "a/1.png", "a/2.png", "b/1.png"),  # images of their own among them
+        ("mask/1.jpg", "no_mask/1.jpg"),  # these are classes
+        ("a/1_mask.png", "b/2.png"),  # a mask without an image
+        ("a/1.jpg", "a/1.png", "a/2.png", "b/1.png"),  # some are separate images
         ("a/masks/7.png", "a/8.png", "b/1.png"),
-        ("a/1.jpg", "a/1.png", "a/2.jpg", "a/3.jpg", "b/1.png"),  # one of three
+        ("a/1.jpg", "a/1.png", "a/2.jpg", "a/3.jpg", "b/1.png"),  # for one of three images
     ],
 )
 def test_what_is_named_alike_but_no_mask(tmp_path: Path, names: tuple[str, ...]) -> None:

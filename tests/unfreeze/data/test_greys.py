@@ -1,4 +1,4 @@
-"""Greys of more than 8 bits: one scale for the whole data set, found by looking at all of it, wherever it is used."""
+"""Greys of more than 8 bits: one scale for the whole data set, computed from all its images, and used everywhere."""
 
 import json
 import struct
@@ -36,7 +36,7 @@ def slices(spot: bool) -> list[np.ndarray]:
 
 
 def signed_tiff(values: np.ndarray) -> bytes:
-    """A TIFF of signed 16-bit greys, by the letter of its specification: Pillow writes none."""
+    """A TIFF of signed 16-bit greys, built exactly by its specification, because Pillow cannot write it."""
     content = values.astype("<i2").tobytes()
     tags = [(256, 4, SIDE), (257, 4, SIDE), (258, 3, 16), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1), (278, 4, SIDE),
             (279, 4, len(content)), (339, 3, 2)]  # fmt: skip
@@ -45,7 +45,7 @@ def signed_tiff(values: np.ndarray) -> bytes:
 
 
 def write(folder: Path, variant: str) -> Path:
-    """Two classes of slices as a scanner's export has them; as in real sets, odd signed ones have no value below 0."""
+    """Write two classes of slices like a scanner's export. As in real sets, odd signed slices have no value below 0."""
     for spot in (False, True):
         (folder / ("lesion" if spot else "none")).mkdir(parents=True)
         for i, units in enumerate(slices(spot)):
@@ -86,7 +86,7 @@ def test_a_range_that_is_given_stands_and_is_kept_where_no_image_has_such_greys(
     assert images.grey_range == (1000, 1200)
     assert images.greys is not None and images.greys.found == (24, 1184) and images.greys.images == 2 * COUNT
     assert len(set(images[0][16].ravel().tolist())) > 10
-    assert find_duplicates(images).query("kind == 'exact'").empty  # what is clipped differs in the files
+    assert find_duplicates(images).query("kind == 'exact'").empty  # clipped values differ in the files
     photos = packed(draw_photos(tmp_path / "photos"), grey_range=(0.0, 4095.0))
     assert photos.grey_range == (0, 4095)
 
@@ -122,7 +122,7 @@ def test_an_interrupted_packing_goes_on_with_the_range_as_it_is_now(
     noise(1).save(photos / "lesion/0 first.png")
     pixels = interrupted(photos, monkeypatch, 12)
     assert len(pixels.notes) > 4
-    if changed:  # it is another range then
+    if changed:  # then the range is different
         Image.fromarray(np.full((SIDE, SIDE), 4095, np.uint16)).save(photos / "none/15.png")
     reads: list[str] = []
     usual = packing._read

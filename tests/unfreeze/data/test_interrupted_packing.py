@@ -1,4 +1,4 @@
-"""A packing that was interrupted is gone on with, and ends as if it had not been."""
+"""An interrupted packing is resumed, and ends like a packing without interruption."""
 
 import itertools
 import os
@@ -22,7 +22,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def interrupted(photos: Path, monkeypatch: pytest.MonkeyPatch, after: int, unread: str = "") -> ResumableFile:
-    """What a packing leaves that ends after some images, one of which could not be read; opened for the next one."""
+    """State of a packing that was interrupted after some images, one of them unreadable; opened to resume it."""
     usual, seen = packing._read, itertools.count()
 
     def read(file: str, data: Data) -> packing.Decoded:
@@ -53,7 +53,7 @@ def same_as_never_interrupted(photos: Path, pixels: ResumableFile) -> None:
 def test_a_packing_that_dvc_had_not_taken_yet_is_not_done_again(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scratch, out = photos.parent / "scratch/pixels.bin", photos.parent / "out"
     pack(read_source(str(photos)), out, data(photos), 0, ResumableFile(scratch, "a", 1000))
-    shutil.rmtree(out)  # as DVC does, before it runs the step again
+    shutil.rmtree(out)  # as DVC does before it runs the step again
     with monkeypatch.context() as patch:
         patch.setattr(packing, "_read", None)
         pack(read_source(str(photos)), out, data(photos), 0, ResumableFile(scratch, "a", 1000))
@@ -70,7 +70,7 @@ def test_an_interrupted_packing_is_gone_on_with(photos: Path, monkeypatch: pytes
     usual = packing._read
     monkeypatch.setattr(packing, "_read", lambda file, data: (read.append(file), usual(file, data))[1])
     same_as_never_interrupted(photos, pixels)
-    assert len(read) == 20 - kept + 1 + 20  # the first, which could not be read, once more
+    assert len(read) == 20 - kept + 1 + 20  # the first image is unreadable, and read again
 
 
 def test_what_could_not_be_read_is_tried_again(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Labels that may not be what somebody meant are named."""
+"""Labels that may be mistakes are reported."""
 
 from pathlib import Path
 

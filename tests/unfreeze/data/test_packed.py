@@ -1,4 +1,4 @@
-"""Packing and opening: what comes out is what went in, or nothing at all."""
+"""Packing and opening: the opened images equal the packed ones, or there is no output."""
 
 import errno
 import hashlib
@@ -51,7 +51,7 @@ def noise(seed: int, width: int = 40, height: int = SIZE) -> Image.Image:
 
 
 def draw_photos(folder: Path) -> Path:
-    """Twenty images of two classes, whose shorter side is as long as it is packed."""
+    """Create twenty images of two classes, whose shorter side already has the packed length."""
     for i in range(20):
         file = folder / ("cat", "dog")[i % 2] / f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def packed(photos: Path, seed: int = 0, **changes: Any) -> PackedImages:
 
 
 def failing(photos: Path, **changes: Any) -> str:
-    """The message of a UserError; makes sure that nothing is left that could be taken for good."""
+    """Message of a UserError; checks that no output is left that could be mistaken for a valid one."""
     folder = photos.parent / "failing"
     with pytest.raises(UserError) as caught:
         pack(read_source(str(photos)), folder, data(photos, **changes), 0)
@@ -81,7 +81,7 @@ def failing(photos: Path, **changes: Any) -> str:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_near_duplicates_are_not_separated_unless_they_are_only_reported(tmp_path: Path, seed: int) -> None:
-    """Every image twice, the second time saved as JPEG, and one that could not be read before them."""
+    """Every image occurs twice, the second time as JPEG. An unreadable image comes before them."""
     photos = tmp_path / "photos"
     for i in range(20):
         (photos / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
@@ -182,7 +182,7 @@ def test_broken_images_are_set_aside_with_a_reason(photos: Path) -> None:
         assert reason in reasons[name]
     aside = found[found["reason"] != ""]
     assert set(aside["path"]) == set(expected) and (aside[["split", "offset", "digest"]] == "").all(axis=None)
-    for row in range(20):  # offsets are right although some images between have none
+    for row in range(20):  # offsets are right although some images in between have no offset
         np.testing.assert_array_equal(images[row], np.asarray(Image.open(photos / images.table["path"][row])))
 
 
@@ -263,7 +263,7 @@ def test_names_and_labels_of_every_kind_come_back(tmp_path: Path) -> None:
     assert counted(images.table["label"]) == {label: 3 for label in images.classes}
     for row, path in enumerate(images.table["path"]):
         assert path.rsplit("/", 1)[0] == images.table["label"][row]
-    # All of them are flat: their hashes look like numbers to whoever reads the file carelessly.
+    # All images are flat. Their hashes look like numbers if the file is read without column types.
     assert set(images.table["difference_hash"]) == {"0" * 16} and find_duplicates(images).empty
 
 
@@ -326,7 +326,7 @@ def test_no_space_is_said_before_anything_is_decoded(photos: Path, monkeypatch: 
 
 def test_a_disk_that_fills_up_is_said_in_a_sentence(photos: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # the kernel refuses to write more into one file
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # the kernel refuses to write more to a file
     try:
         message = failing(photos)
     finally:

@@ -1,4 +1,4 @@
-"""What is no image that can be read is called by its name, with what to do."""
+"""Files that are not readable images: the message names their type, and says what to do."""
 
 import importlib.util
 import io
@@ -13,13 +13,13 @@ from PIL import Image
 from tests import corpus
 from unfreeze.data.decoding import BrokenImage, decode
 
-pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")  # pytest undoes what the module itself does about them
+pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")  # pytest resets the module's own filters
 HEIC = struct.pack(">I", 28) + b"ftypheic" + bytes(4) + b"mif1heicmiaf" + struct.pack(">I", 8) + b"meta" + bytes(200)
 HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None
 
 
 def tiff(bands: int, side: int = 16) -> bytes:
-    """A TIFF of bands of 16 bits, by the letter of its specification."""
+    """A TIFF with 16-bit bands, built exactly by its specification."""
     content = np.random.default_rng(0).integers(0, 10_000, (side, side, bands)).astype("<u2").tobytes()
     behind = 8 + len(content) + 2 + 12 * 10 + 4
     bits = struct.pack(f"<{bands}H", *[16] * bands)

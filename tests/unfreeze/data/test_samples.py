@@ -1,4 +1,4 @@
-"""The built-in sample under the name that DVC watches it by."""
+"""The built-in sample, under the name that DVC watches."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Sources: every way in which people keep labelled images, and what they get wrong."""
+"""Sources: all ways in which users keep labelled images, and their mistakes."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ Touch = Callable[..., None]
 
 @pytest.fixture
 def touch(tmp_path: Path) -> Touch:
-    """Makes files that are never opened, so that they need not be images."""
+    """Function that creates files. They are never opened, so they need not be images."""
 
     def make(*names: str) -> None:
         for name in names:
@@ -182,7 +182,7 @@ def test_names_of_every_kind(tmp_path: Path) -> None:
     assert {f"cat/{name}" for name in names[:-1]} < set(table["path"]) and "cat/tab\\x1b[31m\\r.jpg" in set(
         table["path"]
     )
-    table["path"].map(str.encode)  # can be stored
+    table["path"].map(str.encode)  # the paths can be stored
 
 
 def test_the_order_does_not_depend_on_the_file_system(
@@ -390,7 +390,7 @@ def test_files_are_listed_without_a_look_at_each(tmp_path: Path, touch: Touch, m
     spy("stat")
     spy("lstat")
     assert len(read_source(str(tmp_path))) == 600
-    assert not [look for look in looks if look.endswith(".jpg")]  # a file is only looked at when it is decoded
+    assert not [look for look in looks if look.endswith(".jpg")]  # files are not accessed before they are decoded
 
 
 def test_walk_visits_files_before_the_folders_beside_them(tmp_path: Path, touch: Touch) -> None:

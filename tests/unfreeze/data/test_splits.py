@@ -1,4 +1,4 @@
-"""Splits, against counts done by hand and components found by flooding."""
+"""Splits, compared with counts by hand and connected components found by a flood fill."""
 
 from collections import Counter
 
@@ -12,7 +12,7 @@ from unfreeze.errors import UserError
 
 
 def frame(rows: list[tuple[str, str, str, str]]) -> pd.DataFrame:
-    """Rows of label, split, group, digest; an empty digest stands for one of its own."""
+    """Table with label, split, group and digest. An empty digest stands for a unique one."""
     table = pd.DataFrame(rows, columns=["label", "split", "group", "digest"], dtype=object)
     table["digest"] = [digest or f"own {i}" for i, digest in enumerate(table["digest"])]
     return table
@@ -23,7 +23,7 @@ def plain(**counts: int) -> pd.DataFrame:
 
 
 def floods(table: pd.DataFrame) -> list[set[int]]:
-    """Images that must stay together, found by walking from neighbour to neighbour."""
+    """Sets of images that must stay together, found by a walk from neighbour to neighbour."""
     digest, group = table["digest"].tolist(), table["group"].tolist()
     left, components = set(table.index), []
     while left:
@@ -52,7 +52,7 @@ def test_every_class_has_its_share_to_the_image(counts: list[int], valid: float,
     for i, count in enumerate(counts):
         found = Counter(split[table["label"] == f"c{i}"])
         wanted_test = max(1, round(test * count)) if test else 0
-        left = count - 1 - (1 if test else 0)  # one for training, one for testing
+        left = count - 1 - (1 if test else 0)  # keep one for training, and one for testing
         assert found["valid"] == min(max(1, round(valid * count)), left)
         assert found["test"] == min(wanted_test, count - found["valid"] - 1)
         assert found["train"] == count - found["valid"] - found["test"] >= 1
@@ -81,7 +81,7 @@ def test_which_images_are_chosen_does_not_depend_on_where_they_stand() -> None:
     for seed in range(400):
         split = assign_splits(table, 0.2, 0.2, seed)
         counts.update(table.index[split == "test"])
-    # 80 expected each; six standard deviations of a binomial are 48.
+    # The expected count is 80 each; six standard deviations of the binomial distribution are 48.
     assert len(counts) == 50 and all(32 < count < 128 for count in counts.values())
 
 
@@ -129,7 +129,7 @@ def test_shares_of_groups_are_right_to_a_group(sizes: list[int], seed: int) -> N
     split = assign_splits(table, 0.2, 0.2, seed)
     assert (split.groupby(table["group"]).nunique() == 1).all()
     group = split.groupby(table["group"]).first()
-    for name, other in (("valid", ""), ("test", "valid")):  # the smallest of what is left, where all are larger
+    for name, other in (("valid", ""), ("test", "valid")):  # or the smallest group left, if all are larger
         smallest = table["group"].value_counts()[group != other].min()
         assert 0 < (split == name).sum() <= max(0.2 * len(table) + 1 + max(sizes) / 2, smallest)
 
@@ -213,7 +213,7 @@ def test_all_classes_with_too_few_images_are_named_and_how_to_leave_them_out() -
     assert all(f"'{name}'" in said for name in table["label"].unique() if name not in "ab")
     assert (
         "set data.min_images to 3 to leave out" in said and "data.test" not in said
-    )  # without it 20 would still be too small
+    )  # without data.test, 20 classes would still be too small
     left = table[table.groupby("label")["label"].transform("size") >= 3]
     assert set(assign_splits(left, 0.1, 0.2, 0)) == {"train", "valid", "test"}
 

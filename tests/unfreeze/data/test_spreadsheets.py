@@ -1,4 +1,4 @@
-"""CSV files as people's spreadsheets and other systems write them."""
+"""CSV files as written by spreadsheets and other systems."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def listed(folder: Path, text: str, *files: str) -> list[tuple[str, str]]:
 
 def test_paths_as_windows_writes_them(tmp_path: Path) -> None:
     text = "path,label\r\na\\1.png,x\r\n.\\a\\2.png,y\r\nb\\3.png,y\r\n"
-    found = listed(tmp_path, text, "a/1.png", "a/2.png", "b\\3.png")  # the last is a name with a backslash
+    found = listed(tmp_path, text, "a/1.png", "a/2.png", "b\\3.png")  # the last file name contains a backslash
     assert found == [("a/1.png", "x"), ("a/2.png", "y"), ("b\\3.png", "y")]
 
 

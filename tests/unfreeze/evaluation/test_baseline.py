@@ -1,4 +1,4 @@
-"""The logistic regression that stands beside every accuracy."""
+"""The logistic regression, which is the baseline for every accuracy."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Calibration: temperatures that are known, and the calibration error by hand."""
+"""Calibration: known temperatures, and the calibration error computed by hand."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from unfreeze.models.classifier import Head
 
 
 def drawn(count: int, classes: int, seed: int = 0) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Logits (N, C), and labels drawn by their probabilities: the temperature 1 is right for these."""
+    """Logits (N, C), and labels drawn from their probabilities, so that the correct temperature is 1."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 2, (count, classes))
     labels = (logits + rng.gumbel(size=logits.shape)).argmax(1)
@@ -20,7 +20,7 @@ def drawn(count: int, classes: int, seed: int = 0) -> tuple[NDArray[np.float64],
 
 
 def fitted(probabilities: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
-    """The temperature for predictions whose views are the plain images again."""
+    """Temperature for predictions whose views equal the plain images."""
     return fit_temperature(ViewPredictions(probabilities, probabilities, np.arange(len(labels))), labels)
 
 
@@ -87,9 +87,9 @@ def test_expected_calibration_error_by_hand() -> None:
     assert expected_calibration_error(probabilities, labels, bins=10) == pytest.approx((0.365 + 0.43) / 2)
 
 
-@pytest.mark.parametrize(("images", "expected"), [(300, 0.065), (30000, 0.0065)])  # in proportion to 1 / sqrt(images)
+@pytest.mark.parametrize(("images", "expected"), [(300, 0.065), (30000, 0.0065)])  # proportional to 1 / sqrt(images)
 def test_calibration_error_by_chance_is_that_of_calibrated_probabilities(images: int, expected: float) -> None:
-    # Labels that are drawn from the probabilities make these perfectly calibrated; ten such data sets.
+    # Probabilities are perfectly calibrated for labels that are drawn from them. Use ten such data sets.
     generator = np.random.default_rng(1)
     probabilities = generator.dirichlet(np.full(4, 0.5), images)
     ranks = [(probabilities.cumsum(1) < generator.random((images, 1))).sum(1) for _ in range(10)]

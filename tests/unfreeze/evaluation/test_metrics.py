@@ -1,4 +1,4 @@
-"""Measures, against scikit-learn's and against formulas and matrices worked out by hand."""
+"""Metrics, compared with scikit-learn's, and with formulas and matrices computed by hand."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def test_measures_are_scikit_learns(seed: int) -> None:
             "accuracy": metrics.accuracy_score(labels, predicted),
             "macro_f1": metrics.f1_score(labels, predicted, average="macro"),
             "log_loss": metrics.log_loss(labels, probabilities, labels=range(4)),
-            "ece": expected_calibration_error(probabilities, labels),  # of which scikit-learn has none
+            "ece": expected_calibration_error(probabilities, labels),  # scikit-learn does not have this metric
             "ece_by_chance": calibration_error_by_chance(probabilities),
         }
     )

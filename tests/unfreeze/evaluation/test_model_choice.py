@@ -1,4 +1,4 @@
-"""Which model is handed on."""
+"""Choice of the model that is passed on."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ LABELS = np.arange(300) % 2
 
 
 def candidate(name: str, wrong: int, sure: float = 0.9) -> Candidate:
-    """A model that is ``sure`` of every answer, of which the first ``wrong`` are wrong."""
+    """A model with the confidence ``sure`` in every answer. Its first ``wrong`` answers are wrong."""
     probabilities = np.full((len(LABELS), 2), 1 - sure, np.float32)
     probabilities[np.arange(len(LABELS)), LABELS] = sure
     probabilities[:wrong] = probabilities[:wrong, ::-1]
@@ -39,6 +39,6 @@ def test_two_of_three_may_be_level() -> None:
 
 @pytest.mark.parametrize("more", range(1, 12))
 def test_the_limit_is_mcnemars_at_five_percent(more: int) -> None:
-    """All of the difference is lost and none won: n in a row by chance has probability 2^-n, below 5 % from n = 5 on."""
+    """All differing answers are losses: n in a row have probability 2^-n by chance, below 5 % from n = 5 on."""
     best, _ = choose([candidate("head", 10, sure=0.6), candidate("full", 10 + more, sure=0.9)])
     assert (best.name == "head") == (more >= 5)

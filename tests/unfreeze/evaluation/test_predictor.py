@@ -1,4 +1,4 @@
-"""Predictions by a file of weights, as a server asks for them."""
+"""Predictions from a file of weights, as a server requests them."""
 
 import io
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""Averages of weights, and which cycles are averaged."""
+"""Averages of weights, and the choice of the averaged cycles."""
 
 from collections.abc import Sequence
 
@@ -25,7 +25,7 @@ def test_floating_point_tensors_are_averaged_and_counters_kept() -> None:
     ],
 )
 def test_a_cycle_joins_where_it_lowers_the_loss(averages: dict[tuple[int, ...], float], expected: list[int]) -> None:
-    """From the best, 2, on, and then in the order of their losses."""
+    """Start from the best cycle, 2, and try the others in the order of their losses."""
     asked = []
 
     def loss_of(cycles: Sequence[int]) -> float:

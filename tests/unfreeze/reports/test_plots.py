@@ -1,4 +1,4 @@
-"""Plots show what they are given: their marks, labels and numbers are read back."""
+"""Plots show their input: marks, labels and numbers are read back."""
 
 import io
 from pathlib import Path
@@ -39,7 +39,7 @@ HISTORY = pd.DataFrame(
 
 
 def panels(figure: Figure) -> list[Any]:
-    """A figure's axes; of their many kinds of contents the tests know which are there."""
+    """Axes of a figure. They are untyped, because the tests know which kinds of contents they have."""
     return list(figure.axes)
 
 

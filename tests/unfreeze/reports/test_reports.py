@@ -1,4 +1,4 @@
-"""The pages: all there, nothing outside them, nothing unescaped."""
+"""The report pages: complete, self-contained, and escaped."""
 
 import re
 from collections.abc import Mapping
@@ -57,7 +57,7 @@ def duplicate_pairs(*rows: tuple[int, int, str, bool, bool]) -> pd.DataFrame:
 
 
 class Reader(HTMLParser):
-    """Collects tags, links and texts; complains of tags left open."""
+    """Collects tags, links and texts; fails if a tag is left open."""
 
     void = {"meta", "img", "br"}
 
@@ -85,7 +85,7 @@ class Reader(HTMLParser):
 
 
 def check(text: str) -> Reader:
-    """A page that is whole, and needs nothing beside it."""
+    """Check that a page is complete and self-contained."""
     reader = Reader(text)
     assert not reader.tags & {"script", "link", "iframe", "i", "object", "base"}
     assert all(link.startswith(("data:image/", "#")) for link in reader.links)

@@ -1,4 +1,4 @@
-"""Settings that are wrong in every way there is: a sentence that names the key, or the line; no traceback, no hang."""
+"""Invalid settings of every kind: the message names the key, or the line. There is no traceback and no hang."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(60)
 TEXT = (Path(__file__).parent.parent.parent.parent / "params.yaml").read_text(encoding="utf-8")
 KEYS = list(flatten(read_yaml(TEXT, "params.yaml")))
 SOME = ["seed", "data.source", "head.dropout", "augment.flip", "lr_find.rate", "unfreeze.bn_freeze"]
-"""A key of every type."""
+"""One key of each type."""
 BUDGET = settings(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 # fmt: off
@@ -36,7 +36,7 @@ WRONG = [
 
 
 def written(key: str, value: str) -> str:
-    """The shipped settings with another text behind a key."""
+    """The shipped settings with another text as the value of a key."""
     *sections, last = key.split(".")
     lines = TEXT.splitlines(keepends=True)
     start = next(i for i, line in enumerate(lines) if line.startswith(f"{sections[0]}:")) if sections else 0
@@ -46,7 +46,7 @@ def written(key: str, value: str) -> str:
 
 
 def told(error: UserError, key: str, text: str) -> None:
-    """Short, in one line or one per problem, with the key or the line."""
+    """Check that a message is short, has one line or one per problem, and names the key or the line."""
     message = str(error)
     section, _, last = key.rpartition(".")
     assert (section in message and last in message) or ", line " in message, message
@@ -78,7 +78,7 @@ def test_on_the_command_line_and_in_a_file_of_settings(params: Path, value: str)
         told(caught.value, key, value)
         section, last = key.split(".")
         (file := params.parent / "settings.yaml").write_text(f"{section}:\n  {last}: {value}\n")
-        if value not in ("{}",):  # which has no key to change
+        if value not in ("{}",):  # a mapping without a key to change
             with pytest.raises(UserError) as caught:
                 apply_overrides(params, read_overrides(file))
             told(caught.value, key, value)

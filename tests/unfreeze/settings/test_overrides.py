@@ -1,4 +1,4 @@
-"""Values changed in `params.yaml`: comments and order stay, what is wrong changes nothing."""
+"""Values changed in `params.yaml`: comments and order stay, and invalid values change nothing."""
 
 import os
 from pathlib import Path
@@ -22,7 +22,7 @@ def params(tmp_path: Path) -> Path:
 
 
 def changes(params: Path) -> list[tuple[str, str]]:
-    """Lines that differ, before and after; no line came or went."""
+    """Lines that differ, before and after. No line may be added or removed."""
     before, after = TEXT.splitlines(), params.read_text(encoding="utf-8").splitlines()
     return [(a, b) for a, b in zip(before, after, strict=True) if a != b]
 
@@ -221,7 +221,7 @@ def test_the_settings_that_ship_are_right(params: Path, file: Path) -> None:
 def test_images_that_are_not_there_change_nothing(
     params: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Else the next run, without ``-S``, would be refused as well."""
+    """Otherwise the next run would be refused too, even without ``-S``."""
     monkeypatch.chdir(params.parent)
     assert main(["run", "-S", "seed=7", "-S", "data.source=nowhere"]) == 2
     assert "nowhere does not exist" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The settings: what is right is typed, what is wrong is told in a sentence that names the key."""
+"""The settings: valid values get their types, and invalid values give a message that names the key."""
 
 import copy
 import dataclasses
@@ -22,7 +22,7 @@ KEYS = list(flatten(PARAMS))
 
 
 def changed(key: str, value: object) -> dict[str, Any]:
-    """The shipped settings with another value."""
+    """The shipped settings with another value for a key."""
     params = copy.deepcopy(PARAMS)
     *sections, last = key.split(".")
     target = params
@@ -33,7 +33,7 @@ def changed(key: str, value: object) -> dict[str, Any]:
 
 
 def complaint(params: object) -> str:
-    """What the user is told."""
+    """Error message for the user."""
     with pytest.raises(UserError) as caught:
         parse_settings(params)
     return str(caught.value)

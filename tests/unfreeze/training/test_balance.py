@@ -1,4 +1,4 @@
-"""Unequal classes: what weights and sampling do, and that a small class is found with either."""
+"""Imbalanced classes: effects of weights and sampling, and better recall of a small class with either."""
 
 import numpy as np
 import pytest
@@ -66,7 +66,7 @@ def test_the_sampler_draws_every_class_equally_often_and_the_same_again() -> Non
 
 @pytest.mark.parametrize("balance", ["loss", "sampler"])
 def test_more_of_a_small_class_is_found(balance: str) -> None:
-    """Two clouds that overlap, one of them with a tenth of the images."""
+    """Two clusters that overlap, one of them with a tenth of the images."""
 
     def recall(balance: str) -> float:
         seed_everything(0)

@@ -1,4 +1,4 @@
-"""An interrupted training that goes on ends as one that was never interrupted, bit for bit."""
+"""A training that is interrupted and resumed ends bit for bit like an uninterrupted one."""
 
 import dataclasses
 import os
@@ -25,11 +25,11 @@ from unfreeze.training.state import rng_state, set_rng_state, trainable_state
 CPU = torch.device("cpu")
 BATCHES, CYCLES = 3, 4
 VALID_LOSSES = (1.0, 0.8, 0.4, 0.6)
-"""The third cycle is the best: its weights have to survive an interruption in the fourth."""
+"""The third cycle is the best. Its weights must survive an interruption in the fourth."""
 
 
 class Killed(Exception):
-    """What a test raises where a process would be killed."""
+    """Raised by a test at the point where a process would be killed."""
 
 
 def network(device: torch.device = CPU) -> nn.Sequential:
@@ -53,7 +53,7 @@ def training(
     stop: bool = True,
     device: torch.device = CPU,
 ) -> tuple[dict[str, torch.Tensor], History, list[int]]:
-    """One process's share of a training; iterations and epochs that the callbacks were told of, replayed ones too."""
+    """One process's part of a training; also returns the iterations reported to callbacks, including replayed ones."""
     model = network(device)
     told: list[int] = []
     done: list[dict[str, float]] = []
@@ -108,7 +108,7 @@ def test_killed_anywhere_it_ends_with_the_same_weights_and_history(
     weights, history, told = training(optimizer, None, device=device)
     with pytest.raises(Killed):
         training(optimizer, at(tmp_path, batches=batches), kill_at, on, device=device)
-    torch.manual_seed(99)  # another process starts with other chances
+    torch.manual_seed(99)  # another process starts with another random state
     again, resumed, told_again = training(optimizer, at(tmp_path, batches=batches), device=device)
     assert same(weights, again)
     assert resumed == history
@@ -132,7 +132,7 @@ def test_killed_in_float16_it_goes_on_with_the_same_scale_of_gradients(
     scalers = []
 
     def grad_scaler(device: torch.device) -> torch.amp.GradScaler:
-        # Some of its first steps are skipped: where one is, and when the scale grows, depends on its state.
+        # Some of its first steps are skipped. The skipped steps and the growth of the scale depend on its state.
         scalers.append(torch.amp.GradScaler(device.type, init_scale=2.0**30, growth_interval=2))
         return scalers[-1]
 
@@ -263,7 +263,7 @@ def test_a_wish_to_stop_is_granted_in_the_middle_of_validation(tmp_path: Path) -
     def validate() -> Scores:
         validated.append(wish.deferred)
         if len(validated) == 2:
-            raise Interrupted  # as the signal's handler does where nothing is deferred
+            raise Interrupted  # as the signal's handler does if stops are not deferred
         return Scores(0.5, 0.5)
 
     schedule = make_schedule("sgdr", CYCLES, 1, 1, BATCHES)
@@ -295,7 +295,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_training(
 ) -> None:
     (tmp_path / "file").touch()
     weights, _, _ = training("adamw", None)
-    again, _, _ = training("adamw", at(tmp_path / "file"))  # a folder that cannot be made
+    again, _, _ = training("adamw", at(tmp_path / "file"))  # a folder that cannot be created
     assert "No checkpoint" in caplog.text
     assert same(weights, again)
 

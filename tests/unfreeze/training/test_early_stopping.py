@@ -1,4 +1,4 @@
-"""Until it overfits: scripted histories."""
+"""Early stopping at overfitting, with scripted histories."""
 
 import math
 
@@ -10,7 +10,7 @@ NAN = math.nan
 
 
 def play(train: list[float], valid: list[float]) -> tuple[int, int]:
-    """Cycles run until it stops, and the best of them."""
+    """Number of cycles until the stop, and the best cycle."""
     for cycles in range(1, len(train) + 1):
         stop, best = until_overfitting(train[:cycles], valid[:cycles])
         if stop:

@@ -1,4 +1,4 @@
-"""The training loop, the data path and predictions, against computations by hand."""
+"""The training loop, the data path and predictions, compared with computations by hand."""
 
 import dataclasses
 import json
@@ -105,7 +105,7 @@ def test_activations_are_the_same_whatever_image_they_begin_with(first: int) -> 
 
 
 def test_head_on_activations_is_head_through_the_frozen_backbone() -> None:
-    """Same batches, same weights afterwards: frozen means frozen."""
+    """With the same batches, the weights are the same afterwards, because the backbone is frozen."""
     packed = images(16)
     loader = Loader(packed, NORM, CPU, 8)
     through, alone = network(), network()
@@ -203,7 +203,7 @@ def test_rates_follow_the_schedule_and_the_best_cycle_is_handed_on() -> None:
         stop_when_overfitting=True, callbacks=Callbacks(batches=told.extend),
     )  # fmt: skip
     assert [row["rate"] for row in history.batches] == pytest.approx(0.1 * schedule.factors[: len(told)])
-    assert [row["rate"] for row in history.epochs] == pytest.approx([0.1] * len(history.epochs))  # where a cycle starts
+    assert [row["rate"] for row in history.epochs] == pytest.approx([0.1] * len(history.epochs))  # at a cycle's start
     assert told == history.batches
     assert torch.equal(model.weight, states[history.best_cycle])
 
@@ -245,7 +245,7 @@ def test_the_head_learns_what_can_be_told_apart(settings: Settings) -> None:
 
 
 class Brightness(nn.Module):
-    """Logits from the mean of the square that it sees: which square it was shows in the probability."""
+    """Logits from the mean of the input square, so that the probability identifies the square."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mean = x.float().mean((1, 2, 3))

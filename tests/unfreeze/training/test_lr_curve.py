@@ -1,4 +1,4 @@
-"""The learning-rate finder: picks on curves whose answer is known, and a sweep that leaves no trace."""
+"""The learning-rate finder: picks on curves with a known answer, and a sweep that restores all state."""
 
 import copy
 import dataclasses
@@ -28,27 +28,27 @@ CHANCE = 2.0  # loss of a prediction that is the same for every image
 
 
 def near(rate: float, steps: float = 1.0) -> object:
-    """This rate, give or take so many steps of the sweep, in the logarithm."""
+    """This rate, within a number of steps of the sweep, on a logarithmic scale."""
     return pytest.approx(math.log10(rate), abs=steps * math.log10(STEP) + 1e-9)
 
 
 def dip(lowest: float = 1e-2, width: float = 1.0, rates: Floats = RATES) -> Floats:
-    """A Gaussian dip in the logarithm of the rate, ``width`` decades from its lowest point to its steepest descent."""
+    """A Gaussian dip in the logarithm of the rate; its steepest descent is ``width`` decades from its lowest point."""
     return 1 - 0.6 * np.exp(-0.5 * ((np.log10(rates) - math.log10(lowest)) / width) ** 2)
 
 
 def points(losses: Floats, starting: Floats | float = 0.0, rates: Floats = RATES) -> Picks:
-    """Points of the curve of a sweep with these losses; 0 is the starting weights' loss where none is given."""
+    """Points of the curve of a sweep with these losses. The default loss of the starting weights is 0."""
     return suggest(make_curve(rates[: len(losses)], losses, np.broadcast_to(starting, np.shape(losses))), CHANCE)
 
 
 def harmful_from(rate: float) -> Floats:
-    """Flat, then a rise by 0.1 at the rate, and by four times as much at twice the rate."""
+    """Flat at first; the rise is 0.1 at the rate, and four times as much at twice the rate."""
     return 0.1 * (RATES / rate) ** 2
 
 
 def rising_late(losses: Floats) -> Floats:
-    """The same, diverging over the last decade."""
+    """The same losses, but diverging over the last decade."""
     return losses + np.exp(6 * np.maximum(DECADES, 0)) - 1
 
 
@@ -158,7 +158,7 @@ def test_the_standard_error_is_that_of_repeated_sweeps() -> None:
 
 
 def test_what_batches_differ_by_is_no_error() -> None:
-    """Hard batches and easy ones: the starting weights find them as hard."""
+    """Some batches are hard and some are easy, for the starting weights too."""
     hard = np.random.default_rng(0).lognormal(-1, 1, 100)
     curve = make_curve(RATES, dip() + hard, 1 + hard)
     np.testing.assert_allclose(curve["smoothed"], make_curve(RATES, dip(), np.ones(100))["smoothed"])
@@ -168,8 +168,8 @@ def test_what_batches_differ_by_is_no_error() -> None:
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("harm", [1e-3, 1e-2, 1e-1])
 def test_divergence_is_where_the_loss_has_risen_by_a_nat(seed: int, harm: float) -> None:
-    """The curve of a network that is trained already: it has nothing to gain, and its lowest point is chance. The less the
-    weights have changed, the less does the batch matter; the noise is as measured on photographs of waste."""
+    """The network is already trained: it cannot improve, and its curve's lowest point is random. If the weights have
+    changed less, the batch matters less. The noise is as measured on photographs of waste."""
     noise = np.random.default_rng(seed).normal(0, 0.1 * (RATES / harm) ** 0.8)
     losses = harmful_from(harm) + noise
     risen = RATES[np.argmax(harmful_from(harm) > 1)]
@@ -189,7 +189,7 @@ def test_sweep_trains_once_at_every_rate() -> None:
 
 
 def sweep(losses: Floats) -> int:
-    """Batches that a sweep with these losses takes."""
+    """Number of batches that a sweep with these losses takes."""
     line = iter(losses)
     return len(lr_find(lambda rate: (float(next(line)), 0.5), 1e-5, 10, len(losses)))
 
@@ -208,7 +208,7 @@ def test_sweep_goes_on_after_the_losses_that_are_there(before: int, bad: float) 
     found = lr_find(train_at, 1e-5, 10, 100, losses[:before])
     line = iter(losses)
     pd.testing.assert_frame_equal(found, lr_find(lambda rate: next(line), 1e-5, 10, 100))
-    assert given == RATES[before : 61 if math.isnan(bad) else 62].tolist()  # one bad batch may be bad luck
+    assert given == RATES[before : 61 if math.isnan(bad) else 62].tolist()  # one bad batch may be chance
 
 
 def test_sweep_stops_when_the_loss_has_risen_by_a_nat() -> None:
@@ -226,14 +226,14 @@ def test_sweep_goes_on_through_noise() -> None:
 
 
 def test_one_batch_of_three_images_does_not_end_a_sweep() -> None:
-    """One of them has the wrong label."""
+    """One of the images has the wrong label."""
     assert sweep(np.array([0.01] * 4 + [5.0] + [0.01] * 45 + [7.0] + [0.01] * 49)) == 100
 
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("typical", [0.001, 0.01, 0.03])
 def test_where_next_to_nothing_is_lost_an_unlucky_batch_does_not_make_the_pick(seed: int, typical: float) -> None:
-    """Losses of a good network are small, and now and then twenty times as large; the network breaks at 0.3."""
+    """Losses of a good network are small, and sometimes twenty times as large. The network breaks at the rate 0.3."""
     rng = np.random.default_rng(seed)
     starting = typical * np.exp(1.2 * rng.normal(size=100))
     starting[rng.integers(4)] = max(20 * typical, 0.1)
@@ -258,7 +258,7 @@ def test_a_sweep_that_diverges_at_once_is_told(losses: list[float]) -> None:
 
 
 class Net(nn.Module):
-    """BatchNorm, dropout and a buffer that is not saved with the weights."""
+    """A network with BatchNorm, dropout, and a buffer that is not saved with the weights."""
 
     calls: torch.Tensor
 
@@ -299,7 +299,7 @@ def training(device: torch.device | str = "cpu") -> tuple[Net, torch.optim.Optim
 
 
 def at_a_rate(optimizer: torch.optim.Optimizer, train_batch: Callable[[], float]) -> Callable[[float], Losses]:
-    """Trains on the next batch at a rate."""
+    """Function that trains on the next batch at a given rate."""
 
     def train_at(rate: float) -> Losses:
         set_rate(optimizer, rate)
@@ -309,7 +309,7 @@ def at_a_rate(optimizer: torch.optim.Optimizer, train_batch: Callable[[], float]
 
 
 def everything(model: Net, optimizer: torch.optim.Optimizer) -> dict[str, object]:
-    """All that a sweep could change."""
+    """All state that a sweep could change."""
     return copy.deepcopy(
         {
             "tensors": dict(model.named_parameters()) | dict(model.named_buffers()),
@@ -326,7 +326,7 @@ def everything(model: Net, optimizer: torch.optim.Optimizer) -> dict[str, object
 
 
 def same(a: object, b: object) -> bool:
-    """Equal to the last bit, through nested containers."""
+    """Whether two values are equal bit for bit, including nested containers."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):

@@ -1,4 +1,4 @@
-"""The recipe's trainings on a real network: what goes on after an interruption, what is computed once, what is said."""
+"""The recipe's trainings on a real network: resuming after an interruption, values computed once, and messages."""
 
 import dataclasses
 import math
@@ -34,12 +34,12 @@ from unfreeze.training.phases import Images, derive_seed, fit_augmented, fit_ful
 from unfreeze.training.range_test import range_test
 
 SIZE, BATCH, CPU = 32, 8, torch.device("cpu")
-TRAIN, VALID = np.arange(42), np.arange(42, 60)  # five batches, and two images over
+TRAIN, VALID = np.arange(42), np.arange(42, 60)  # five batches, and two remaining images
 BATCHES = 5
 
 
 class Killed(Exception):
-    """What stands for the end of the process."""
+    """Simulates the end of the process."""
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_the_augmented_head_ends_the_same_whatever_batch_it_was_killed_at(
     together: int,
     device: torch.device,
 ) -> None:
-    """Several batches go through the backbone together; the batch after the interruption may be any of them."""
+    """Several batches go through the backbone together. The training may resume at any of them."""
     monkeypatch.setattr(Loader, "wide", together * BATCH)
 
     def kill(rows: Any) -> None:
@@ -108,7 +108,7 @@ def test_the_augmented_head_ends_the_same_whatever_batch_it_was_killed_at(
 def test_a_range_test_ends_the_same_whatever_batch_it_was_killed_at(
     tmp_path: Path, settings: Settings, kill_at: int, device: torch.device
 ) -> None:
-    """Over several epochs, with dropout, an optimizer that remembers, and weights that differ from what they were."""
+    """Covers several epochs, dropout, an optimizer with state, and weights that have changed."""
 
     def sweep(checkpoint: Checkpoint | None = None, last: int | None = None) -> tuple[list[float], list[float], int]:
         model, loader = material(device)
@@ -145,7 +145,7 @@ def test_a_range_test_ends_the_same_whatever_batch_it_was_killed_at(
 def test_predictions_end_the_same_whatever_batch_they_were_killed_at(
     tmp_path: Path, settings: Settings, kill_at: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of the views come first, and then those of the plain images; the last batch of each is a small one."""
+    """Predictions of the views come first, then those of the plain images. The last batch of each is small."""
     model, loader = material(device)
     seen: list[int] = []
     last = math.inf

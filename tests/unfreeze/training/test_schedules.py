@@ -1,4 +1,4 @@
-"""Schedules, against the schedulers of torch stepped per batch."""
+"""Schedules, compared with torch's schedulers, stepped per batch."""
 
 import itertools
 
@@ -15,13 +15,13 @@ CYCLES = list(itertools.product((1, 2, 4), (1, 2, 3), (1, 2, 3), (1, 7)))
 
 
 def optimizer(*rates: float) -> torch.optim.Optimizer:
-    """One parameter group a rate."""
+    """An optimizer with one parameter group for each rate."""
     groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in rates]
     return torch.optim.SGD(groups, lr=1.0)
 
 
 def run(scheduler: lr_scheduler.LRScheduler, iterations: int) -> np.ndarray:
-    """Rates of every group at every iteration, (iterations, groups)."""
+    """Rates of all groups at all iterations, (iterations, groups)."""
     rates = []
     for _ in range(iterations):
         rates.append([group["lr"] for group in scheduler.optimizer.param_groups])
@@ -60,7 +60,7 @@ def test_totals(name: str, cycles: int, cycle_len: int, cycle_mult: int, batches
     assert schedule.epochs == ends[-1]
     assert schedule.factors.shape == (ends[-1] * batches,)
     assert schedule.factors.min() > 0 and schedule.factors.max() <= 1
-    for first, end in itertools.pairwise(ends):  # every cycle is the shape anew
+    for first, end in itertools.pairwise(ends):  # every cycle repeats the shape
         alone = make_schedule(name, 1, end - first, 1, batches)
         np.testing.assert_array_equal(schedule.factors[first * batches : end * batches], alone.factors)
 

@@ -1,4 +1,4 @@
-"""A training step as a CUDA graph, against the same step without."""
+"""A training step as a CUDA graph, compared with the same step without a graph."""
 
 import logging
 
@@ -17,7 +17,7 @@ RATES = (1e-2, 3e-3, 1e-3, 1e-4)
 
 
 class Looks(nn.Module):
-    """Looks at a value, for which the processor has to wait: that cannot be recorded."""
+    """Reads a value, for which the CPU has to wait. This cannot be recorded."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x if float(x.mean()) > 0 else -x
@@ -33,7 +33,7 @@ def material(device: str, kind: str, *more: nn.Module) -> tuple[nn.Module, torch
 
 
 def trained(device: str, kind: str, recorded: bool) -> list[torch.Tensor]:
-    """Losses, weights and buffers after some steps, each with a rate of its own."""
+    """Losses, weights and buffers after some steps, each with its own rate."""
     model, optimizer, batches = material(device, kind)
     step = TrainStep(model, optimizer, LOSS) if recorded else lambda b: train_batch(model, optimizer, b, LOSS)
     torch.manual_seed(1)
@@ -48,7 +48,7 @@ def trained(device: str, kind: str, recorded: bool) -> list[torch.Tensor]:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", id="device_cuda", marks=NEEDS_A_GPU)])
 def test_steps_have_the_same_bits_as_batches_trained_one_by_one(device: str, kind: str) -> None:
     expected = trained(device, kind, False)
-    for _ in range(1 if device == "cpu" else 20):  # what depends on which stream is first is not the same every time
+    for _ in range(1 if device == "cpu" else 20):  # effects of the order of streams are not the same every time
         for found, value in zip(trained(device, kind, True), expected, strict=True):
             assert torch.equal(found, value)
 
@@ -57,7 +57,8 @@ def test_steps_have_the_same_bits_as_batches_trained_one_by_one(device: str, kin
 @pytest.mark.parametrize("kind", [pytest.param("adamw", id="device_cuda")])
 def test_a_recording_is_used_and_leaves_no_trace(kind: str) -> None:
     model, optimizer, batches = material("cuda", kind)
-    before = [tensor.detach().clone() for tensor in [*model.parameters(), *model.buffers()]]  # a graph would hold it up
+    # Detached, because an autograd graph would block the recording.
+    before = [tensor.detach().clone() for tensor in [*model.parameters(), *model.buffers()]]
     chance = torch.cuda.get_rng_state()
     assert record(model, optimizer, batches[0], LOSS) is not None
     assert all(torch.equal(a, b) for a, b in zip(before, [*model.parameters(), *model.buffers()], strict=True))
@@ -78,7 +79,7 @@ def test_a_model_that_cannot_be_recorded_is_trained_all_the_same(kind: str, capl
 
 @pytest.fixture
 def float16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU computes in float16, as a GPU with tensor cores but without bfloat16 does."""
+    """Computes in float16 on the CPU, like a GPU with tensor cores but without bfloat16."""
     monkeypatch.setattr("unfreeze.device.precision", lambda device: torch.float16)
 
 
@@ -103,7 +104,7 @@ def test_a_step_whose_gradients_overflow_is_skipped_and_the_scale_is_halved(kind
     model, optimizer, [batch, *_] = material("cpu", kind)
     step = TrainStep(model, optimizer, LOSS)
     rubbish = [torch.full((size,), float("nan")) for size in (12, 12, 72, 108, 288, 432) for _ in range(50)]
-    del rubbish  # memory that an uninitialized tensor may get
+    del rubbish  # an uninitialized tensor may get this memory
     step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
     set_rate(optimizer, 1e-2)
     before = [p.detach().clone() for p in model.parameters()]
