@@ -123,7 +123,7 @@ def recipe(work: Work, seed: int) -> dict[str, float]:
 
 
 def _quiet(learner: Any) -> Any:
-    """Context without fastai's printed table and progress bars, which take time."""
+    """Context manager that disables fastai's printed table and progress bars, which take time."""
     import contextlib
 
     stack = contextlib.ExitStack()

@@ -156,7 +156,7 @@ def _run_alone(chosen: argparse.Namespace) -> int:
     overrides = _overrides(chosen)
     text = with_overrides("params.yaml", overrides) if overrides else ""
     if overrides and text != read_text("params.yaml"):
-        with alone("step", GRACE):  # a step of `dvc repro` may hold it
+        with alone("step", GRACE):  # wait: a step of `dvc repro` may hold the lock
             check_for(overrides)(parse_text(text))
     else:
         check_images(load_settings())

@@ -173,7 +173,7 @@ def test_a_step_does_not_execute_what_an_artifact_holds(tmp_path: Path, mark: Pa
     np.save(tmp_path / "activations.npy", array, allow_pickle=True)
     for how in ({}, {"mmap_mode": "r"}):
         with pytest.raises(ValueError):
-            np.load(tmp_path / "activations.npy", **how)  # every step reads it in this way: see the test below
+            np.load(tmp_path / "activations.npy", **how)  # as every step does: see the test below
 
 
 CALLS = {

@@ -183,7 +183,7 @@ def _receive(connection: socket.socket, size: int) -> bytes:
 
 
 def _become(request: dict[str, Any], outputs: list[int]) -> NoReturn:
-    """Take over the step's folder, environment and output, run it, and exit."""
+    """Switch to the working directory, environment and output streams of the step, run it, and exit."""
     code = 1
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Guarantees for several workers, tested with real parts: servers on PostgreSQL and S3 with passwords, and machines.
+"""Guarantees for several workers, tested with real, password-protected servers on PostgreSQL and S3.
 
     python -m tests.integration.team                # all cases in order; prints a table with seconds
     python -m tests.integration.team --cases bceh   # only these cases

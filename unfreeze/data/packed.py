@@ -39,7 +39,7 @@ class Greys:
 
     Attributes:
         range: values of black and of white.
-        images: number of examined images with such greys.
+        images: number of examined images with more than 8 bits per grey value.
         found: their lowest and highest value.
         counts: histogram of their values, in bins of equal width from the lowest to the highest.
     """

@@ -35,7 +35,7 @@ def baseline_head(model: Any, features: int, classes: int) -> Head:
     head = Head(features, classes, dropout=0.0).eval()
     logits = head.logits
     weight, bias = model.coef_, model.intercept_
-    if len(model.classes_) == 2:  # scikit-learn then has one row, for the second class against the first
+    if len(model.classes_) == 2:  # `coef_` then has a single row: the logit of the second class
         weight, bias = np.concatenate([0 * weight, weight]), np.concatenate([0 * bias, bias])
     with torch.no_grad():
         cast(torch.Tensor, head.norm.running_var).fill_(1 - head.norm.eps)  # makes BatchNorm the identity

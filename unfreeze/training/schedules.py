@@ -50,7 +50,7 @@ def one_cycle(iterations: int) -> Factors:
 
     The constants are those of `torch.optim.lr_scheduler.OneCycleLR`; momentum stays as it is.
     """
-    if iterations == 1:  # for which torch returns the floor
+    if iterations == 1:  # torch would return the lowest rate
         return np.ones(1)
     low, floor = 1 / 25, 1 / 25 / 1e4
     peak = 0.3 * iterations - 1

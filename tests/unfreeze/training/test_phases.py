@@ -1,4 +1,4 @@
-"""The recipe's trainings on a real network: resuming after an interruption, values computed once, and messages."""
+"""The recipe's training phases on a real network: resuming after an interruption, values computed once, and messages."""
 
 import dataclasses
 import math
