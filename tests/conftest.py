@@ -30,6 +30,16 @@ def as_nobody() -> Iterator[Path]:
 
 
 @pytest.fixture
+def native_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute in bfloat16 on the CPU. Skips the test if the processor has neither AMX nor AVX512-BF16."""
+    import torch
+
+    if not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
+        pytest.skip("a processor without native bfloat16")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+
+
+@pytest.fixture
 def mounted() -> Iterator[Callable[..., None]]:
     """Function that mounts a file system until the end of the test. Skips the test if mounting is not allowed."""
     done: list[str] = []

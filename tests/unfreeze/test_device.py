@@ -10,7 +10,7 @@ import torch
 
 from tests.devices import NEEDS_A_GPU, NEEDS_NO_GPU
 from unfreeze import device
-from unfreeze.device import choose_device, describe, deterministically
+from unfreeze.device import choose_device, describe, deterministically, precision
 from unfreeze.errors import UserError
 
 CODE = """
@@ -92,3 +92,12 @@ def test_an_operation_without_a_deterministic_form_is_named_and_done_all_the_sam
             deterministically(lambda: (_ for _ in ()).throw(RuntimeError("of another kind")))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("amx, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_cpu_computes_in_bfloat16_only_with_amx(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert precision(torch.device("cpu")) == dtype

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tests.devices import DEVICES
 from unfreeze.acceleration.conv_chains import ADDITIONS
 from unfreeze.acceleration.frozen import ConvAct, OneDNNConvAct, _eval_copy, _fused_convolutions_work, frozen_copy
-from unfreeze.device import autocast, native_bf16, to_device
+from unfreeze.device import autocast, to_device
 from unfreeze.models.backbones import create_backbone
 from unfreeze.models.classifier import Head
 
@@ -23,7 +23,7 @@ OTHERS = [
     "timm:fasternet_t0",  # replaces ``forward`` on some modules
     "torchvision:mobilenet_v3_small",
 ]
-requires_bf16 = pytest.mark.skipif(not native_bf16(CPU), reason="a processor without native bfloat16")
+requires_bf16 = pytest.mark.usefixtures("native_bfloat16")
 
 
 def trained(name: str, size: int, device: torch.device = CPU) -> nn.Module:
