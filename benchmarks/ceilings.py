@@ -18,7 +18,7 @@ from benchmarks.ours import WHOLE
 from benchmarks.work import Work, classifier
 from unfreeze.acceleration.fast_training import fast_training
 from unfreeze.acceleration.frozen import frozen_copy
-from unfreeze.device import best_device, native_bf16, to_device
+from unfreeze.device import best_device, precision, to_device
 from unfreeze.models.freezing import freeze_to, parameter_groups, set_train_mode
 from unfreeze.settings.schema import Unfreeze
 from unfreeze.training.loop import make_optimizer, set_rate
@@ -96,15 +96,17 @@ def _each_variant(work: Work, count: int, train: bool, unfreeze: Unfreeze) -> It
     def half() -> Any:
         return torch.autocast(device.type, dtype=torch.bfloat16)
 
-    precisions = {"float32": contextlib.nullcontext} | ({"bfloat16": half} if native_bf16(device) else {})
-    for precision, context in precisions.items():
+    contexts: dict[str, Any] = {"float32": contextlib.nullcontext}
+    if precision(device) == torch.bfloat16:
+        contexts["bfloat16"] = half
+    for dtype, context in contexts.items():
         for layout in (torch.contiguous_format, torch.channels_last):
             where = "channels last" if layout is torch.channels_last else "planes"
-            yield f"{precision}, {where}", prepared(plain().to(memory_format=layout)), _laid(batch, layout), context
+            yield f"{dtype}, {where}", prepared(plain().to(memory_format=layout)), _laid(batch, layout), context
         last = _laid(batch, torch.channels_last)
         model = prepared(plain().to(memory_format=torch.channels_last))
-        yield f"{precision}, channels last, compiled", torch.compile(model, dynamic=False), last, context
-    context = list(precisions.values())[-1]
+        yield f"{dtype}, channels last, compiled", torch.compile(model, dynamic=False), last, context
+    context = list(contexts.values())[-1]
     ours = prepared(to_device(plain(), device))
     if train:
         _for_good.enter_context(fast_training(ours.backbone, last))

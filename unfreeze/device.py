@@ -70,30 +70,20 @@ def describe(device: torch.device) -> str:
     return f"the CPU, {torch.get_num_threads()} threads"
 
 
-def native_bf16(device: torch.device) -> bool:
-    """Whether the device computes faster in bfloat16 than in float32: a CPU with AMX, a GPU since Ampere.
+def precision(device: torch.device) -> torch.dtype:
+    """The dtype that a network computes in on a device: the fastest that it trains in.
 
-    AVX512-BF16 without AMX is not enough: a ResNet-34 then trains at 0.7 times the speed of float32, and
-    EfficientNet-Lite0 at the same speed (benchmarks/notes/performance-history.md).
+    - bfloat16 on GPUs since Ampere, and on a CPU with AMX. AVX512-BF16 without AMX is not enough: a ResNet-34 then
+      trains at 0.7 times the speed of float32 (benchmarks/notes/performance-history.md).
+    - float16 on GPUs whose tensor cores have only float16 (V100, T4).
+    - float32 on all others, where lower precision is emulated or slower.
     """
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        return bool(torch.cpu._is_amx_tile_supported())
-    return False
-
-
-def precision(device: torch.device) -> torch.dtype:
-    """The dtype that a network computes in on a device.
-
-    bfloat16 if the device has it; float16 on GPUs whose tensor cores have only float16 (V100, T4); else float32,
-    because emulation is slower.
-    """
-    if native_bf16(device):
-        return torch.bfloat16
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0):
-        return torch.float16
-    return torch.float32
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= (8, 0):
+            return torch.bfloat16
+        return torch.float16 if capability >= (7, 0) else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else torch.float32
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -20,8 +20,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from unfreeze.acceleration.conv_chains import POST_OPS, TOLERANCE, called, chains, edges, plain, traced
 from unfreeze.acceleration.depthwise import depthwise, slow_in_half, slow_to_train
-from unfreeze.acceleration.frozen import ConvAct, Forward, OneDNNConvAct, StandIn
-from unfreeze.device import native_bf16
+from unfreeze.acceleration.frozen import ConvAct, Forward, OneDNNConvAct, StandIn, fused_convolutions_work
+from unfreeze.device import precision
 
 Layer = tuple[nn.Conv2d, _BatchNorm | None, nn.Module | None, tuple[int, ...]]
 """A convolution to train with the BatchNorm and the activation that follow it, if any, and the shape of its input."""
@@ -33,7 +33,7 @@ def fast_training(network: nn.Module, images: torch.Tensor) -> Iterator[None]:
 
     Modules keep their parameters, buffers and names, so optimizers and checkpoints are not affected. To copy the
     network in the block use `frozen_copy`: a copy by `copy.deepcopy` would compute with the weights of the original.
-    On a CPU with native bfloat16, frozen layers compute in it: run the network under `unfreeze.device.autocast`.
+    On a CPU that computes in bfloat16, frozen layers do so too: run the network under `unfreeze.device.autocast`.
 
     The network is run once to find which modules follow one another. If its output differs afterwards, only
     depthwise convolutions are accelerated. On other devices nothing changes, because the speed was not measured there.
@@ -73,7 +73,8 @@ def _forwards(network: nn.Module, images: torch.Tensor) -> dict[nn.Module, Forwa
             for conv, norm, _, _ in found:
                 if norm is not None and norm not in training:
                     forwards |= {conv: _convolution(conv, norm), norm: _after(norm)}
-            frozen = found if native_bf16(images.device) else []
+            half = precision(images.device) == torch.bfloat16
+            frozen = found if half and fused_convolutions_work() else []
             with _replaced(_joined(frozen, forwards, None)):
                 seen = network(images)
         finite = bool(expected.isfinite().all())

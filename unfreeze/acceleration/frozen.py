@@ -1,7 +1,7 @@
 """Faster inference of frozen networks: a copy of a network with the same output.
 
 BatchNorm with fixed statistics is one multiplication and one addition per channel. Both are folded into weights and
-bias of the convolution before it (Jacob et al., 2018, section 3.2). On a CPU with native bfloat16, oneDNN then computes
+bias of the convolution before it (Jacob et al., 2018, section 3.2). On a CPU that computes in bfloat16, oneDNN then computes
 convolution and activation in one pass over memory, with weights that are reordered for it once.
 """
 
@@ -168,7 +168,7 @@ def frozen_copy(network: nn.Module, images: torch.Tensor, earlier: nn.Module | N
     dtype = precision(images.device)
     if dtype == torch.float32:
         return folded
-    if images.device.type == "cpu" and dtype == torch.bfloat16 and _fused_convolutions_work():
+    if images.device.type == "cpu" and dtype == torch.bfloat16 and fused_convolutions_work():
         for name, (count, *shape) in shapes.items():
             joined: Any = folded.get_submodule(name)
             folded.set_submodule(name, OneDNNConvAct(joined, (count * batch // len(images), *shape)))
@@ -179,7 +179,7 @@ def frozen_copy(network: nn.Module, images: torch.Tensor, earlier: nn.Module | N
 
 
 @cache
-def _fused_convolutions_work() -> bool:
+def fused_convolutions_work() -> bool:
     """Whether `OneDNNConvAct` computes what `ConvAct` does: torch may change its private operators in any version."""
     with torch.random.fork_rng(devices=[]):
         public = ConvAct(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()).requires_grad_(False)
@@ -190,10 +190,12 @@ def _fused_convolutions_work() -> bool:
             (fused(images), public(images)),
             (fused(images, other), public(images, other)),
         ):
-            torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+            torch.testing.assert_close(found.float(), expected.float(), rtol=0.05, atol=0.05)
     except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
         logger.warning(
-            "torch %s lacks oneDNN's fused convolutions: inference takes longer (%s)", torch.__version__, error
+            "oneDNN's fused convolutions do not work in torch %s, so frozen layers take longer: %s",
+            torch.__version__,
+            str(error).partition("\n")[0],
         )
         return False
     return True

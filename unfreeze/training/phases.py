@@ -151,8 +151,8 @@ def fit_augmented(
 ) -> History:
     """Train the head on augmented images through the frozen backbone. Arguments as for `fit_head`.
 
-    The backbone runs as inference, on as many batches at a time as fit into a wide one (`Loader.wide`), and on the
-    validation images only once.
+    The backbone runs as inference: on as many training batches at a time as fit into a batch for inference
+    (`Loader.wide`), and on the validation images only once.
     """
     freeze_to(model, HEAD)
     loader, seed, head = data.loader, derive_seed(data.seed, "train_augmented"), model.head

@@ -34,7 +34,7 @@ def batch_loss(model: nn.Module, batch: Batch, loss: nn.Module) -> torch.Tensor:
 def train_batch(
     model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, loss: nn.Module, scaler: Any = None
 ) -> torch.Tensor:
-    """One step of the optimizer; returns the batch's loss, on the device. ``scaler``: a `grad_scaler`, if enabled."""
+    """One step of the optimizer; returns the batch's loss, on the device. ``scaler``: a `grad_scaler`."""
     value = batch_loss(model, batch, loss)
     optimizer.zero_grad(set_to_none=True)
     if scaler is None:

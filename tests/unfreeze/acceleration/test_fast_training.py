@@ -148,6 +148,16 @@ def test_frozen_layers_are_inference() -> None:
     assert counts["mkldnn::_convolution_pointwise"] == len(frozen) > 15
 
 
+@requires_bf16
+def test_frozen_layers_train_on_without_the_private_convolutions(changed_convolutions: None) -> None:
+    model, images = classifier("timm:test_efficientnet", 1)
+    expected = step(model, images, half=True)
+    with fast_training(model.backbone, images):
+        ours = step(model, images, half=True)
+    assert ours.gradients.keys() == expected.gradients.keys()
+    torch.testing.assert_close(ours.logits, expected.logits, rtol=0.1, atol=0.1)
+
+
 def test_afterwards_the_network_is_as_it_was() -> None:
     model, images = classifier("timm:tf_efficientnet_lite0", 1)
     with pytest.raises(KeyboardInterrupt), fast_training(model.backbone, images):
