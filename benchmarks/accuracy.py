@@ -12,6 +12,7 @@ not meaningful.
 import argparse
 import dataclasses
 import json
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -66,15 +67,23 @@ def main() -> None:
                 found = side.submit(run, key["method"], works[text].result(), key["seed"]).result()
             return {**key, **found, "jobs": chosen.jobs, "machine": machine()}
 
-        for done in as_completed([pool.submit(run_apart, *one) for one in missing]):
-            try:
-                rows.append(row := done.result())
-            except Exception as error:  # the other runs continue
-                print(f"failed: {error!r}", flush=True)
-                continue
-            chosen.out.write_text(json.dumps(rows, indent=1) + "\n")
-            print(f"{row['set']}, {row['method']}, seed {row['seed']}: {_shown(row)}", flush=True)
+        runs = {pool.submit(run_apart, *one): one[1] for one in missing}
+        failed = 0
+        try:
+            for done in as_completed(runs):
+                name = "{set}, {method}, seed {seed}".format(**runs[done])
+                if error := done.exception():  # the other runs continue
+                    failed += 1
+                    print(f"{name} failed: {error!r}", flush=True)
+                    continue
+                rows.append(done.result())
+                chosen.out.write_text(json.dumps(rows, indent=1) + "\n")
+                print(f"{name}: {_shown(done.result())}", flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)  # after Ctrl-C, the runs that have not started are left out
     print("\n".join(table([row for row in rows if row["size"] == chosen.image_size])))
+    if failed:
+        sys.exit(f"{failed} runs failed.")
 
 
 def _changes(text: str, chosen: argparse.Namespace) -> list[str]:

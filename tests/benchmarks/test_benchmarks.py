@@ -81,6 +81,20 @@ def test_accuracies_are_noted_run_by_run_and_go_on_where_they_stopped(
     assert json.loads(out.read_text()) == rows
 
 
+@pytest.mark.long
+def test_a_run_that_fails_is_named_and_the_others_are_noted(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "accuracy.json"
+    words = ["--set", f"nothing={tmp_path / 'none'}", "--set", f"photos={work.source} {' '.join(TINY)}", "--jobs", "2"]
+    words += ["--methods", "logistic regression", "--image-size", "32", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["accuracy", *words])
+    with pytest.raises(SystemExit, match="1 runs failed"):
+        accuracy.main()
+    assert [row["set"] for row in json.loads(out.read_text())] == ["photos"]
+    assert "nothing, logistic regression, seed 0 failed: UserError" in capsys.readouterr().out
+
+
 def test_choices_are_judged_with_every_seed_on_validation_images(work: Work, tmp_path: Path) -> None:
     change = "train.label_smoothing=0.9 batch_size=8"
     rows = choices.compare(work.source, tmp_path, ["train_head.epochs=10", change], 2, "train_head", 1, [])
