@@ -2,6 +2,7 @@
 `unfreeze reproduce`, `unfreeze publish`."""
 
 import argparse
+import gc
 import os
 import select
 import signal
@@ -25,11 +26,16 @@ def main(arguments: list[str] | None = None) -> int:
 
     if arguments is None:
         start_in_utf8()
+        # Importing torch and timm creates half a million objects, which the collector would traverse again and again.
+        gc.set_threshold(50_000)
     set_environment()
     chosen = _parser().parse_args(arguments)
     try:
         code = int(chosen.command(chosen))
         print(end="", flush=True)
+        if arguments is None and chosen.command in (_check, _predict):
+            sys.stderr.flush()
+            os._exit(code)  # a regular exit takes seconds to clean up torch's modules
         return code
     except UserError as error:
         sentence = str(error)
@@ -155,22 +161,27 @@ def _run_alone(chosen: argparse.Namespace) -> int:
 
     overrides = _overrides(chosen)
     text = with_overrides("params.yaml", overrides) if overrides else ""
-    if overrides and text != read_text("params.yaml"):
+    changes = bool(overrides) and text != read_text("params.yaml")
+    if changes:
         with alone("step", GRACE):  # wait: a step of `dvc repro` may hold the lock
             check_for(overrides)(parse_text(text))
     else:
         check_images(load_settings())
     _check_surroundings()
 
-    from flows.prefect_server import go_on_without, is_away, prefect_server
+    from flows.passes import up_to_date
+    from flows.prefect_server import go_on_without, has_server, is_away, prefect_server
     from flows.publish import what_waits
     from flows.recipe import recipe
     from flows.stage import StageFailed
     from flows.summary import print_steps, print_summary
+    from pipeline.process.forkserver import warm_process
 
     try:
-        with prefect_server():
-            outcomes = recipe(overrides, until=chosen.until)
+        outcomes = {} if changes or has_server() else up_to_date(chosen.until)
+        if not outcomes:
+            with warm_process(), prefect_server():
+                outcomes = recipe(overrides, until=chosen.until)
         if chosen.until == "register":
             print_summary(outcomes)
         else:

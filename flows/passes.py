@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 import psutil
@@ -38,6 +38,51 @@ from pipeline.tracking.tracker import ADDRESS, DOOR, PASS, Delivery, begin_journ
 from unfreeze.data.samples import link_sample
 from unfreeze.settings.schema import flatten, load_settings
 
+NOTHING = "Nothing to run: all %d steps are up to date."
+
+
+def up_to_date(until: str) -> dict[str, Outcome]:
+    """Outcomes of a pass that would run nothing, found without Prefect; empty if there is something to do.
+
+    Args:
+        until: the last step of the pass.
+
+    Raises:
+        UserError: DVC cannot tell what has changed.
+    """
+    steps = STAGES[: STAGES.index(until) + 1]
+    if not all(artifact(step, "metrics.json").exists() for step in steps):
+        return {}  # without asking DVC, which takes a second
+    if SAME_PASS in os.environ or waiting_here() or dvc.to_push():
+        return {}
+    if find_stale(lambda text, *values: print(f"unfreeze: {text % values}", file=sys.stderr)) & set(steps):
+        return {}
+    print(NOTHING % len(steps))
+    return {step: Outcome(ran=False) for step in steps}
+
+
+def find_stale(warn: Callable[..., None]) -> set[str]:
+    """Names of the stages that DVC finds changed, after what an interruption has left incomplete is removed.
+
+    Args:
+        warn: logs a warning, as `logging.Logger.warning`.
+
+    Raises:
+        UserError: DVC cannot tell what has changed.
+    """
+    source = load_settings().data.source
+    link_sample(source)
+    link_source(source)
+    adopt_files()
+    for path in drop_torn():
+        warn(TORN, path)
+    try:
+        return dvc.stale_stages()
+    except dvc.DamagedLock as error:
+        aside = dvc.put_lock_aside()
+        warn("%s It was moved to %s; the results that it listed are restored from the cache.", mask(str(error)), aside)
+        return dvc.stale_stages()
+
 
 def begin() -> Plan:
     """Start a pass: check the settings, ask DVC for stale stages, set the key of the pass and the terminal.
@@ -47,19 +92,7 @@ def begin() -> Plan:
     """
     settings = load_settings()
     check_images(settings)
-    link_sample(settings.data.source)
-    link_source(settings.data.source)
-    adopt_files()
-    for path in drop_torn():
-        get_run_logger().warning(TORN, path)
-    try:
-        stale = dvc.stale_stages()
-    except dvc.DamagedLock as error:
-        aside = dvc.put_lock_aside()
-        get_run_logger().warning(
-            "%s It was moved to %s; the results that it listed are restored from the cache.", mask(str(error)), aside
-        )
-        stale = dvc.stale_stages()
+    stale = find_stale(get_run_logger().warning)
     first = min((STAGES.index(stage) for stage in stale), default=len(STAGES))
     run = current()
     os.environ[PASS] = os.environ.pop(SAME_PASS, "") or f"flow-{run.id if run else uuid.uuid4()}"
@@ -96,7 +129,7 @@ def finish(outcomes: Mapping[str, Outcome], plan: Plan, status: str, pushing: Pu
         journal = begin_journal("", flatten(load_settings()), {})
         conclude(journal, tuple(outcomes), status)
     elif status == "FINISHED":
-        log.info("Nothing to run: all %d steps are up to date.", len(outcomes))
+        log.info(NOTHING, len(outcomes))
     if ran and status == "FINISHED":
         settle()  # files that DVC cached after the last step
     if waiting_here():

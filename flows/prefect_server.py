@@ -76,6 +76,13 @@ def _is_api(url: str) -> bool | None:
     return response.text.strip() == "true"
 
 
+def has_server() -> bool:
+    """Whether the user has set the address of a Prefect server."""
+    from prefect.settings import PREFECT_API_URL
+
+    return bool(PREFECT_API_URL.value())
+
+
 @contextmanager
 def prefect_server() -> Iterator[None]:
     """Provide a Prefect server for the flow in the block: the user's, or a temporary one, which is stopped when it
@@ -84,9 +91,7 @@ def prefect_server() -> Iterator[None]:
     Raises:
         UserError: the temporary server does not start.
     """
-    from prefect.settings import PREFECT_API_URL
-
-    if PREFECT_API_URL.value():
+    if has_server():
         yield
         return
     from prefect.events.worker import EventsWorker
@@ -159,9 +164,8 @@ def _not_started() -> UserError:
 def is_away(error: BaseException) -> bool:
     """Whether a flow failed because the Prefect server named by the user does not answer."""
     from httpx import HTTPStatusError, TransportError
-    from prefect.settings import PREFECT_API_URL
 
-    if not PREFECT_API_URL.value():
+    if not has_server():
         return False
     seen: list[BaseException] = []
     cause: BaseException | None = error

@@ -46,8 +46,8 @@ LONGEST = 108
 
 @contextlib.contextmanager
 def warm_process() -> Iterator[None]:
-    """Run the forkserver while the block runs; on Linux only."""
-    if not sys.platform.startswith("linux"):
+    """Run the forkserver while the block runs; on Linux only. A block in such a block uses the same one."""
+    if ADDRESS in os.environ or not sys.platform.startswith("linux"):
         yield
         return
     with tempfile.TemporaryDirectory(prefix="unfreeze-") as folder:
