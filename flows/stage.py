@@ -17,6 +17,7 @@ from prefect.states import Completed
 from flows import dvc
 from flows.owner import is_taken, stop_if_taken
 from flows.prefect_links import publish_links
+from flows.prefect_server import has_server
 from pipeline.exit_codes import LESS_MEMORY, USER_ERROR
 from pipeline.process.secrets import mask
 from pipeline.tracking.tracker import PASS
@@ -108,6 +109,10 @@ def run_stage(task: Task[[Plan], Any], plan: Plan) -> Outcome:
     """Run a stage's task; returns its outcome. Raises the task's error, or Abort if another worker owns the run."""
     stop_if_taken()
     start = time.monotonic()
+    if not has_server():
+        # A task with tags asks for their concurrency limits, which a temporary server does not have. With SQLite, the
+        # answer is often 503 (the database is locked), and the client waits for two seconds before it asks again.
+        task = task.with_options(tags=[])
     state = task(plan, return_state=True)
     if state.is_failed() or state.is_crashed() or state.is_cancelled():
         stop_if_taken()
