@@ -83,7 +83,8 @@ def test_a_step_dies_with_whoever_waits_for_it(folder: Path) -> None:
 
 def test_the_warm_process_and_its_step_die_with_the_flow(folder: Path) -> None:
     code = "import os, time, pipeline.process.forkserver as w\nwith w.warm_process():\n print(os.environ[w.ADDRESS], flush=True); time.sleep(99)"
-    flow = subprocess.Popen([sys.executable, "-c", code], cwd=folder, stdout=subprocess.PIPE, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != ADDRESS}
+    flow = subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
     assert flow.stdout is not None
     address = flow.stdout.readline().strip()
     children = psutil.Process(flow.pid).children()
@@ -106,11 +107,18 @@ def test_the_folder_for_temporary_files_may_have_a_long_name(
     long = tmp_path / ("t" * 96)
     long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
-    monkeypatch.setenv(ADDRESS, os.environ[ADDRESS])  # so that it is restored afterwards
+    monkeypatch.delenv(ADDRESS)
     with warm_process():
         assert len(os.environ[ADDRESS]) > LONGEST
         output, _ = start(folder, "pass").communicate(timeout=180)
         assert output.endswith("True\n")  # torch is already imported: the process is warm
+
+
+def test_a_warm_process_in_the_block_of_another_is_the_same_one(folder: Path) -> None:
+    address = os.environ[ADDRESS]
+    with warm_process():
+        assert os.environ[ADDRESS] == address
+    assert os.environ[ADDRESS] == address
 
 
 def test_without_a_warm_process_a_step_runs_in_its_own(folder: Path) -> None:
