@@ -84,7 +84,9 @@ def test_a_step_dies_with_whoever_waits_for_it(folder: Path) -> None:
 def test_the_warm_process_and_its_step_die_with_the_flow(folder: Path) -> None:
     code = "import os, time, pipeline.process.forkserver as w\nwith w.warm_process():\n print(os.environ[w.ADDRESS], flush=True); time.sleep(99)"
     environment = {name: value for name, value in os.environ.items() if name != ADDRESS}
-    flow = subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+    flow = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+    )
     assert flow.stdout is not None
     address = flow.stdout.readline().strip()
     children = psutil.Process(flow.pid).children()
