@@ -265,7 +265,7 @@ class Servers:
 
 
 def program(name: str, install: str) -> Path:
-    """Path of a program. Raises UserError with the command that installs it."""
+    """Path of a program. If it is not installed, raises UserError with the command that installs it."""
     beside = Path(sys.executable).parent / name
     if found := str(beside) if beside.exists() else shutil.which(name):
         return Path(found)

@@ -24,8 +24,8 @@ def check_images(settings: Settings) -> pd.DataFrame:
     """Check the images, the device and the location of shared checkpoints, without decoding an image.
 
     The images can be listed, watched by DVC and split, and the share of unreadable headers in a sample is not
-    significantly greater than `data.max_broken`. CUDA works if it is required. The location of shared checkpoints can
-    be opened.
+    significantly greater than `data.max_broken`. CUDA works if it is required. If `checkpoint.share` is set,
+    it is a valid address, and its driver is installed.
 
     Returns:
         The images, as `read_source` lists them.

@@ -101,7 +101,7 @@ def recipe(
         except Abort:  # the pass belongs to another worker, which sets its final state
             status = ""
             raise
-        # Prefect's SIGTERM handler raises TerminationSignal; its logging, if the worker has ended, SystemExit.
+        # Prefect's SIGTERM handler raises TerminationSignal; Prefect's logging raises SystemExit if the worker ended.
         except (KeyboardInterrupt, TerminationSignal, SystemExit):
             status = "KILLED"
             hush()
@@ -116,7 +116,7 @@ def recipe(
 
 
 def _write(settings: dict[str, Any] | list[str] | None, settings_file: str | None) -> None:
-    """Write the settings of this run into `params.yaml`; those of `unfreeze run`, a list, have been checked."""
+    """Write the settings of this run into `params.yaml`. A list, from `unfreeze run`, has been checked before."""
     with alone("step", GRACE):  # the other process may be a step of `dvc repro`
         if isinstance(settings, list):
             apply_overrides("params.yaml", settings)

@@ -4,7 +4,7 @@ USER_ERROR = 2
 """Exit code of a step that ended with a `UserError`, which a retry would not fix."""
 
 WORTH_A_RETRY = 1
-"""Exit code of a step that ended with a transient error."""
+"""Exit code of a step that ended with a transient or an unexpected error, or that ran out of memory."""
 
 STOPPED = 143
 """Exit code of a step that was asked to stop."""

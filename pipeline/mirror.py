@@ -77,7 +77,7 @@ def check_share(share: str | None) -> None:
 
 
 def _open(place: str) -> tuple[Any, str]:
-    """The file system and path of a location; beside DVC's remote it is the remote's, with DVC's credentials."""
+    """File system and path of a location; beside DVC's remote, the remote's file system, with DVC's credentials."""
     beside, url = shared_place(None), (default_remote() or "").rstrip("/")
     if beside and "://" in beside and f"{place}/".startswith(f"{beside}/"):
         fs, path = open_remote(url)
@@ -195,7 +195,7 @@ class Mirror:
 
     @contextlib.contextmanager
     def _as_they_are(self) -> Iterator[dict[Path, Path]]:
-        """Hard links to the current checkpoints; a newer one, whose other files are not copied yet, is not sent."""
+        """Hard links to the current checkpoints. A checkpoint that is written meanwhile is sent the next time."""
         names: dict[Path, Path] = {}
         kept = self._scratch / ".sharing"
         shutil.rmtree(kept, ignore_errors=True)

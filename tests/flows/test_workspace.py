@@ -103,7 +103,7 @@ def test_what_outlives_a_workspace_is_shared(origin: Path, tmp_path: Path) -> No
     (first / dvc.TO_PUSH).touch()
     assert (second / ROOT / "waits").exists() and (second / dvc.TO_PUSH).exists()
     assert os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{home()}/mlflow.db"
-    # DVC does not read images again that it has hashed for an earlier run. Here they change without being noticed.
+    # DVC does not hash an image again if its size and time are unchanged. Here only the content changes.
     for folder, content in ((first, b"12"), (second, b"34")):
         image.write_bytes(content)
         os.utime(image, (1e9, 1e9))

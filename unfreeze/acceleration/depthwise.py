@@ -1,8 +1,8 @@
 """Depthwise convolutions with faster gradients on a CPU.
 
 oneDNN has fast kernels for the forward pass, and for the gradient of weights that are at most three columns wide. For
-wider weights, and in bfloat16 for the gradient of a strided convolution's input, it falls back to plain loops, which
-take ten to fifty times as long as the forward pass. Here both gradients are computed with oneDNN's fast kernels.
+wider weights without a stride, and in bfloat16 for the gradient of a strided convolution's input, it falls back to
+plain loops, which take ten to fifty times as long as the forward pass. Here both gradients are computed with oneDNN's fast kernels.
 """
 
 from typing import Any
@@ -23,8 +23,8 @@ def slow_to_train(conv: nn.Conv2d, half: bool) -> bool:
 
     Args:
         conv: any convolution.
-        half: whether in bfloat16, in which strides are slow too; in float32 oneDNN has fast kernels for them, of any
-            width.
+        half: whether in bfloat16, in which strided convolutions are slow too. In float32, oneDNN has fast kernels for
+            strided convolutions of any width.
     """
     per_channel = conv.groups == conv.in_channels > 1
     return per_channel and _computed(conv) and (conv.kernel_size[1] > COLUMNS if conv.stride == (1, 1) else half)

@@ -33,7 +33,8 @@ def fast_training(network: nn.Module, images: torch.Tensor) -> Iterator[None]:
 
     Modules keep their parameters, buffers and names, so optimizers and checkpoints are not affected. To copy the
     network in the block use `frozen_copy`: a copy by `copy.deepcopy` would compute with the weights of the original.
-    On a CPU that computes in bfloat16, frozen layers do so too: run the network under `unfreeze.device.autocast`.
+    On a CPU that computes in bfloat16, frozen layers are replaced by bfloat16 operations, so run the network under
+    `unfreeze.device.autocast`.
 
     The network is run once to find which modules follow one another. If its output differs afterwards, only
     depthwise convolutions are accelerated. On other devices nothing changes, because the speed was not measured there.

@@ -137,7 +137,9 @@ def batches_per_epoch(images: int, batch_size: int) -> int:
 def shuffled(
     rows: NDArray[np.int64], batch_size: int, seed: int, epoch: int, probabilities: NDArray[np.float64] | None = None
 ) -> list[NDArray[np.int64]]:
-    """One epoch's batches of row numbers, in a different order each epoch; an incomplete last batch is dropped.
+    """One epoch's batches of row numbers, in a different order each epoch.
+
+    An incomplete last batch is dropped, unless it is the only one.
 
     With ``probabilities`` (N,), one for each row, N rows are drawn with replacement, as by torch's
     `WeightedRandomSampler`.

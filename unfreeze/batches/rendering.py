@@ -164,7 +164,7 @@ def render(
 
 
 def _lighting(views: Views, norm: Normalisation) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Factor and offset that light and normalise byte values, for each image and channel, (B, 3) each.
+    """Factor and offset, (B, 3) each, that apply brightness and contrast to byte values and normalise them.
 
     ((p/255 - 1/2) * gain + 1/2 + shift - mean) / std as one multiply-add.
     """

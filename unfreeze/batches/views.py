@@ -5,7 +5,7 @@ so that a view is warped once (`unfreeze.batches.rendering`), not once per trans
 with NumPy from a generator that the caller seeds: the same seed gives the same views on every device.
 
 Coordinates are in pixels of the packed image, x to the right, y down, pixel centres at whole numbers. A view's matrix
-maps the offset of an output pixel from the centre of the output square to a place in the image.
+maps the offset of an output pixel from the centre of the output square to a position in the image.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class Views:
 
     Attributes:
         rows: (B,) row numbers of the packed images.
-        linear: (B, 2, 2) linear part of the map from output offsets (x, y) to image places.
+        linear: (B, 2, 2) linear part of the map from output offsets (x, y) to positions in the image.
         centre: (B, 2) where in the image (x, y) the centre of the output square lies.
         gain: (B,) factor on pixel values around mid-grey (contrast).
         shift: (B,) offset added afterwards, as a share of full white (brightness).

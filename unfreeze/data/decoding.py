@@ -34,7 +34,7 @@ MAX_ASPECT = 20
 MAX_HELD = 2**28
 """Largest file in bytes that is read as a whole; decoders map parts of larger ones (long multi-page TIFFs)."""
 FAINT = 16
-"""Opacity, of 255, below which a pixel is invisible; also the smallest range of a colour channel in a picture."""
+"""Alpha value, of 255, below which a pixel counts as transparent; also the smallest range of a colour channel in a picture."""
 EDGE = 1 / 16
 """Width of the border that is ignored when looking for opaque pixels, as a share of width and height."""
 HIDDEN = "completely transparent: shown as if opaque"

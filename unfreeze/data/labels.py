@@ -25,7 +25,7 @@ def look_alikes(labels: Iterable[str]) -> list[str]:
 
 
 def _plain(label: str) -> str:
-    """A label without inconspicuous differences: blanks, hyphens, invisible characters, and the notation of numbers."""
+    """Label in normal form: Unicode NFKC, no invisible characters, one blank between words, numbers as floats."""
     text = "".join(c for c in unicodedata.normalize("NFKC", label) if unicodedata.category(c) != "Cf")
     return repr(float(text)) if NUMBER.fullmatch(text.strip()) else re.sub(r"[\s_-]+", " ", text).strip()
 

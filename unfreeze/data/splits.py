@@ -30,7 +30,7 @@ def assign_splits(
             duplicates) of each image.
         valid, test: shares of these splits in the images to be split, for each class.
         seed: of the order in which clusters are assigned.
-        pairs: positions in the table of images that must stay together as well, such as near duplicates.
+        pairs: pairs of positions in the table. The images of a pair, such as near duplicates, stay together too.
 
     Returns:
         Names of splits, with the table's index.

@@ -148,7 +148,7 @@ def _predict_views(
     views: int,
     kept: ResumableFile | None,
 ) -> tuple[NDArray[np.int64], Probabilities]:
-    """Number of each view's image (V,); and a row of probabilities for each view, then for each plain image."""
+    """Index in ``rows`` of each view's image (V,); a row of probabilities for each view, then for each plain image."""
     sizes = loader.packed.sizes[rows]
     plans = [tta_views(size, loader.packed.image_size, augment, views) for size in sizes]
     linear = np.concatenate([linear for linear, _ in plans])

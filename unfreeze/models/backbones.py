@@ -152,7 +152,7 @@ def _sizes_near(library: str, short: str, image_size: int) -> list[int]:
 
 
 def _try(backbone: Backbone) -> torch.Tensor:
-    """Activations (1, F) of an image that is dark on one side and bright on the other."""
+    """Activations (1, F) of an image whose values rise from -2 to 2, through channels and rows."""
     side = backbone.image_size
     with torch.no_grad():
         activations = backbone.eval()(torch.linspace(-2, 2, 3 * side * side).reshape(1, 3, side, side))

@@ -19,8 +19,7 @@ class Interruption:
 
     Attributes:
         asked: whether a stop was requested.
-        deferred: whether a training is running that checks the flag, and stops after its current batch and a
-            checkpoint.
+        deferred: whether a training is running. It checks the flag after each batch, writes a checkpoint, and stops.
     """
 
     asked: bool = False

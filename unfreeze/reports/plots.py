@@ -16,7 +16,7 @@ from matplotlib.font_manager import fontManager
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart.
+# Okabe and Ito's colour-blind safe palette, and a grey.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
     "#0072B2",
     "#E69F00",

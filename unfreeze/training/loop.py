@@ -90,7 +90,7 @@ def make_optimizer(groups: list[dict[str, Any]], train: Train) -> torch.optim.Op
     graphs = device.type == "cuda" and not half  # a CUDA graph reads rates and step counts from GPU memory
     groups = [group | {"lr": torch.zeros((), device=device) if graphs else 0.0} for group in groups]
     if train.optimizer == "sgd":
-        # Not fused with a gradient scaler: if that skips the first step, fused SGD leaves its momentum uninitialized.
+        # Fused only without a gradient scaler: if it skips the first step, fused SGD leaves momentum uninitialized.
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=train.weight_decay, fused=not half)
     return torch.optim.AdamW(groups, lr=0.0, weight_decay=train.weight_decay, fused=True, capturable=graphs)
 
