@@ -72,7 +72,7 @@ def look_at_some(table: pd.DataFrame, data: Data) -> tuple[int, list[str]]:
 
 
 def check_all(settings: Settings) -> pd.DataFrame:
-    """Check as `check_images`, and that network and weights exist and accept this image size. Raises UserError."""
+    """`check_images`, and a check that network and weights exist and fit the image size. Raises UserError."""
     from unfreeze.models.backbones import check_backbone
 
     table = check_images(settings)

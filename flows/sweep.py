@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(".unfreeze/sweep")
 STORAGE = "UNFREEZE_SWEEP_STORAGE"
-"""Environment variable: SQLAlchemy address of the database of studies; by default a file in `ROOT`."""
+"""Environment variable: SQLAlchemy URL of Optuna's storage; by default an SQLite file in `ROOT`."""
 PAUSE = 2.0
 """Seconds between two checks of the trials."""
 PATIENCE = 60.0

@@ -43,7 +43,8 @@ def register(run: Run, register: Register) -> dict[str, float]:
 def _confusion(path: Path) -> tuple[NDArray[np.int64], list[str]]:
     """The confusion matrix (C, C) and the names of the classes.
 
-    The first row is read as data: as a header, pandas would rename a class `true`, because the corner cell is `true`.
+    The header is read as a row of data: pandas would otherwise rename a class called `true`, because the corner cell
+    also contains `true`, and column names must be unique.
     """
     table = pd.read_csv(path, header=None, dtype=str, keep_default_na=False)
     return table.iloc[1:, 1:].to_numpy().astype(np.int64), list(table.iloc[0, 1:])

@@ -160,7 +160,7 @@ def _seconds(run: Run, least: float) -> float:
 
 
 def ours(scale: Scale, data: Path) -> Iterator[Row]:
-    """Images per second of the recipe's functions, on packed images on disk; the first epoch is a warm-up."""
+    """Images per second of the recipe's functions (after a warm-up), and seconds for copies of network and pixels."""
     for speed in reversed(scale.speeds):
         seed_everything(0)
         name = f"{speed.network} batch {speed.batch}"

@@ -17,7 +17,7 @@ class GitError(Exception):
 def git(*words: str, folder: Path | str = ".") -> str:
     """Run a Git command in a folder; returns its output.
 
-    Git does not prompt for a password; if a server requires one, the command fails.
+    Git does not prompt for a password; if a server requires one and no credential helper has it, the command fails.
 
     Raises:
         GitError: it failed, or is not installed.

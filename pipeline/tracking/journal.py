@@ -82,7 +82,7 @@ class Journal:
             self._file.truncate(self._size)
 
     def keep(self, path: Path, text: bool = False) -> str:
-        """Copy a file into the journal, with secrets masked in text files; returns its name there."""
+        """Copy a file into the journal, with secrets masked if ``text``; returns the relative path of the copy."""
         number = len(list((self.folder / "files").iterdir()))
         copy = self.folder / "files" / str(number) / path.name
         copy.parent.mkdir()

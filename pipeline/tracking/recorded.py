@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.tracking.local_store import files_of
 from pipeline.tracking.sender import PASS_TAG, STAGE_TAG, address, client, reaching
 from unfreeze.errors import UserError
 
@@ -95,11 +96,14 @@ def _weights_digest(mlflow: Any, version: Any, folder: str) -> str | None:
 
 
 def prepare_experiment() -> None:
-    """Create the environment's experiment if it is missing: its artifacts are then stored in this process's folder."""
+    """Create the experiment that `MLFLOW_EXPERIMENT_NAME` names, if it is missing.
+
+    Without an MLflow server, its artifacts are stored in this workspace's folder of files.
+    """
     mlflow, name = client(), os.environ["MLFLOW_EXPERIMENT_NAME"]
     with reaching():
         if mlflow.get_experiment_by_name(name) is None:
-            mlflow.create_experiment(name)
+            mlflow.create_experiment(name, files_of(name))
 
 
 @dataclass(frozen=True)

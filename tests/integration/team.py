@@ -44,7 +44,7 @@ CASES: dict[str, Callable[..., None]] = {}
 
 
 def case(function: Callable[..., None]) -> Callable[..., None]:
-    """Register a case. The first line of its docstring is its name, and begins with its letter."""
+    """Register a case under the first character of its docstring, by which ``--cases`` selects it."""
     CASES[(function.__doc__ or "")[0]] = function
     return function
 

@@ -2,7 +2,8 @@
 
 oneDNN has fast kernels for the forward pass, and for the gradient of weights that are at most three columns wide. For
 wider weights without a stride, and in bfloat16 for the gradient of a strided convolution's input, it falls back to
-plain loops, which take ten to fifty times as long as the forward pass. Here both gradients are computed with oneDNN's fast kernels.
+plain loops, which take ten to fifty times as long as the forward pass. Here both gradients are computed with oneDNN's
+fast kernels.
 """
 
 from typing import Any

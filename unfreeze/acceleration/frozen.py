@@ -61,7 +61,7 @@ class StandIn:
 
 
 class ConvAct(nn.Module):
-    """A convolution, the addition of another tensor, if any, and an activation.
+    """A convolution, optionally the addition of another tensor, and an activation.
 
     Attributes:
         into: whether the result may overwrite the added tensor.
@@ -97,7 +97,8 @@ class OneDNNConvAct(nn.Module):
         self.edges = edges(conv, shape[2:])
         before, after = self.edges[::2][::-1], self.edges[1::2][::-1]  # of height and width
         if conv.dilation == (1, 1) and all(0 <= b <= a for b, a in zip(before, after, strict=True)):
-            # Zero rows and columns before the kernel's own make the padding symmetric: oneDNN pads without a copy.
+            # The kernel gets zero rows at the top and zero columns on the left, so that the padding becomes symmetric:
+            # oneDNN then pads by itself, without a copy of the input.
             (top, left), padding = (a - b for b, a in zip(before, after, strict=True)), list(after)
             self.zeros, self.edges = (left, 0, top, 0), (0, 0, 0, 0)
         else:

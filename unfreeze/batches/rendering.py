@@ -108,7 +108,7 @@ def read_pixels(packed: PackedImages, views: Views) -> BatchPixels:
 
 
 def find_pixels(values: torch.Tensor, packed: PackedImages, views: Views) -> BatchPixels:
-    """The same if ``values`` (P, 3) holds the pixels of all images, which follow one another."""
+    """As `read_pixels`, but from ``values`` (P, 3): the packed pixels of all images, one after another."""
     first, width = packed.offsets[views.rows] // 3, packed.sizes[views.rows, 0]
     return BatchPixels(values, first, width, np.zeros((len(views), 2), np.int64))
 

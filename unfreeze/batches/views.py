@@ -105,7 +105,7 @@ def random_views(
     scale = 1 / rng.uniform(1, augment.zoom, count)
     rotation = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], 1).reshape(-1, 2, 2)
     linear = (rotation * scale[:, None, None]) @ flip
-    # The crop's centre keeps the unrotated crop inside the image; corners that a rotation turns out are mirrored.
+    # The centre is drawn so that the crop is inside the image before rotation; beyond its edges pixels are mirrored.
     half = (scale * (image_size - 1) / 2)[:, None]
     centre = rng.uniform(half, np.maximum(sizes - 1 - half, half))
     gain = np.exp(rng.uniform(-augment.lighting, augment.lighting, count))

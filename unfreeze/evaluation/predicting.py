@@ -194,7 +194,7 @@ def backbone_activations(backbone: Backbone, loader: Loader, first: int = 0) -> 
     Args:
         backbone: the network.
         loader: of the packed images.
-        first: number of the image to begin with, the first of its batch.
+        first: number of the first image (from 0); a multiple of ``loader.wide``, where a batch begins.
 
     Yields:
         (B, F) in the order of the images; the activations of an image do not depend on ``first``.

@@ -26,7 +26,7 @@ class Logits(nn.Linear):
         self.register_buffer("temperature", torch.ones(()))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
-        """Logits (B, C), float32, of (B, F)."""
+        """Logits (B, C) in float32 for activations (B, F); in eval mode divided by the temperature."""
         with torch.autocast(input.device.type, enabled=False):
             logits = super().forward(input.float())
         return logits if self.training else logits / self.temperature

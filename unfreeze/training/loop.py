@@ -51,7 +51,7 @@ class Callbacks:
     Attributes:
         batches: gets rows of ``iteration``, ``rate`` and ``loss``, of several batches at once.
         epoch: gets a row at the end of each epoch, after validation.
-        cycle: gets a cycle's number (from 0) at its end, while the model has its weights.
+        cycle: called at the end of each cycle with its number (from 0); the model then has that cycle's weights.
         resumed: gets the progress that an earlier process has made.
         checkpoint: where to save the training's state, and to resume from; a resumed training ends with the same
             weights, bit for bit, as one that was never interrupted.

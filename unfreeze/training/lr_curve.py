@@ -68,8 +68,8 @@ def make_curve(rates: Floats, losses: Floats, starting: Floats) -> pd.DataFrame:
 def _weights(batches: int) -> Floats:
     """Weights (n, n) of a Gaussian moving average; row i is centred at batch i.
 
-    The standard deviation is a thirtieth of the sweep. Unlike a running mean it has no lag. In a sweep of few batches a
-    lag could shift the minimum by an order of magnitude, which is as far as `pick_rate` goes below the minimum.
+    The standard deviation is a thirtieth of the sweep. Unlike a running mean, this average has no lag: in a sweep of
+    few batches, a lag could shift the minimum by a factor of ten, the factor by which `pick_rate` goes below it.
     """
     width = max(1.0, batches / 30)
     at = np.arange(batches)

@@ -312,7 +312,7 @@ def test_the_check_leaves_tied_modules_as_they_were() -> None:
 
 
 def test_a_stem_that_sees_one_pixel_of_few_channels_can_be_trained() -> None:
-    """PyTorch 2.15 has a segmentation fault in float32. RepVGG, MobileOne and FastViT begin with such a stem."""
+    """Its float32 weight gradient crashes in PyTorch 2.15 (SIGSEGV). RepVGG, MobileOne and FastViT have such stems."""
     stem = nn.Conv2d(3, 48, 1, 2, bias=False).to(memory_format=torch.channels_last)
     images = torch.randn(4, 3, 96, 96).contiguous(memory_format=torch.channels_last)
     expected = torch.einsum("bchw->c", images[:, :, ::2, ::2]).expand(48, 3)
