@@ -134,12 +134,8 @@ def finish(outcomes: Mapping[str, Outcome], plan: Plan, status: str, pushing: Pu
         settle()  # files that DVC cached after the last step
     if waiting_here():
         Delivery(journal, log.warning).close()
-    if (
-        status == "FINISHED"
-        and "register" in outcomes
-        and outcomes["register"].ran
-        and os.environ[DOOR] == "deployment"
-    ):
+    registered = status == "FINISHED" and "register" in outcomes and outcomes["register"].ran
+    if registered and os.environ[DOOR] == "deployment":
         _tell_whether_better()
     if ran and (address := run_address()):
         log.info("MLflow run: %s", address)

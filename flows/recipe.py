@@ -22,31 +22,18 @@ from pipeline.tracking.tracker import SWEEP
 from unfreeze.errors import UserError
 from unfreeze.settings.overrides import apply_overrides, as_overrides, put_back_on_error, read_overrides
 
-ingest = stage_task("ingest", "read every image once: validate, split, pack")
-explore = stage_task("explore", "look at the images: balance, samples, duplicates, leaks")
-precompute = stage_task("precompute", "activations of the frozen backbone", gpu=True)
-lr_find = stage_task("lr_find", "LR range test of the head", gpu=True)
-train_head = stage_task("train_head", "head on precomputed activations", gpu=True)
-train_augmented = stage_task("train_augmented", "head on augmented images", gpu=True)
-unfreeze_lr_find = stage_task("unfreeze_lr_find", "unfreeze, LR range test again", gpu=True)
-train_full = stage_task("train_full", "whole network, SGDR, until over-fitting", gpu=True)
-evaluate = stage_task("evaluate", "TTA, confusion matrix, mistakes", gpu=True)
-retrain = stage_task("retrain", "the same on train + valid, evaluated on test", gpu=True)
-register = stage_task("register", "a registered model version in MLflow")
-
-
 STEPS = (
-    ingest,
-    explore,
-    precompute,
-    lr_find,
-    train_head,
-    train_augmented,
-    unfreeze_lr_find,
-    train_full,
-    evaluate,
-    retrain,
-    register,
+    stage_task("ingest", "read every image once: validate, split, pack"),
+    stage_task("explore", "look at the images: balance, samples, duplicates, leaks"),
+    stage_task("precompute", "activations of the frozen backbone", gpu=True),
+    stage_task("lr_find", "LR range test of the head", gpu=True),
+    stage_task("train_head", "head on precomputed activations", gpu=True),
+    stage_task("train_augmented", "head on augmented images", gpu=True),
+    stage_task("unfreeze_lr_find", "unfreeze, LR range test again", gpu=True),
+    stage_task("train_full", "whole network, SGDR, until over-fitting", gpu=True),
+    stage_task("evaluate", "TTA, confusion matrix, mistakes", gpu=True),
+    stage_task("retrain", "the same on train + valid, evaluated on test", gpu=True),
+    stage_task("register", "a registered model version in MLflow"),
 )
 
 

@@ -51,19 +51,15 @@ def print_summary(outcomes: Mapping[str, Outcome]) -> None:
 
 def print_steps(outcomes: Mapping[str, Outcome]) -> None:
     """Print the steps of a pass."""
-    Console().print(_steps(outcomes))
-
-
-def _metrics(step: str) -> dict[str, float]:
-    return dict(json.loads(artifact(step, "metrics.json").read_text()))
-
-
-def _steps(outcomes: Mapping[str, Outcome]) -> Table:
     table = Table("step", "", "time", "result", title="The recipe", title_justify="left")
     for step, outcome in outcomes.items():
         time = f"{outcome.seconds:.0f} s" if outcome.ran else ""
         table.add_row(step, "ran" if outcome.ran else "cached", time, RESULTS[step].format(**_metrics(step)))
-    return table
+    Console().print(table)
+
+
+def _metrics(step: str) -> dict[str, float]:
+    return dict(json.loads(artifact(step, "metrics.json").read_text()))
 
 
 def _accuracies() -> Table:

@@ -13,9 +13,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import optuna
 import yaml
+from optuna.trial import TrialState
 from rich.console import Console
 from rich.table import Table
 
@@ -28,9 +30,6 @@ from unfreeze.settings.overrides import as_overrides, with_overrides
 from unfreeze.settings.schema import load_settings, parse_section, parse_text, read_text
 from unfreeze.settings.validation import In, OneOf
 from unfreeze.settings.yaml_loader import read_yaml
-
-if TYPE_CHECKING:
-    import optuna
 
 ROOT = Path(".unfreeze/sweep")
 STORAGE = "UNFREEZE_SWEEP_STORAGE"
@@ -72,7 +71,7 @@ Space = dict[str, list[Any] | Range]
 class AtWork:
     """A running trial: Optuna's trial, our process or flow run, its worktree, and the number of reported cycles."""
 
-    optuna: "optuna.trial.Trial"
+    optuna: optuna.trial.Trial
     trial: Trial
     slot: int
     cycles: int = 0
@@ -132,7 +131,7 @@ def sweep(path: Path) -> int:
     study = _study(name, chosen, space, settings.seed)
     trials: LocalTrials | DeployedTrials
     if chosen.deployment:
-        trials = DeployedTrials(name, chosen.deployment, settings)
+        trials = DeployedTrials(name, chosen.deployment)
     else:
         prepare_experiment()
         trials = LocalTrials(name, folder, settings)
@@ -151,9 +150,7 @@ def sweep(path: Path) -> int:
     return _conclude(study, chosen, folder)
 
 
-def _study(name: str, chosen: SweepSettings, space: Space, seed: int) -> "optuna.Study":
-    import optuna
-
+def _study(name: str, chosen: SweepSettings, space: Space, seed: int) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler: optuna.samplers.BaseSampler
     if chosen.sampler == "tpe":
@@ -177,15 +174,13 @@ def _study(name: str, chosen: SweepSettings, space: Space, seed: int) -> "optuna
 
 
 def _search(
-    study: "optuna.Study",
+    study: optuna.Study,
     chosen: SweepSettings,
     space: Space,
     trials: LocalTrials | DeployedTrials,
     at_work: list[AtWork],
 ) -> None:
     """Run trials until the requested number is reached; ``at_work`` lists the running ones."""
-    from optuna.trial import TrialState
-
     left = [trial for trial in study.trials if trial.state == TrialState.RUNNING]
     for frozen in left:  # trials of a search that was killed
         _begin(study, frozen._trial_id, trials, at_work)
@@ -204,10 +199,8 @@ def _search(
                 at_work.remove(one)
 
 
-def _suggest(study: "optuna.Study", space: Space) -> "optuna.trial.Trial | None":
+def _suggest(study: optuna.Study, space: Space) -> optuna.trial.Trial | None:
     """The next trial whose settings have not been tried; None if there is nothing left to try."""
-    from optuna.trial import TrialState
-
     for _ in range(SAME):
         tried = [trial.params for trial in study.trials if "same" not in trial.user_attrs and trial.params]
         trial = study.ask()
@@ -225,10 +218,8 @@ def _suggest(study: "optuna.Study", space: Space) -> "optuna.trial.Trial | None"
     return None
 
 
-def _begin(study: "optuna.Study", id_: int, trials: LocalTrials | DeployedTrials, at_work: list[AtWork]) -> None:
+def _begin(study: optuna.Study, id_: int, trials: LocalTrials | DeployedTrials, at_work: list[AtWork]) -> None:
     """Start one of Optuna's trials, or resume it."""
-    import optuna
-
     trial = optuna.trial.Trial(study, id_)
     slot = trial.user_attrs.get("slot")
     if slot is None:
@@ -241,10 +232,8 @@ def _begin(study: "optuna.Study", id_: int, trials: LocalTrials | DeployedTrials
     at_work.append(AtWork(trial, ours, slot))
 
 
-def _look(study: "optuna.Study", chosen: SweepSettings, one: AtWork) -> bool:
+def _look(study: optuna.Study, chosen: SweepSettings, one: AtWork) -> bool:
     """Check a trial's progress, and stop it if Optuna prunes it; returns whether it has ended."""
-    from optuna.trial import TrialState
-
     ended = one.trial.ended()
     number = f"trial {one.optuna.number + 1}"
     if ended is None:
@@ -254,14 +243,10 @@ def _look(study: "optuna.Study", chosen: SweepSettings, one: AtWork) -> bool:
             print(f"{number}: stopped after cycle {one.cycles}, with a loss worse than the median", flush=True)
             return True
         return False
-    if not ended:
-        study.tell(one.optuna, state=TrialState.FAIL)
-        print(f"{number}: failed", flush=True)
-        return True
-    value = _value(chosen.metric, one.trial.key)
+    value = _value(chosen.metric, one.trial.key) if ended else None
     if value is None:
         study.tell(one.optuna, state=TrialState.FAIL)
-        print(f"{number}: MLflow has no {chosen.metric} for it", flush=True)
+        print(f"{number}: {f'MLflow has no {chosen.metric} for it' if ended else 'failed'}", flush=True)
         return True
     study.tell(one.optuna, value)
     print(f"{number}: {chosen.metric} {value:.4f}", flush=True)
@@ -295,10 +280,8 @@ def _value(metric: str, key: str) -> float | None:
     return None
 
 
-def _conclude(study: "optuna.Study", chosen: SweepSettings, folder: Path) -> int:
+def _conclude(study: optuna.Study, chosen: SweepSettings, folder: Path) -> int:
     """Print the trials, the best first, and write the best one's settings to a file."""
-    from optuna.trial import TrialState
-
     complete = study.get_trials(False, (TrialState.COMPLETE,))
     others = [
         trial

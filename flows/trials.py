@@ -6,11 +6,15 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from uuid import UUID
 
+from prefect.client.orchestration import get_client
+from prefect.deployments import run_deployment
+from prefect.states import Cancelling
+
 from flows import dvc
-from flows.prefect_server import SAME_PASS
+from flows.prefect_server import SAME_PASS, has_server
 from pipeline.process.signals import GRACE
 from pipeline.tracking.tracker import SWEEP
 from unfreeze.data.samples import SAMPLES, link_sample
@@ -22,25 +26,9 @@ LAST = "evaluate"
 """Last step of a trial: trials are rated on validation images, and do not register a model."""
 
 
-class Trial(Protocol):
-    """A running trial.
-
-    Attributes:
-        key: key of its pass, a tag in MLflow.
-    """
-
-    key: str
-
-    def ended(self) -> bool | None:
-        """Whether it succeeded; None while it runs."""
-
-    def stop(self) -> None:
-        """Stop it; when started again, it continues from its checkpoints."""
-
-
 @dataclass
 class LocalTrial:
-    """A pass in a worktree."""
+    """A pass in a worktree; ``key``, the key of the pass, is a tag in MLflow."""
 
     key: str
     process: subprocess.Popen[bytes]
@@ -64,13 +52,7 @@ class LocalTrials:
     """
 
     def __init__(self, study: str, folder: Path, settings: Settings) -> None:
-        """Prepare.
-
-        Args:
-            study: name of the search.
-            folder: folder for worktrees and logs.
-            settings: base settings of the trials.
-        """
+        """Prepare; ``settings`` are the base settings of the trials."""
         self._study, self._folder, self._source = study, folder, settings.data.source
 
     def start(self, number: int, slot: int, settings: Mapping[str, Any], known: str | None) -> LocalTrial:
@@ -128,41 +110,28 @@ class DeployedTrial:
     id: str
 
     def ended(self) -> bool | None:
-        from prefect.client.orchestration import get_client
-
         with get_client(sync_client=True) as client:
             state = client.read_flow_run(UUID(self.id)).state
         return state.is_completed() if state and state.is_final() else None
 
     def stop(self) -> None:
-        from prefect.client.orchestration import get_client
-        from prefect.states import Cancelling
-
         with get_client(sync_client=True) as client:
             client.set_flow_run_state(UUID(self.id), Cancelling())
+
+
+Trial = LocalTrial | DeployedTrial
 
 
 class DeployedTrials:
     """Runs trials as runs of a deployment; Prefect gives them to its workers."""
 
-    def __init__(self, study: str, deployment: str, settings: Settings) -> None:
-        """Prepare.
-
-        Args:
-            study: name of the search.
-            deployment: ``<flow>/<deployment>``.
-            settings: not used: a run starts from a commit.
-        """
-        from prefect.settings import PREFECT_API_URL
-
-        if not PREFECT_API_URL.value():
+    def __init__(self, study: str, deployment: str) -> None:
+        if not has_server():
             raise UserError(f"deployment {deployment} needs a Prefect server: set PREFECT_API_URL.")
         self._study, self._deployment = study, deployment
 
     def start(self, number: int, slot: int, settings: Mapping[str, Any], known: str | None) -> DeployedTrial:
         """Start a trial, or resume its flow run ``known``, if any. Other arguments are as in `LocalTrials`."""
-        from prefect.deployments import run_deployment
-
         if known is None:
             parameters = {"settings": dict(settings), "until": LAST, "sweep": self._study}
             run: Any = run_deployment(self._deployment, parameters=parameters, timeout=0, as_subflow=False)

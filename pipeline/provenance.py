@@ -56,15 +56,7 @@ def code_tags() -> dict[str, str]:
 
 def machine_tags() -> dict[str, str]:
     """MLflow tags: the machine and the user."""
-    return {"unfreeze.host": socket.gethostname(), "mlflow.user": user()}
-
-
-def user() -> str:
-    """Name of the user who runs this process; empty if the user has none."""
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a user ID without a name
-        return ""
+    return {"unfreeze.host": socket.gethostname(), "mlflow.user": getpass.getuser()}
 
 
 def description(params: Mapping[str, Any], address: str) -> str:
@@ -76,7 +68,7 @@ def description(params: Mapping[str, Any], address: str) -> str:
     """
     differing = shown(differing_settings(params))
     lines = [
-        f"On {socket.gethostname()}, as {user()}.",
+        f"On {socket.gethostname()}, as {getpass.getuser()}.",
         f"Prefect: {address}" if address else "",
         f"Settings that differ from the committed ones: `{differing}`" if differing else "",
     ]

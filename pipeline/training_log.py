@@ -3,11 +3,15 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+import pandas as pd
+
 from pipeline.step import Run
 from unfreeze.training.checkpoints import Progress
 from unfreeze.training.history import History
 from unfreeze.training.loop import Callbacks
 
+EPOCH = ["epoch", "cycle", "train_loss", "valid_loss", "valid_accuracy", "rate"]
+BATCH = ["iteration", "rate", "loss"]
 POINTS = 1000
 """Largest number of points of a curve in MLflow, which shows no more; each point is sent and stored."""
 
@@ -68,8 +72,8 @@ def keep(run: Run, history: History) -> dict[str, float]:
         Metrics of the cycle whose weights were kept; its number counts from 1, as in the log. Without epochs, only
         their number.
     """
-    history.epochs_frame().to_csv(run.path("history.csv"), index=False)
-    history.batches_frame().to_csv(run.path("batches.csv"), index=False)
+    for name, rows, columns in (("history.csv", history.epochs, EPOCH), ("batches.csv", history.batches, BATCH)):
+        pd.DataFrame(rows).reindex(columns=columns).to_csv(run.path(name), index=False)
     if not history.epochs:
         return {"epochs": 0}
     kept = [row for row in history.epochs if row["cycle"] == history.best_cycle][-1]

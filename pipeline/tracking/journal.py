@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import quote
 
 from pipeline.artifacts import write_json
+from pipeline.process.lock import hold_if_free
 from pipeline.process.secrets import mask
 from pipeline.process.workspace import workspace
 from unfreeze.errors import UserError
@@ -162,17 +163,12 @@ def sending(patience: float) -> Iterator[None]:
     Raises:
         Busy: another process still holds it after `patience` seconds.
     """
-    root().mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + patience
-    with (root() / "sending").open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > until:
-                    raise Busy("another process is sending") from None
-                time.sleep(0.1)
+    while not (file := hold_if_free(root() / "sending")):
+        if time.monotonic() > until:
+            raise Busy("another process is sending")
+        time.sleep(0.1)
+    with file:
         try:
             yield
         finally:

@@ -161,7 +161,7 @@ def _folded(weight: torch.Tensor, bias: torch.Tensor | None, norm: _BatchNorm) -
 
 def _after(norm: Any) -> Forward:
     """``forward`` of a folded BatchNorm: the identity, or the activation that timm puts into it."""
-    return (lambda x: norm.act(norm.drop(x))) if _has_act(norm) else _same
+    return (lambda x: norm.act(norm.drop(x))) if _has_act(norm) else nn.Identity()
 
 
 def _frozen(layer: Layer, forwards: dict[nn.Module, Forward], batch: int | None) -> dict[nn.Module, Forward]:
@@ -185,12 +185,8 @@ def _frozen(layer: Layer, forwards: dict[nn.Module, Forward], batch: int | None)
         fast = OneDNNConvAct(ConvAct(folded, last), (batch, *shape))
         # In a network with branches, an earlier layer may still be trained, and then the input needs a gradient.
         found = {conv: lambda x: last(slow(x)) if x.requires_grad else fast(x)}
-    return found if emptied is None else found | {emptied: _same}
+    return found if emptied is None else found | {emptied: nn.Identity()}
 
 
 def _has_act(norm: _BatchNorm | None) -> bool:
     return isinstance(getattr(norm, "act", None), nn.Module)
-
-
-def _same(x: torch.Tensor) -> torch.Tensor:
-    return x

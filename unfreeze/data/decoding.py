@@ -19,9 +19,8 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from unfreeze.data.png import is_refused_for_its_texts, without_texts
 from unfreeze.data.recognition import recognised
 from unfreeze.errors import TransientError
 
@@ -41,22 +40,12 @@ HIDDEN = "completely transparent: shown as if opaque"
 """Remark on an image that is completely transparent."""
 PROGRAMS = ("EPS", "WMF")
 """Formats that are programs, which a decoder would have to run."""
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""Transposition that sets an image upright, by the EXIF tag Orientation; from 5 on, width and height are swapped."""
-ORIENTATION = 0x0112
-
 # Pillow's warnings are not needed: an image is read, or refused with a reason. Set once, because
 # `warnings.catch_warnings` is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # otherwise printed if logging is not configured
+# Bytes of text in a PNG, one and all (an editor's history, a workflow, XMP); by default 1 MB and 64 MB are refused.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 
 with contextlib.suppress(ImportError):  # optional dependency for HEIC, the format of many phones
     importlib.import_module("pillow_heif").register_heif_opener()
@@ -189,15 +178,6 @@ def _open(file: str | Path, size: int) -> BinaryIO:
 
 def _decode(stream: BinaryIO, read: Callable[[Image.Image], T]) -> T:
     try:
-        return _plainly(stream, read)
-    except ValueError as error:
-        if not is_refused_for_its_texts(error):
-            raise
-    return _plainly(without_texts(stream), read)
-
-
-def _plainly(stream: BinaryIO, read: Callable[[Image.Image], T]) -> T:
-    try:
         opened = Image.open(stream)
     except UnidentifiedImageError:
         what = recognised(stream)
@@ -220,12 +200,13 @@ def _read(
         image.load()
         seen = image.size  # of containers and TIFF it is known only now
         _check_size(seen, max_megapixels)
-    orientation = _orientation(image)
-    upright = image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
-    rgb, said = _as_rgb(upright, grey_range)
+    stored = image.size
+    with contextlib.suppress(Exception):  # damaged EXIF does not affect the pixels
+        ImageOps.exif_transpose(image, in_place=True)
+    rgb, said = _as_rgb(image, grey_range)
     rgb.info.clear()
     rgb.info.update(said)  # without the file's own metadata
-    return (seen[::-1] if orientation in UPRIGHT and orientation >= 5 else seen), rgb
+    return (seen if image.size == stored else seen[::-1]), rgb
 
 
 def _check_size(size: tuple[int, int], max_megapixels: float) -> None:
@@ -234,14 +215,6 @@ def _check_size(size: tuple[int, int], max_megapixels: float) -> None:
         raise BrokenImage(f"{width} x {height} pixels are more than {max_megapixels:g} megapixels")
     if max(size) > MAX_ASPECT * min(size):
         raise BrokenImage(f"{width} x {height} pixels are too narrow: more than {MAX_ASPECT} times as long as wide")
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation tag; 1 (upright) if it is missing or EXIF is damaged, which does not affect the pixels."""
-    try:
-        return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:
-        return 1
 
 
 def _as_rgb(image: Image.Image, grey_range: tuple[float, float] | None) -> tuple[Image.Image, dict[str, Any]]:

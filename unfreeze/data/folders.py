@@ -24,33 +24,10 @@ SPLITS = {
     **dict.fromkeys(("test", "testing", "tst"), "test"),
 }
 """The usual spellings of the splits' names."""
-FILLERS = frozenset(
-    [
-        "set",
-        "sets",
-        "data",
-        "dataset",
-        "datasets",
-        "image",
-        "images",
-        "img",
-        "imgs",
-        "photo",
-        "photos",
-        "picture",
-        "pictures",
-        "pic",
-        "pics",
-        "sample",
-        "samples",
-        "file",
-        "files",
-        "folder",
-        "dir",
-        "split",
-        "seg",
-    ]
-)
+FILLERS = frozenset((
+    "set", "sets", "data", "dataset", "datasets", "image", "images", "img", "imgs", "photo", "photos", "picture",
+    "pictures", "pic", "pics", "sample", "samples", "file", "files", "folder", "dir", "split", "seg",
+))  # fmt: skip
 """Words that are ignored beside a split's name, as in ``seg_train``, ``test_set`` and ``train_images``."""
 # fmt: off
 NO_IMAGES = frozenset((

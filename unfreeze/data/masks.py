@@ -5,22 +5,10 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
-MASK_FOLDERS = frozenset(
-    [
-        "mask",
-        "masks",
-        "seg",
-        "segs",
-        "segmentation",
-        "segmentations",
-        "gt",
-        "gts",
-        "groundtruth",
-        "ground_truth",
-        "annotation",
-        "annotations",
-    ]
-)
+MASK_FOLDERS = frozenset((
+    "mask", "masks", "seg", "segs", "segmentation", "segmentations", "gt", "gts", "groundtruth", "ground_truth",
+    "annotation", "annotations",
+))  # fmt: skip
 """Names of folders of masks, beside the folder or folders of a class's images."""
 MARKED = re.compile(r"[ _.-]+(mask|seg|segmentation|gt|groundtruth|ground_truth)([ _.-]*\d+)?$", re.IGNORECASE)
 """Suffix of a mask's name after the name of its image: ``0001_mask.png``, ``0001_mask_1.png``."""

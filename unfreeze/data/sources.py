@@ -97,7 +97,7 @@ def _table(source: str, excluded: Excluded) -> tuple[pd.DataFrame, list[str]]:
             f"data.source: {source} is an address, and images are read from this machine's file system: mount or download "
             "them, and name the folder or CSV file."
         )
-    where = _where(source)
+    where = Path(source).absolute()
     if os.path.isdir(where):
         return _labels_or_folders(where, excluded)
     if where.suffix.lower() in (".csv", ".tsv") and os.path.isfile(where):
@@ -138,13 +138,9 @@ def _frame(rows: list[Row]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS, dtype=object)  # pandas' string dtype holds only UTF-8
 
 
-def _where(source: str) -> Path:
-    return Path(source).absolute()
-
-
 def _deeper(source: str, label: str) -> str:
     """A hint if the only class is a folder that contains the classes, as in many unpacked archives."""
-    inner = _where(source) / label
+    inner = Path(source).absolute() / label
     if os.path.isdir(inner) and len(Tree(str(inner), lambda path: False).subfolders("")) > 1:
         return f" Are its subfolders the classes, or the splits? Then set data.source to {os.path.join(source, label)}."
     return ""

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
@@ -30,17 +29,15 @@ MOST_NUMBERED, MOST_NAMED, MOST_BARS = 15, 50, 30
 OTHER_SCRIPTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans Devanagari", "Arial Unicode MS", "Microsoft YaHei")
 
 
-def _figure(width: float = 7.0, height: float = 4.0) -> tuple[Figure, Axes]:
+def _figure(width: float, height: float, **several: Any) -> tuple[Figure, Any]:
+    """A figure with axes, or with several, as `Figure.subplots` makes them."""
     figure = Figure((width, height), dpi=110, layout="constrained")
-    axes = figure.subplots()
-    _calm(axes)
+    axes = figure.subplots(**several)
+    for one in np.atleast_1d(axes):
+        one.spines[["top", "right"]].set_visible(False)
+        one.grid(True, color="#e6e6e6", linewidth=0.8)
+        one.set_axisbelow(True)
     return figure, axes
-
-
-def _calm(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
 
 
 def _fonts() -> list[str]:
@@ -128,10 +125,7 @@ def reliability_plot(before: pd.DataFrame, after: pd.DataFrame) -> Figure:
 
 def rates_plot(batches: pd.DataFrame) -> Figure:
     """The learning rate over the iterations, and the loss of each batch beneath it."""
-    figure = Figure((7.0, 4.6), dpi=110, layout="constrained")
-    above, below = figure.subplots(2, sharex=True)
-    for axes in (above, below):
-        _calm(axes)
+    figure, (above, below) = _figure(7.0, 4.6, nrows=2, sharex=True)
     above.plot(batches["iteration"], batches["rate"], color=ORANGE)
     above.set_ylabel("learning rate")
     above.set_ylim(bottom=0)
@@ -151,10 +145,8 @@ def learning_curves_plot(history: pd.DataFrame, best_cycle: int | None = None) -
         history: columns epoch, cycle, train_loss, valid_loss, valid_accuracy (the last two may be empty).
         best_cycle: number of the cycle that was kept, from 0; None to mark none.
     """
-    figure = Figure((7.0, 3.4), dpi=110, layout="constrained")
-    axes = figure.subplots(1, 2)
+    figure, axes = _figure(7.0, 3.4, ncols=2)
     for one in axes:
-        _calm(one)
         one.set_xlabel("epoch")
         one.xaxis.set_major_locator(MaxNLocator(integer=True))
         ends = history.groupby("cycle")["epoch"].max() + 1

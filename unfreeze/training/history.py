@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, field
 
-import pandas as pd
-
 
 @dataclass
 class History:
@@ -19,13 +17,3 @@ class History:
     batches: list[dict[str, float]] = field(default_factory=list)
     epochs: list[dict[str, float]] = field(default_factory=list)
     best_cycle: int = 0
-
-    def batches_frame(self) -> pd.DataFrame:
-        """The rows of batches as a table."""
-        return pd.DataFrame(self.batches, columns=None if self.batches else ["iteration", "rate", "loss"])
-
-    def epochs_frame(self) -> pd.DataFrame:
-        """The rows of epochs as a table; NaN if there was no validation."""
-        return pd.DataFrame(self.epochs).reindex(
-            columns=["epoch", "cycle", "train_loss", "valid_loss", "valid_accuracy", "rate"]
-        )

@@ -20,8 +20,8 @@ from unfreeze.progress import track
 from unfreeze.settings.schema import LRFind
 from unfreeze.training.checkpoints import Checkpoint, Progress
 from unfreeze.training.loop import set_rate
-from unfreeze.training.lr_curve import Floats, make_curve
-from unfreeze.training.state import Tensors, preserved, put, rng_state, set_rng_state, trainable_state
+from unfreeze.training.lr_curve import make_curve
+from unfreeze.training.state import Tensors, put, restored, rng_state, set_rng_state, trainable_state
 from unfreeze.training.train_step import TrainStep, batch_loss
 
 logger = logging.getLogger("unfreeze")
@@ -56,7 +56,7 @@ def range_test(
     Returns:
         The curve, as `lr_find` gives it.
     """
-    with preserved(model, optimizer), checkpoint.deferring() if checkpoint else nullcontext():
+    with restored(model, optimizer), checkpoint.deferring() if checkpoint else nullcontext():
         weights = trainable_state(model)
         start = {name: tensor.clone() for name, tensor in weights.items()}
         loss = loss or nn.CrossEntropyLoss()
@@ -98,18 +98,13 @@ def _endless(batches: Callable[[int, int], Iterable[Batch]], at: Progress) -> It
         at.epoch, at.batch = at.epoch + 1, 0
 
 
-def exponential_rates(start: float, end: float, iterations: int) -> Floats:
-    """Rates from ``start`` to ``end``, each the same multiple of the one before, (iterations,)."""
-    return np.geomspace(start, end, iterations)
-
-
 def lr_find(
     train_at: Callable[[float], Losses], start: float, end: float, iterations: int, before: Sequence[Losses] = ()
 ) -> pd.DataFrame:
     """Sweep the rate exponentially, with one training batch per rate, until the loss diverges.
 
     It has diverged if it is not finite, or if its change against the starting weights has risen by `DIVERGED`. The
-    caller restores what the training changed (`unfreeze.training.state.preserved`).
+    caller restores what the training changed (`unfreeze.training.state.restored`).
 
     Args:
         train_at: trains on the next batch at a rate; returns its loss, and the starting weights' loss.
@@ -123,7 +118,7 @@ def lr_find(
     Raises:
         UserError: the loss diverged in the first tenth of the sweep, so that there is no curve to judge by.
     """
-    rates, losses = exponential_rates(start, end, iterations), list(before)
+    rates, losses = np.geomspace(start, end, iterations), list(before)
     for rate in track(rates[len(losses) :], "learning rates", iterations, len(losses)):
         if _diverged(losses):
             break

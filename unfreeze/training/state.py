@@ -1,7 +1,5 @@
 """The state of a training: trained weights and random state, and how to restore them after a trial run."""
 
-import copy
-import itertools
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,44 +12,33 @@ from torch import nn
 Tensors = dict[str, torch.Tensor]
 
 
-State = dict[str, torch.Tensor]
-
-
 @contextmanager
-def preserved(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Restore everything that training changes when the block ends, also when it ends with an exception.
+def restored(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Restore weights, buffers, optimizer and random state when the block ends.
 
-    That is: parameters and buffers (including BatchNorm statistics), ``requires_grad``, gradients, the optimizer's
-    state and rates, training or eval mode of every module, and the random state of Python, NumPy and torch on every
-    device.
-
-    Args:
-        model: the model that is tried out.
-        optimizer: over its parameters.
+    Every tensor stays at its address, which a CUDA graph refers to. Optimizer state that was created in the block is
+    set to 0, its initial value.
     """
-    # By name and not by state_dict, which leaves out the buffers that are not saved with the weights.
-    state = {name: tensor.detach().clone() for name, tensor in _tensors(model)}
-    parameters = [(p, p.requires_grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    optimizer_state = copy.deepcopy(optimizer.state_dict())
-    before = rng_state()
+    tensors = [*model.parameters(), *model.buffers()]
+    kept = [tensor.detach().clone() for tensor in tensors]
+    before = {p: {k: v.clone() for k, v in state.items() if torch.is_tensor(v)} for p, state in optimizer.state.items()}
+    chance = rng_state()
+    wait = torch.cuda.synchronize if tensors[0].is_cuda else lambda: None
+    wait()  # the block may work on another stream, which does not wait for the copies
     try:
         yield
     finally:
+        wait()
         with torch.no_grad():
-            for name, tensor in _tensors(model):
-                tensor.copy_(state[name])
-        for parameter, trains, gradient in parameters:
-            parameter.requires_grad_(trains)
-            parameter.grad = gradient
-        for module, training in modes:
-            module.training = training
-        optimizer.load_state_dict(optimizer_state)
-        set_rng_state(before)
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    return itertools.chain(model.named_parameters(), model.named_buffers())
+            for tensor, value in zip(tensors, kept, strict=True):
+                tensor.copy_(value)
+            for parameter, state in optimizer.state.items():
+                for name, value in state.items():
+                    if torch.is_tensor(value):
+                        old = before.get(parameter, {}).get(name)
+                        value.zero_() if old is None else value.copy_(old)
+        wait()
+        set_rng_state(chance)
 
 
 def trainable_state(model: nn.Module) -> Tensors:
@@ -75,7 +62,7 @@ def put(weights: Tensors, new: Tensors) -> None:
             tensor.copy_(new[name])
 
 
-def rng_state() -> State:
+def rng_state() -> Tensors:
     """The random state of Python, NumPy and torch on every device that is in use."""
     version, words, gauss = random.getstate()
     numpy: Any = np.random.get_state(legacy=False)
@@ -90,7 +77,7 @@ def rng_state() -> State:
     return state | {f"cuda:{i}": device for i, device in enumerate(devices)}
 
 
-def set_rng_state(state: State) -> None:
+def set_rng_state(state: Tensors) -> None:
     """Put back what `rng_state` returned. States of devices that are not there are left out."""
     version, *words = state["python"].tolist()
     random.setstate((version, tuple(words), *(state["python_gauss"].tolist() or [None])))

@@ -6,8 +6,6 @@ learning rates and the random state from memory that stays in place, and changes
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from torch import nn
 
 from unfreeze.batches.loader import Batch
 from unfreeze.device import autocast, deterministically, grad_scaler
-from unfreeze.training.state import rng_state, set_rng_state
+from unfreeze.training.state import restored
 
 logger = logging.getLogger("unfreeze")
 
@@ -84,7 +82,7 @@ def record(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, los
     """
 
     def bits(step: Any) -> list[torch.Tensor]:
-        with _restored_in_place(model, optimizer):
+        with restored(model, optimizer):
             value = step(batch)
             return [value.clone(), *(p.detach().clone() for p in model.parameters() if p.requires_grad)]
 
@@ -136,7 +134,7 @@ class GraphedStep:
         static = self._inputs, self._labels
         stream: Any = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with _restored_in_place(model, optimizer), torch.cuda.stream(stream):
+        with restored(model, optimizer), torch.cuda.stream(stream):
             for _ in range(WARM_UP):
                 train_batch(model, optimizer, static, loss)
         torch.cuda.current_stream().wait_stream(stream)
@@ -157,31 +155,3 @@ class GraphedStep:
         self._labels.copy_(labels)
         self._graph.replay()
         return self._value.clone()
-
-
-@contextmanager
-def _restored_in_place(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Restore weights, buffers, optimizer and random state when the block ends.
-
-    Unlike `unfreeze.training.state.preserved` it keeps every tensor at its address, which a graph refers to. Optimizer
-    state that was created in the block is set to 0, its initial value.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    kept = [tensor.detach().clone() for tensor in tensors]
-    before = {p: {k: v.clone() for k, v in state.items() if torch.is_tensor(v)} for p, state in optimizer.state.items()}
-    chance = rng_state()
-    torch.cuda.synchronize()  # the block may work on another stream, which does not wait for the copies
-    try:
-        yield
-    finally:
-        torch.cuda.synchronize()
-        with torch.no_grad():
-            for tensor, value in zip(tensors, kept, strict=True):
-                tensor.copy_(value)
-            for parameter, state in optimizer.state.items():
-                for name, value in state.items():
-                    if torch.is_tensor(value):
-                        old = before.get(parameter, {}).get(name)
-                        value.zero_() if old is None else value.copy_(old)
-        torch.cuda.synchronize()
-        set_rng_state(chance)

