@@ -134,7 +134,7 @@ def serve(listening: int) -> None:
                         waiting.register(ended, selectors.EVENT_READ, (pid, ended, connection))
                 elif key.fd == key.data[1]:
                     _finish(waiting, *key.data)
-                elif key.fd in waiting.get_map():  # the process that waited for the step has ended, the step has not
+                elif key.fd in waiting.get_map():  # the waiting process has ended, but not the step
                     waiting.unregister(key.fileobj)
                     os.kill(key.data[0], signal.SIGTERM)
 

@@ -266,7 +266,7 @@ def _fold(graph: fx.GraphModule) -> tuple[dict[str, tuple[int, ...]], Sources]:
 
 
 def _overwrite(graph: fx.GraphModule, turns: dict[fx.Node, int]) -> None:
-    """Let an addition write into the memory of the added tensor, if a `ConvAct` or a pooling made the tensor and no
+    """Let an addition write into the memory of the added tensor, if a `ConvAct` or a max pooling made the tensor and no
     later call uses it.
 
     Args:

@@ -1,4 +1,4 @@
-"""The built-in sample, under the name that DVC watches."""
+"""The built-in sample, and the link by which DVC watches it."""
 
 import subprocess
 import sys
