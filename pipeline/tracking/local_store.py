@@ -1,7 +1,7 @@
 """MLflow's address, and the folder of files beside a local database, whose paths follow a moved or copied workspace.
 
-MLflow stores absolute paths. If they were not rewritten, a copied workspace would write its files into the original, and
-a moved workspace would not find its own.
+MLflow stores absolute paths. If they were not rewritten, a copied workspace would write its files into the original,
+and a moved workspace would not find its own.
 """
 
 import os
