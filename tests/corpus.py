@@ -1,6 +1,7 @@
 """Test images as found in users' folders, made by real encoders: good, unusual and bad ones, and ways to damage them.
 
-`reference` defines the correct pixels of a good image. It uses plain Pillow, or NumPy where Pillow defines nothing.
+`reference` defines the correct pixels of a good image. It uses plain Pillow, and NumPy for transparency and for
+greys of more than 8 bits.
 """
 
 import functools
@@ -45,7 +46,7 @@ def encoded(image: Image.Image | np.ndarray, kind: str, **how: Any) -> bytes:
 
 
 def png(width: int, height: int, depth: int, colour: int, rows: bytes = b"") -> bytes:
-    """Build a PNG file exactly by its specification. Without rows, only its header describes an image."""
+    """Build a PNG file exactly by its specification. Without rows, the file has a header but no pixels."""
     stride = max(1, len(rows) // height)
     lines = b"".join(b"\0" + rows[i : i + stride] for i in range(0, len(rows), stride))
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
@@ -168,7 +169,7 @@ RAW_NAMES = [b"caf\xe9.png", b"\xff\xfe.png"]
 
 
 def reference(data: bytes) -> np.ndarray:
-    """Displayed pixels of an image, (H, W, 3), read with plain Pillow. Raises Pillow's own exceptions."""
+    """Displayed pixels of an image, (H, W, 3), decoded with Pillow. Raises Pillow's own exceptions."""
     with Image.open(io.BytesIO(data)) as image:
         image.load()
         try:
@@ -206,7 +207,7 @@ def places(data: bytes) -> list[int]:
 
 @st.composite
 def damages(draw: st.DrawFn) -> tuple[str, bytes]:
-    """Damage one of the good files: cut it off, flip bits, exaggerate lengths, or zero, remove or insert spans."""
+    """Damage a good file: truncate it, flip bits, write extreme values, or zero, remove, repeat or insert bytes."""
     name = draw(st.sampled_from(sorted(good())))
     data = good()[name]
     for _ in range(draw(st.integers(1, 3))):

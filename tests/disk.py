@@ -1,6 +1,6 @@
 """A separate disk for power-loss tests: a file system in an image file.
 
-A copy of the image file is the content of the disk at that moment.
+A copy of the image file has the data that was on the disk when it was copied.
 """
 
 import filecmp

@@ -141,7 +141,7 @@ def test_a_served_model_is_installed_with_all_that_it_imports() -> None:
         seen |= new
         waiting += new
     others = names - sys.stdlib_module_names - {"pipeline", "tasks", "unfreeze", "mlflow"}  # MLflow adds itself
-    packages = importlib.metadata.packages_distributions()  # several, if packages share a name
+    packages = importlib.metadata.packages_distributions()  # several packages may contain one module name
     missing = {name for name in others if not set(map(canonical, packages[name])) & set(REQUIREMENTS)}
     assert "unfreeze/batches/rendering.py" in seen and not missing
     # With the model, MLflow gets the folder unfreeze/ and nothing else of the project.

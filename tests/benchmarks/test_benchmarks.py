@@ -1,4 +1,4 @@
-"""Tests of the benchmarks: our side on a small workload, memory use, and step times parsed from the flow's log."""
+"""Tests of the benchmarks: unfreeze's own cases on a small workload, memory use, and step times from a flow's log."""
 
 import json
 import shutil
@@ -128,7 +128,7 @@ def test_a_checkpoint_is_a_small_share_of_the_interval(work: Work) -> None:
 
 
 def test_memory_does_not_grow_with_the_images() -> None:
-    """Both data sets have many batches: an epoch with fewer batches than are prefetched keeps fewer in memory."""
+    """Both data sets have more batches than are prefetched. A smaller one would hold fewer batches in memory."""
     found = memory.measure(lambda text: None, counts=(1_000, 5_000))
     assert found["peak_mb"]["5000"] - found["peak_mb"]["1000"] < 150 < 4_000 * memory.SIZE**2 * 3 / 1e6
 

@@ -1,4 +1,4 @@
-"""The GPU benchmark at toy size: every part, and the handling of a part that fails or takes too long."""
+"""The GPU benchmark at toy size: its parts, its command line, and a part that takes too long."""
 
 import importlib
 import json

@@ -37,7 +37,7 @@ WRONG = [
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with params.yaml, whose data.source has 48 images. The folder `few` beside them has 4 images."""
+    """A folder with params.yaml, the folder `photos` (its data.source, 48 images) and the folder `few` (4 images)."""
     paint(tmp_path / "photos", 0)
     paint(tmp_path / "few", 0, 2)
     shutil.copy(PARAMS, tmp_path)
@@ -103,7 +103,7 @@ def test_of_many_images_some_are_looked_at(workspace: Path) -> None:
     for file in broken:
         Path(file).write_bytes(POINTER)
     settings = load_settings()
-    # 18 of 240 images are broken. In the sample of 100, at most about as many are broken, perhaps by chance.
+    # 18 of 240 images are broken, about 8 of the 100 examined. The limit is 5, plus an allowance for chance.
     table = check_images(settings)
     looked_at, unreadable = look_at_some(table, settings.data)
     assert len(table) == 240 and looked_at == LOOKED_AT and 0 < len(unreadable) < len(broken)
@@ -158,7 +158,7 @@ def test_what_changes_nothing_is_not_checked_again(workspace: Path) -> None:
 def test_a_copy_of_the_project_does_not_run_the_originals_code(
     workspace: Path, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An environment that was set up in the original would run the original's code."""
+    """A virtual environment that was set up in the original project would run the original's code."""
     Path("flows").mkdir()
     Path("flows/cli.py").touch()
     assert main([command, "-S", "data.source=photos"]) == 2

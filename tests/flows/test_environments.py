@@ -36,7 +36,7 @@ def test_the_environment_of_these_tests_meets_the_project() -> None:
 
 
 def test_an_environment_that_is_made_has_the_extras_of_this_one(tmp_path: Path) -> None:
-    """Extras are added although they are pinned. Without them, a worker could no longer read a DVC remote on S3."""
+    """Packages of extras are added even if they are pinned. A worker may need them, for example for a remote on S3."""
     (tmp_path / "constraints.txt").write_text(f"numpy=={NUMPY}\npytest==1\nabsent==1\npillow==1")
     project = "[project]\ndependencies = []\n[project.optional-dependencies]\n"
     extras = "team = ['numpy[x]', 'absent', 'pillow; sys_platform == \"nowhere\"']\ndev = ['pytest']\n"

@@ -1,4 +1,4 @@
-"""A pass with nothing to do is found without Prefect."""
+"""A pass with nothing to do is recognised without starting Prefect."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The choice of a run's Prefect server is checked before the run begins."""
+"""The check of PREFECT_API_URL before a run, and the database of the temporary Prefect server."""
 
 import http.server
 import os

@@ -45,7 +45,7 @@ def test_what_was_to_be_pushed_to_a_remote_that_is_no_more_waits_no_longer() -> 
 
 
 def test_dvc_killed_while_it_notes_a_run_is_asked_again() -> None:
-    """DVC has created the run's folder, but has not yet written the record into it."""
+    """DVC has created the folder of an entry in its run cache, but has not yet written the entry."""
     list(dvc.reproduce("evaluate", pull=False))
     (note,) = Path(".dvc/cache/runs").glob("??/*/*")
     note.unlink()

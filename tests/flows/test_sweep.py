@@ -95,7 +95,7 @@ def test_the_example_is_right() -> None:
 
 @dataclass
 class Instant:
-    """A trial that has ended at once, or is stopped."""
+    """A trial that ends at once or, with ``has_ended=None``, runs until it is stopped."""
 
     key: str
     has_ended: bool | None = True
@@ -110,7 +110,7 @@ class Instant:
 
 @dataclass
 class Results:
-    """Writes a simulated pass with these settings to MLflow: its log loss is the distance of `lr_ratio` from 4."""
+    """Starts trials that only write results to MLflow: the log loss is the distance of `lr_ratio` from 4."""
 
     started: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)

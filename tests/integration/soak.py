@@ -67,7 +67,7 @@ def main() -> None:
 def soak(base: Path, kills: int, chance: random.Random, disk: Disk | None = None) -> None:
     """Kill ``kills`` times, in as many passes as necessary, and check each pass that finishes.
 
-    The moment of a kill is random, and earlier if fewer steps are left. With ``disk``, the project is on this disk:
+    The time until a kill is random, and shorter if fewer steps are left. With ``disk``, the project is on this disk:
     each time, all processes are killed, and the disk loses the data that it had not written yet.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # otherwise a shell's background jobs ignore Ctrl-C
@@ -97,7 +97,7 @@ def soak(base: Path, kills: int, chance: random.Random, disk: Disk | None = None
                 continue
         if code:
             nothing_left(wild)
-            wild.run("flows.cli", "run")  # continues where DVC alone cannot after a kill
+            wild.run("flows.cli", "run")  # recovers from kills that `dvc repro` does not recover from
         passes += 1
         check(wild, expected, since)
         print(f"pass {passes} came to its end after {done} kills: weights, DVC and MLflow agree", flush=True)
@@ -178,7 +178,7 @@ def cut(wild: Project, process: subprocess.Popen[bytes], disk: Disk) -> str:
 
 
 def nothing_left(wild: Project) -> None:
-    """Raises SystemExit if a process of the run outlives it."""
+    """Wait until no process of the run is left. Raises SystemExit after ``GONE_WITHIN`` seconds."""
     end = time.monotonic() + GONE_WITHIN
     while left := list(at_work(wild)):
         if time.monotonic() > end:

@@ -76,7 +76,7 @@ def a_schedule(team: RealTeam) -> None:
 
 @case
 def b_side_by_side(team: RealTeam, last: str = "register") -> None:
-    """b  two runs with different settings at once on two workers; a run with the committed settings has none of them"""
+    """b  two runs with different settings at once on two workers; a third run still has the committed settings"""
     with team.worker("first"), team.worker("second"):
         one = team.start(settings={"train_head.epochs": 2}, until=last)
         two = team.start(settings={"train_head.epochs": 3, "head.dropout": 0.1}, until=last)

@@ -44,7 +44,7 @@ def client(
 
 @pytest.fixture
 def begin(client: SyncPrefectClient) -> Callable[..., FlowRun]:
-    """Function that creates runs of a deployment, with the tag of our runs or without it."""
+    """Function that creates runs of a deployment, by default with the tag `unfreeze`."""
 
     @flow(name="recipe")
     def recipe() -> None: ...

@@ -87,8 +87,9 @@ class Team:
     def server_errors(self) -> list[str]:
         """Records of the Prefect server's log that report an error, each with its traceback.
 
-        One error is left out: SQLite rejects a worker's heartbeat if another transaction wrote first. Prefect reads and
-        then writes in one deferred transaction. SQLite does not wait for it. The worker sends heartbeats again.
+        One error is left out: "database is locked" for a worker's heartbeat. Prefect reads and then writes in one
+        deferred transaction. SQLite rejects the write at once if another transaction wrote in the meantime. The worker
+        sends heartbeats again.
         """
         heartbeat = "Worker channel heartbeat persistence failed"
         errors = errors_in(self.log("server"))
@@ -201,7 +202,7 @@ def test_what_a_person_has_paused_stays_paused(team: Team) -> None:
 
 
 def test_a_schedule_of_every_minute_starts_runs_by_itself(team: Team, every_minute: None) -> None:
-    """The previous test has finished all steps, so a run takes seconds."""
+    """An earlier test has finished all steps, so a run takes seconds."""
     runs = team.scheduled_by_itself("COMPLETED", "FAILED", "CRASHED", seconds=300)
     assert {run["state_type"] for run in runs} == {"COMPLETED"}, team.log("worker").read_text()
     assert team.server_errors() == []

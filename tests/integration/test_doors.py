@@ -159,7 +159,7 @@ def test_what_people_try_with_dvc(dvc_project: Project) -> None:
 
 @pytest.mark.long
 def test_an_experiment_in_a_copy_is_recorded_where_the_workspace_is(dvc_project: Project) -> None:
-    """DVC removes the copy. After the experiment is applied, the workspace has DVC's own record of the version."""
+    """DVC removes the copy. `dvc exp apply` then puts the experiment's `registration.json` into the workspace."""
     output = dvc_project.run("dvc", "exp", "run", "--temp", "--name", "in-a-copy", "-S", "register.model_name=other")
     assert dvc_project.ran(output)[-1] == "register"
     mlflow = dvc_project.mlflow

@@ -81,7 +81,7 @@ def machines(tmp_path: Path) -> Iterator[Team]:
 
 
 def iteration(file: Path) -> int:
-    """Iteration that the training of a checkpoint had reached; 0 without a checkpoint."""
+    """Iteration at which a checkpoint was saved; 0 if the file does not exist."""
     if not file.exists():
         return 0
     with safe_open(file, "np") as opened:

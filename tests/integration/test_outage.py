@@ -176,7 +176,7 @@ class Work:
         return self.run("-m", "flows.cli", "publish", code=code)
 
     def check(self, stages: dict[str, int], status: str = "FINISHED") -> None:
-        """Check for one parent run, and one child run per step with this many points, each once, and its report."""
+        """Check for one parent run, and one child run per step with a report and this many distinct points."""
         client = MlflowClient(f"http://127.0.0.1:{self.server.port}")
         experiment = client.get_experiment_by_name(self.folder.name)
         assert experiment is not None
@@ -222,7 +222,7 @@ said: list[str] = []
 
 
 def end(step: subprocess.Popen[str]) -> tuple[str, float]:
-    """Let a step end; returns all its output, and the seconds that its end took."""
+    """Let a step end; returns all its output, and the seconds that closing its tracker took."""
     rest, _ = step.communicate(timeout=120)
     output = "".join(said) + rest
     said.clear()

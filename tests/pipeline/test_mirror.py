@@ -25,7 +25,7 @@ STEP = scratch.ROOT / "train_full" / "word"
 
 
 def saved(iteration: int, place: str, close: bool = True) -> tuple[Mirror, Checkpoint]:
-    """Save this machine's training at an iteration, with the weights of a cycle; copied to the shared location."""
+    """Save a checkpoint and a cycle's weights on this machine, and have them copied to the shared location."""
     shared, checkpoint = Mirror(STEP, place), Checkpoint(STEP / "training.safetensors", "word", 60)
     checkpoint.written = shared.changed
     (STEP / "cycles").mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def saved(iteration: int, place: str, close: bool = True) -> tuple[Mirror, Check
 
 
 def reached() -> float:
-    """Weight in this machine's checkpoint: its value is the iteration reached."""
+    """Iteration of this machine's checkpoint, which `saved` has stored as a weight; -1 without a checkpoint."""
     model = nn.Linear(1, 1)
     checkpoint = Checkpoint(STEP / "training.safetensors", "word", 60)
     at = checkpoint.load(trainable_state(model), torch.optim.SGD(model.parameters()))
@@ -48,7 +48,7 @@ def reached() -> float:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The shared location, beside two machines: one is lost, and this process is on the other one."""
+    """The shared location of two machines: `lost`, and `here`, on which this process runs."""
     for name in ("lost", "here"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "here")

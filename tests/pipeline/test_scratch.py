@@ -1,4 +1,4 @@
-"""Dependencies of a step's checkpoints, and their removal."""
+"""The inputs on which a step's checkpoints depend, and the removal of checkpoints."""
 
 from pathlib import Path
 

@@ -179,8 +179,8 @@ def test_a_run_that_is_stopped_as_soon_as_it_begins_says_so(number: int) -> None
         run.send_signal(number)
         _, said = run.communicate(timeout=60)
     assert begun and said == "unfreeze: stopped. `unfreeze run` continues where it stopped.\n"
-    # If the signal comes during an `exec` of text, for example while a dataclass is created, it ends `python -m`
-    # although it was caught. A shell reports 130 in both cases.
+    # If the signal arrives during an `exec` of source text, for example while a dataclass is created, SIGINT ends
+    # `python -m` although its exception was caught. A shell reports 130 for both return codes.
     assert run.returncode in (130, -signal.SIGINT)
 
 

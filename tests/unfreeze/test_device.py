@@ -34,7 +34,7 @@ print(min(counts))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
 def test_memory_that_a_batch_frees_is_there_for_the_next() -> None:
-    """Count the pages that had to be mapped: 23,400 for a batch of 96 MB if all memory is handed back.
+    """Count the pages that a batch of 96 MB maps: 23,400 if its memory was returned to the operating system.
 
     At first the heap sometimes grows by a tensor. The test therefore uses the best of thirty batches.
     """

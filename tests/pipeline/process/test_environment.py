@@ -53,7 +53,7 @@ def test_names_of_files_are_utf_8_whatever_the_locale(tmp_path: Path) -> None:
 
 
 def python(code: str, *shell: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Set the environment and run a program, from a shell that can close files (``2>&-``)."""
+    """Run Python code after `set_environment`, from a shell that can close standard streams (``2>&-``)."""
     code = f"from pipeline.process.environment import *; set_environment(); {code}"
     command = ["sh", "-c", f'exec "$0" -c "$1" {" ".join(shell)}', sys.executable, code]
     variables = os.environ | {"PYTHONPATH": str(ROOT)} | environment
@@ -61,7 +61,7 @@ def python(code: str, *shell: str, **environment: str) -> "subprocess.CompletedP
 
 
 def test_where_output_is_closed_nothing_else_gets_it(tmp_path: Path) -> None:
-    """In Python, a closed stream is None. A C library would write to the next file that is opened."""
+    """In Python, a closed stream is None. A C library would write to the next opened file, which gets descriptor 2."""
     code = (
         f"file = open({str(tmp_path / 'file')!r}, 'w'); print(sys.stderr.isatty(), file=sys.stderr, flush=True); "
         "os.write(2, b'of C'); print('out')"

@@ -203,7 +203,7 @@ def test_a_run_that_is_deleted_meanwhile_is_taken_up_by_a_new_one(head: dict[str
         client.delete_run(run.info.run_id)
     journal.write({"run": "child", "metrics": {"loss": 1.0}, "at": 0, "when": 1}, {"closed": True})
     journal.close()
-    list(sender.send(client))  # records for the deleted run alone are not kept, and block nothing
+    list(sender.send(client))  # records that are only for the deleted run are dropped, and block nothing
     ended(head | {"stage": "explore", "execution": "2"}, "child", "parent")
     list(sender.send(client))
     assert statuses(client) == ["FINISHED"] * 2 and not waiting()

@@ -1,4 +1,4 @@
-"""What is read from MLflow, and prepared there, with a real local database."""
+"""An experiment that is created in MLflow before a run, with a real local database."""
 
 from pathlib import Path
 

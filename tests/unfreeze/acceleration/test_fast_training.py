@@ -110,7 +110,7 @@ def test_bfloat16_rounds_no_more_than_before(name: str, n: int) -> None:
         ours = step(model, images, half=True)
     assert ours.gradients.keys() == exact.gradients.keys()
     assert apart(ours.logits, exact.logits) < 2 * apart(rounded.logits, exact.logits) + 1e-3
-    # Which of the two rounds a single tensor better is random. Over all tensors it is not.
+    # For a single tensor, the larger of the two errors is a matter of chance. The median over all tensors is not.
     ratios, largest = [], max(float(g.norm()) for g in exact.gradients.values())
     for key, gradient in exact.gradients.items():
         error, allowed = (float((found.gradients[key] - gradient).norm()) for found in (ours, rounded))
@@ -185,7 +185,7 @@ class FrozenMiddle(nn.Module):
 
 
 class Dropping(Branching):
-    """In eval mode, the dropout has no effect."""
+    """Dropout between the convolution and the BatchNorm. In eval mode, it has no effect."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ class Dropping(Branching):
 
 
 class FrozenBranch(Branching):
-    """The output of a frozen norm goes into the activation, and also past it."""
+    """The output of a frozen BatchNorm is used by the activation and by a second branch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,7 +219,7 @@ def test_an_activation_is_not_joined_where_something_else_sees_its_input() -> No
 
 
 class Wide(Branching):
-    """Convolutions that cannot be folded and train slowly: wide, with several channels each, and called twice."""
+    """5 x 5 convolutions that cannot be folded and train slowly: one is called twice, one has two outputs per group."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -142,7 +142,7 @@ def test_convolution_and_activation_are_one_operation_where_bf16_is_native() -> 
 @requires_bf16
 @pytest.mark.parametrize("name", FOLDED)
 def test_no_weights_are_laid_out_anew_from_call_to_call(name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """Checked in oneDNN's log. A layout for another batch shape cost more than half of a forward pass on AMX."""
+    """Checked in oneDNN's log. Reordering weights at every call took more than half of a forward pass on AMX."""
     images = torch.randn(8, 3, 96, 96).contiguous(memory_format=torch.channels_last)
     fast = frozen_copy(trained(name, 96), images)
     with torch.no_grad(), autocast(CPU):
@@ -208,9 +208,9 @@ def test_what_is_added_otherwise_stays_so() -> None:
 
 
 class SeenLater(nn.Module):
-    """Adds tensors that are used again later, that are also convolved, and that are not used later.
+    """Adds three kinds of tensors to convolutions: used again later, the convolution's input, and not used later.
 
-    The last case occurs for pooled images and for the output of a convolution.
+    The last kind occurs for pooled images and for the output of a convolution.
     """
 
     def __init__(self) -> None:

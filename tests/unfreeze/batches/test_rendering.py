@@ -1,4 +1,4 @@
-"""Rendered views compared with computations by hand and by SciPy: on the CPU, and in the same way as on a GPU."""
+"""Rendered views compared with computations by hand and by SciPy, for the CPU's code and for the GPU's code."""
 
 import dataclasses
 from collections.abc import Callable
@@ -68,7 +68,7 @@ WAYS = pytest.mark.parametrize(
 ROUNDING: dict[Way, float] = dict.fromkeys([as_on_a_gpu, lying_there, on_a_gpu, lying_on_a_gpu], 0.0) | {
     here: 0.5 / 255
 }
-"""Rounding errors: OpenCV rounds to whole steps of 255."""
+"""Largest rounding error of each function. OpenCV, which `here` uses, rounds to multiples of 1/255."""
 
 
 def images(count: int, width: int = SIZE, height: int = SIZE) -> PackedImages:
@@ -78,7 +78,7 @@ def images(count: int, width: int = SIZE, height: int = SIZE) -> PackedImages:
 
 
 def expected(image: NDArray[np.uint8], views: Views, number: int) -> NDArray[np.float64]:
-    """A view without lighting, rendered by SciPy: (S, S, 3) shares of full white."""
+    """A view without lighting, rendered by SciPy: (S, S, 3), where 1 is white."""
     from scipy.ndimage import map_coordinates
 
     offset = np.arange(SIZE) - (SIZE - 1) / 2

@@ -53,7 +53,7 @@ def test_good_images_are_read_as_the_reference_reads_them(name: str) -> None:
 
 
 BY_TORCHVISION = [name for name in GOOD if name.endswith((".jpg", ".jpeg", "plain.png", ".gif", "lossy.webp"))]
-"""Images that torchvision reads too. It shows some of them differently, or not at all."""
+"""Images that torchvision reads too. The loop below removes those that it decodes differently, or not at all."""
 for otherwise in ("cmyk.jpg", "transparent.gif", "wrong ending.jpg"):
     BY_TORCHVISION.remove(otherwise)
 
@@ -117,7 +117,7 @@ def test_damaged_images_are_read_as_the_reference_reads_them_or_set_aside(damage
         assert wide or same(found, corpus.reference(data))
 
 
-# The end of a file is cut off while it is read, in a separate process that this might kill.
+# Truncate each file while it is read. This runs in a separate process, because SIGBUS might kill it.
 SHRUNK = """
 import os, sys
 from unfreeze.data import decoding

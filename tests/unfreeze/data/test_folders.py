@@ -12,7 +12,7 @@ from unfreeze.errors import UserError
 
 
 def layout(root: Path, *names: str, count: int = 2) -> str:
-    """Create folders with empty files, which are never opened. ``name.ending`` is a single such file."""
+    """Create folders with empty files, which are never opened. A name with a suffix is a single such file."""
     for name in names:
         files = [root / name] if Path(name).suffix else [root / name / f"{i}.jpg" for i in range(count)]
         for file in files:

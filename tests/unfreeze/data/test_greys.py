@@ -45,7 +45,7 @@ def signed_tiff(values: np.ndarray) -> bytes:
 
 
 def write(folder: Path, variant: str) -> Path:
-    """Write two classes of slices like a scanner's export. As in real sets, odd signed slices have no value below 0."""
+    """Write two classes of slices like a scanner's export. As in real sets, some signed slices have no value < 0."""
     for spot in (False, True):
         (folder / ("lesion" if spot else "none")).mkdir(parents=True)
         for i, units in enumerate(slices(spot)):

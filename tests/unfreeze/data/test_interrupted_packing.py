@@ -22,7 +22,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def interrupted(photos: Path, monkeypatch: pytest.MonkeyPatch, after: int, unread: str = "") -> ResumableFile:
-    """State of a packing that was interrupted after some images, one of them unreadable; opened to resume it."""
+    """Interrupt a packing after some images; returns its state. ``unread`` is an image that cannot be read."""
     usual, seen = packing._read, itertools.count()
 
     def read(file: str, data: Data) -> packing.Decoded:

@@ -1,4 +1,4 @@
-"""Sources: all ways in which users keep labelled images, and their mistakes."""
+"""Sources of labelled images: folders, CSV files and the sample; and mistakes that users make in them."""
 
 import os
 import sys

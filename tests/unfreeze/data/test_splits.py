@@ -129,7 +129,7 @@ def test_shares_of_groups_are_right_to_a_group(sizes: list[int], seed: int) -> N
     split = assign_splits(table, 0.2, 0.2, seed)
     assert (split.groupby(table["group"]).nunique() == 1).all()
     group = split.groupby(table["group"]).first()
-    for name, other in (("valid", ""), ("test", "valid")):  # or the smallest group left, if all are larger
+    for name, other in (("valid", ""), ("test", "valid")):  # if no group fits, a split gets the smallest one left
         smallest = table["group"].value_counts()[group != other].min()
         assert 0 < (split == name).sum() <= max(0.2 * len(table) + 1 + max(sizes) / 2, smallest)
 

@@ -89,7 +89,7 @@ def test_expected_calibration_error_by_hand() -> None:
 
 @pytest.mark.parametrize(("images", "expected"), [(300, 0.065), (30000, 0.0065)])  # proportional to 1 / sqrt(images)
 def test_calibration_error_by_chance_is_that_of_calibrated_probabilities(images: int, expected: float) -> None:
-    # Probabilities are perfectly calibrated for labels that are drawn from them. Use ten such data sets.
+    # Probabilities are perfectly calibrated for labels that are drawn from them. Draw ten sets of labels.
     generator = np.random.default_rng(1)
     probabilities = generator.dirichlet(np.full(4, 0.5), images)
     ranks = [(probabilities.cumsum(1) < generator.random((images, 1))).sum(1) for _ in range(10)]

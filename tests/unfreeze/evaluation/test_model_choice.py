@@ -39,6 +39,6 @@ def test_two_of_three_may_be_level() -> None:
 
 @pytest.mark.parametrize("more", range(1, 12))
 def test_the_limit_is_mcnemars_at_five_percent(more: int) -> None:
-    """Where the two differ, only `full` is wrong: by chance, n such images have probability 2^-n, < 5 % from n = 5."""
+    """On the n images where the two differ, `full` is wrong. The chance of this is 2^-n: below 5 % from n = 5."""
     best, _ = choose([candidate("head", 10, sure=0.6), candidate("full", 10 + more, sure=0.9)])
     assert (best.name == "head") == (more >= 5)

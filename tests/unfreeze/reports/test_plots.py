@@ -39,7 +39,7 @@ HISTORY = pd.DataFrame(
 
 
 def panels(figure: Figure) -> list[Any]:
-    """Axes of a figure. They are untyped, because the tests know which kinds of contents they have."""
+    """Axes of a figure, typed as Any, so that the tests can use the contents that they expect."""
     return list(figure.axes)
 
 

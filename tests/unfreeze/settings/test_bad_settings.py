@@ -46,7 +46,7 @@ def written(key: str, value: str) -> str:
 
 
 def told(error: UserError, key: str, text: str) -> None:
-    """Check that a message is short, has one line or one per problem, and names the key or the line."""
+    """Check that a message is short, names the key or the line, and has no traceback or invalid character."""
     message = str(error)
     section, _, last = key.rpartition(".")
     assert (section in message and last in message) or ", line " in message, message

@@ -66,7 +66,7 @@ def test_the_sampler_draws_every_class_equally_often_and_the_same_again() -> Non
 
 @pytest.mark.parametrize("balance", ["loss", "sampler"])
 def test_more_of_a_small_class_is_found(balance: str) -> None:
-    """Two clusters that overlap, one of them with a tenth of the images."""
+    """Two clusters that overlap. One has a tenth as many images as the other."""
 
     def recall(balance: str) -> float:
         seed_everything(0)

@@ -43,7 +43,7 @@ def points(losses: Floats, starting: Floats | float = 0.0, rates: Floats = RATES
 
 
 def harmful_from(rate: float) -> Floats:
-    """Flat at first; the rise is 0.1 at the rate, and four times as much at twice the rate."""
+    """Losses that rise with the square of the rate: flat at first, and 0.1 at this rate."""
     return 0.1 * (RATES / rate) ** 2
 
 
@@ -168,8 +168,8 @@ def test_what_batches_differ_by_is_no_error() -> None:
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("harm", [1e-3, 1e-2, 1e-1])
 def test_divergence_is_where_the_loss_has_risen_by_a_nat(seed: int, harm: float) -> None:
-    """The network is already trained: it cannot improve, and its curve's lowest point is random. If the weights have
-    changed less, the batch matters less. The noise is as measured on photographs of waste."""
+    """The network is already trained: it cannot improve, and its curve's lowest point is random. The noise
+    between batches grows with the rate, as measured on photographs of waste."""
     noise = np.random.default_rng(seed).normal(0, 0.1 * (RATES / harm) ** 0.8)
     losses = harmful_from(harm) + noise
     risen = RATES[np.argmax(harmful_from(harm) > 1)]
@@ -273,7 +273,7 @@ class Net(nn.Module):
 
 
 def training(device: torch.device | str = "cpu") -> tuple[Net, torch.optim.Optimizer, Callable[[], float]]:
-    """A model in the middle of its training: Adam has moments, one module is in eval mode, one layer is frozen."""
+    """A model in the middle of its training: Adam has moments, one module is in eval mode, one bias is frozen."""
     torch.manual_seed(3)
     model = Net().to(device)
     model.layers[0].bias.requires_grad_(False)

@@ -17,7 +17,7 @@ RATES = (1e-2, 3e-3, 1e-3, 1e-4)
 
 
 class Looks(nn.Module):
-    """Reads a value, for which the CPU has to wait. This cannot be recorded."""
+    """Reads a value on the CPU, which cannot be recorded in a CUDA graph."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x if float(x.mean()) > 0 else -x
@@ -48,7 +48,7 @@ def trained(device: str, kind: str, recorded: bool) -> list[torch.Tensor]:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", id="device_cuda", marks=NEEDS_A_GPU)])
 def test_steps_have_the_same_bits_as_batches_trained_one_by_one(device: str, kind: str) -> None:
     expected = trained(device, kind, False)
-    for _ in range(1 if device == "cpu" else 20):  # effects of the order of streams are not the same every time
+    for _ in range(1 if device == "cpu" else 20):  # errors in the order of streams would not show every time
         for found, value in zip(trained(device, kind, True), expected, strict=True):
             assert torch.equal(found, value)
 
