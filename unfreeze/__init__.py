@@ -1,4 +1,4 @@
-"""The machinery of the recipe: images, models, schedules, training, measuring, plotting.
+"""The library behind the recipe: images, models, schedules, training, evaluation, plots.
 
-Nothing here knows of Prefect, DVC or MLflow; it can be used, tested and timed without them.
+It does not import Prefect, DVC or MLflow, and can be used, tested and timed without them.
 """

@@ -9,9 +9,10 @@ FULL, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EACCES, errn
 
 
 class UserError(Exception):
-    """Something outside the program is wrong: says what, where (file, key, image) and what to do.
+    """An error whose cause is outside the program, for example in the settings or the images.
 
-    Shown as a sentence without a traceback; the process exits with code 2.
+    The message says what is wrong, where (file, key, image) and what to do. It is shown without a traceback, and the
+    process exits with code 2.
     """
 
 
@@ -20,7 +21,7 @@ class TransientError(UserError):
 
 
 def disk_trouble(error: OSError, where: Path | None = None) -> str:
-    """A sentence for a full disk or a closed folder, empty for any other error.
+    """Error message for a full disk or a lack of permission; empty for any other error.
 
     Args:
         error: raised by the operating system.

@@ -18,7 +18,7 @@ def in_order(
     Args:
         work: a function of one item; an exception is raised when the item's result is due.
         items: arguments of ``work``.
-        ahead: results in memory that have not been taken yet, times the number of threads.
+        ahead: maximum number of results per thread that are computed, or in progress, but not yet taken.
         threads: one per core by default.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -18,10 +18,10 @@ POST_OPS: dict[type[nn.Module], tuple[str, list[float]]] = {
 """Activations that oneDNN can fuse into a convolution, with oneDNN's name and scalars for each."""
 
 TOLERANCE = 1e-3
-"""Largest allowed error of a faster version, as a share of the network's largest activation in full precision."""
+"""Largest allowed error of a faster version, as a share of the network's largest output value in full precision."""
 
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
-"""Functions and methods that a residual block may call."""
+"""Functions and tensor methods that a residual block may use to add its input to its output."""
 
 
 @dataclasses.dataclass
@@ -51,16 +51,16 @@ class Chain:
 
 
 def traced(network: nn.Module, images: torch.Tensor, trains: bool) -> fx.GraphModule | None:
-    """A network as the list of calls that it makes for any images.
+    """Trace a network with `torch.fx`: the graph of the calls that it makes, the same for all images.
 
     Args:
         network: in eval mode.
-        images: (B, 3, S, S), which are run through it once.
+        images: (B, 3, S, S), on which the traced network is run once to record shapes.
         trains: whether to keep calls that do nothing in eval mode but may in training, such as dropout.
 
     Returns:
         A module that uses the network's own modules, with the ``shape`` of each call's output in the call's ``meta``.
-        None if the calls depend on the images.
+        None if the network cannot be traced, for example because its calls depend on the images.
     """
     try:
         graph = fx.GraphModule(network, _Tracer().trace(network))
@@ -125,7 +125,7 @@ def chains(graph: fx.GraphModule) -> list[Chain]:
 
 
 def _lengthened(chain: Chain, graph: fx.GraphModule, others: list[Chain]) -> bool:
-    """Append the only user of a chain's result to the chain, if possible; returns whether it was."""
+    """Append the only user of a chain's result to the chain, if possible; returns whether it was appended."""
     users = list(chain.calls[-1].users)
     if len(users) != 1:
         return False

@@ -1,7 +1,7 @@
 """Depthwise convolutions with faster gradients on a CPU.
 
 oneDNN has fast kernels for the forward pass, and for the gradient of weights that are at most three columns wide. For
-wider weights without a stride, and in bfloat16 for the gradient of a strided convolution's input, it falls back to
+wider weights with stride 1, and in bfloat16 for the gradient of a strided convolution's input, it falls back to
 plain loops, which take ten to fifty times as long as the forward pass. Here both gradients are computed with oneDNN's
 fast kernels.
 """
@@ -20,7 +20,7 @@ Edges = tuple[int, int, int, int]
 
 
 def slow_to_train(conv: nn.Conv2d, half: bool) -> bool:
-    """Whether `depthwise` can compute a convolution for which oneDNN has no fast gradient.
+    """Whether oneDNN has no fast gradient for a convolution, and `depthwise` can compute it instead.
 
     Args:
         conv: any convolution.
@@ -108,7 +108,7 @@ def _of_input(
 
 
 def _of_weight(grad: torch.Tensor, padded: torch.Tensor, weight: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
-    """The weights' gradient, a few columns at a time: each as that of a narrower kernel on a part of the image."""
+    """The weights' gradient, computed for up to `COLUMNS` columns of the kernel at a time, as for a narrower kernel."""
     rows, columns = weight.shape[2:]
     width = min(columns, COLUMNS)
     height, span = (grad.shape[2] - 1) * stride[0] + rows, (grad.shape[3] - 1) * stride[1] + width

@@ -1,8 +1,8 @@
 """Faster training on a CPU: BatchNorms with fixed statistics, frozen layers, depthwise convolutions.
 
-A BatchNorm with fixed statistics is one multiplication and one addition per channel. They are folded into weights and
-bias of the convolution before it: forward and backward pass process these instead of every pixel. The gradients of the
-BatchNorm's scale and shift follow by the chain rule. Completely frozen layers run as inference
+A BatchNorm with fixed statistics is one multiplication and one addition per channel. They are folded into the weights
+and bias of the preceding convolution, so that they are applied to each weight instead of each pixel. The gradients of
+the BatchNorm's scale and shift follow by the chain rule. Completely frozen layers run as inference
 (`unfreeze.acceleration.frozen`).
 """
 
@@ -36,7 +36,7 @@ def fast_training(network: nn.Module, images: torch.Tensor) -> Iterator[None]:
     On a CPU that computes in bfloat16, frozen layers are replaced by bfloat16 operations, so run the network under
     `unfreeze.device.autocast`.
 
-    The network is run once to find which modules follow one another. If its output differs afterwards, only
+    The network is traced to find which modules follow one another. If its output with all replacements differs, only
     depthwise convolutions are accelerated. On other devices nothing changes, because the speed was not measured there.
 
     Args:
@@ -81,7 +81,7 @@ def _forwards(network: nn.Module, images: torch.Tensor) -> dict[nn.Module, Forwa
         finite = bool(expected.isfinite().all())
         same = finite and torch.allclose(seen, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()))
         forwards = _joined(frozen, forwards, batch) if same else alone
-    network.train()  # not by the flag alone: some attention modules cache results in eval mode, which `train` clears
+    network.train()  # setting the flags is not enough: `train` clears what attention modules cached in eval mode
     for module in network.modules():
         module.training = module in training
     return forwards

@@ -1,8 +1,8 @@
 """Faster inference of frozen networks: a copy of a network with the same output.
 
-BatchNorm with fixed statistics is one multiplication and one addition per channel. Both are folded into weights and
-bias of the convolution before it (Jacob et al., 2018, section 3.2). On a CPU that computes in bfloat16, oneDNN then computes
-convolution and activation in one pass over memory, with weights that are reordered for it once.
+BatchNorm with fixed statistics is one multiplication and one addition per channel. Both are folded into the weights
+and bias of the preceding convolution (Jacob et al., 2018, section 3.2). On a CPU that computes in bfloat16, oneDNN
+then computes convolution and activation in one operation, with weights that were reordered once in advance.
 """
 
 import copy
@@ -147,7 +147,7 @@ def frozen_copy(network: nn.Module, images: torch.Tensor, earlier: nn.Module | N
 
     Returns:
         The copy in eval mode without gradients; the network itself if it is such a copy already, or has no
-            convolutions.
+        convolutions.
     """
     if earlier is not None and _refreshed(earlier, network):
         return earlier
@@ -230,7 +230,7 @@ def _full_precision() -> AbstractContextManager[None]:
 
 
 def _eval_copy(network: nn.Module) -> nn.Module:
-    # Training mode first: it clears what some attention modules cached in eval mode, with earlier weights.
+    # `train` first: it clears results that some attention modules cached in eval mode, with earlier weights.
     plain = copy.deepcopy(network).train().eval().requires_grad_(False)
     for name, module in list(plain.named_modules()):
         StandIn.take_back(module)
@@ -266,8 +266,9 @@ def _fold(graph: fx.GraphModule) -> tuple[dict[str, tuple[int, ...]], Sources]:
 
 
 def _overwrite(graph: fx.GraphModule, turns: dict[fx.Node, int]) -> None:
-    """Let an addition write into the memory of the added tensor, if a `ConvAct` or a max pooling made the tensor and no
-    later call uses it.
+    """Let an addition write its result into the memory of the added tensor, where this is safe (`ConvAct.into`).
+
+    It is safe if a `ConvAct` or a max pooling made the tensor, and its other users are `ConvAct`s that run earlier.
 
     Args:
         graph: the traced copy.

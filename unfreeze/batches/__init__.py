@@ -1,4 +1,4 @@
-"""Batches on the device: in what order, in which augmented views, and how a view's pixels are computed.
+"""Batches on the device: the order of the images, their augmented views, and the rendering of the views.
 
 It may import `unfreeze.data`, `unfreeze.models` and what is below them; evaluation, training and the pipeline may import it.
 """

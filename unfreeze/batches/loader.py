@@ -48,10 +48,11 @@ class Loader:
 
     @property
     def wide(self) -> int:
-        """Batch size without gradients: twice that of training, which takes less than twice the time; on a GPU larger.
+        """Batch size without gradients: twice the training batch size; on a GPU about `WIDE` pixels if that is more.
 
-        A GPU waits for the launches of a small batch's kernels. The size does not depend on the GPU's memory, so that
-        predictions have the same bits on all GPUs of a model.
+        Larger batches take less time per image, especially on a GPU, which is idle while the kernels of a small batch
+        are launched. The size does not depend on the GPU's memory, so that GPUs of the same type predict the same, bit
+        for bit.
         """
         twice = 2 * self.batch_size
         return max(twice, WIDE // self.packed.image_size**2) if self.device.type == "cuda" else twice
@@ -95,7 +96,10 @@ class Loader:
 
     @cached_property
     def on_card(self) -> torch.Tensor | None:
-        """All packed pixels (P, 3) on the GPU, if they take at most `SHARE_OF_CARD` of its free memory; else None."""
+        """All packed pixels (P, 3) on the GPU.
+
+        None if they exceed `SHARE_OF_CARD` of its free memory, or are not contiguous in the file.
+        """
         count = int(self.packed.sizes.prod(1).sum())
         if 3 * count > SHARE_OF_CARD * torch.cuda.mem_get_info(self.device)[0] or not _contiguous(self.packed):
             return None

@@ -22,8 +22,8 @@ LINEAR = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
 PIECE = 400_000
 """Values per block for lighting on a CPU, so that a block of floats fits into a core's cache."""
 ROUNDING = 1e-3
-"""Pixels by which rounding may place a view beyond the edge of its image. A larger tolerance would read pixels that the
-batch's canvas does not have outside of a smaller image."""
+"""Pixels by which rounding errors may place a view beyond the edge of its image. With a larger tolerance, views that do
+extend beyond the edge would not be mirrored there."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def render_here(packed: PackedImages, views: Views, norm: Normalisation, dtype: 
             image = packed.crop(row, first, behind)
             cv2.warpAffine(image, map_, (size, size), target, LINEAR, cv2.BORDER_REFLECT_101)
     # Lighting is not applied right after each image's warp: OpenCV's and torch's threads would wait for one another.
-    # Whole rows, with interleaved channels, take half the time of pixels of three values.
+    # Operations on whole rows with interleaved channels take half the time of operations on pixels of three values.
     scale, offset = (torch.from_numpy(np.tile(v, size))[:, None] for v in _lighting(views, norm))
     images = torch.empty((count, size, size * 3), dtype=dtype)
     few = max(1, PIECE // (size * size * 3))
@@ -67,9 +67,9 @@ class BatchPixels:
 
     Attributes:
         values: (P, 3) uint8, of several images.
-        first: (B,) index in `values` of the first pixel that it has of each view's image.
-        width: (B,) number of pixels in a row of that image in `values`.
-        origin: (B, 2) column and row of that first pixel in the image.
+        first: (B,) index in `values` of the first stored pixel of each view's image.
+        width: (B,) number of pixels of this image per row in `values`.
+        origin: (B, 2) column and row in the image of the pixel at `first`.
     """
 
     values: torch.Tensor
@@ -114,7 +114,7 @@ def find_pixels(values: torch.Tensor, packed: PackedImages, views: Views) -> Bat
 
 
 def gather_canvas(pixels: BatchPixels, packed: PackedImages, views: Views, device: torch.device) -> Canvas:
-    """Gather each view's rectangle on the device; beyond the rectangle the image's edge is repeated."""
+    """Gather each view's rectangle on the device; beyond the rectangle its edge is repeated."""
     low, high = _rectangles(packed, views)
     column, row = (low - pixels.origin).T
     first = pixels.first + row * pixels.width + column

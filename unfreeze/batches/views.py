@@ -105,7 +105,8 @@ def random_views(
     scale = 1 / rng.uniform(1, augment.zoom, count)
     rotation = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], 1).reshape(-1, 2, 2)
     linear = (rotation * scale[:, None, None]) @ flip
-    # The centre is drawn so that the crop is inside the image before rotation; beyond its edges pixels are mirrored.
+    # The centre is drawn so that the crop is inside the image before rotation. Pixels beyond the image's edges are
+    # mirrored.
     half = (scale * (image_size - 1) / 2)[:, None]
     centre = rng.uniform(half, np.maximum(sizes - 1 - half, half))
     gain = np.exp(rng.uniform(-augment.lighting, augment.lighting, count))
@@ -122,11 +123,11 @@ def random_views(
 def tta_views(size: NDArray[np.int64], image_size: int, augment: Augment, count: int) -> tuple[Floats, Floats]:
     """The augmented views of one image that test-time augmentation averages with the plain one.
 
-    Squares are spread evenly over the longer side: all of them in one symmetry, then all in the next, until there are
-    ``count`` views or, to cover the whole image, more. After all symmetries were used once, each further pass through
-    them zooms in a little more than the pass before. The last one uses the largest zoom of the training and none
-    exceeds it: a network predicts badly on views unlike those it was trained on. Without zoom there is only one pass,
-    because a second one would add nothing. There is always at least one view.
+    Squares are spread evenly over the longer side. All squares are used in one symmetry, then all in the next, until
+    there are at least ``count`` views. After the last symmetry all of them are repeated, each time with more zoom. The
+    last repetition has the largest zoom of the training, because a network predicts badly on views unlike those it was
+    trained on. Without zoom nothing is repeated, because the views would be duplicates. There is always at least one
+    view.
 
     Args:
         size: (2,) width and height in pixels.

@@ -1,4 +1,4 @@
-"""How good a model is: prediction with and without TTA, metrics, the baseline, the choice of a model, the predictor.
+"""Evaluation of models: prediction with and without TTA, metrics, the baseline, model selection, the predictor.
 
 It may import `unfreeze.batches` and what is below it; training, reports and the pipeline may import it.
 """

@@ -47,8 +47,9 @@ def evaluate_split(
         temperature: divisor of the logits; fitted to these predictions if None.
 
     Returns:
-        The metrics of `measure` for the plain predictions (no prefix), those with TTA (``tta_``) and the baseline
-        (``baseline_``); and log loss and ece of the plain predictions before calibration (``uncalibrated_``).
+        The evaluation. Its metrics are those of `measure` for the plain predictions (no prefix), the predictions with
+        TTA (``tta_``) and the baseline (``baseline_``), and log loss and ece of the plain predictions before
+        calibration (``uncalibrated_``).
     """
     labels = packed.labels[rows]
     temperature = fit_temperature(found, labels) if temperature is None else temperature

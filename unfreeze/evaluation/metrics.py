@@ -11,7 +11,7 @@ Labels = NDArray[np.int64]
 BINS = 15
 """Bins of equal width that confidence is divided into, as in Guo et al. (2017)."""
 DRAWS = 200
-"""Sets of labels that are drawn to estimate the calibration error by chance."""
+"""Number of simulations to estimate the calibration error by chance."""
 
 
 def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
@@ -87,9 +87,9 @@ def expected_calibration_error(probabilities: NDArray[Any], labels: Labels, bins
 def calibration_error_by_chance(probabilities: NDArray[Any]) -> float:
     """The expected calibration error that these probabilities (N, C) would have if they were perfectly calibrated.
 
-    The fewer images are in a bin, the further its accuracy is from its confidence by chance. This is the mean over labels
-    drawn from the probabilities themselves (Bröcker and Smith, Increasing the Reliability of Reliability Diagrams,
-    2007).
+    The fewer images are in a bin, the further its accuracy is from its confidence by chance. The result is the mean of
+    the error over `DRAWS` simulations, in which each prediction is correct with a probability equal to its confidence
+    (Bröcker and Smith, Increasing the Reliability of Reliability Diagrams, 2007).
     """
     confidence, generator = probabilities.max(1).astype(float), np.random.default_rng(0)
     draws = (generator.random(len(confidence)) < confidence for _ in range(DRAWS))
@@ -111,7 +111,7 @@ def confusion(labels: Labels, predicted: Labels, classes: int) -> Labels:
 
 
 def per_class(labels: Labels, predicted: Labels, classes: list[str]) -> pd.DataFrame:
-    """Precision, recall, F1 and support of each class, with the classes as index; 0 where there is nothing to divide.
+    """Precision, recall, F1 and support of each class, with the classes as index; 0 where the denominator is 0.
 
     Args:
         labels, predicted: (N,) class numbers, N at least 1.
@@ -144,9 +144,9 @@ def gallery_places(labels: Labels, probabilities: NDArray[Any], kind: str, count
     Args:
         labels: (N,) class numbers.
         probabilities: (N, C).
-        kind: ``random_right``, ``random_wrong``, ``most_right`` (the surest of the right ones, the true classes taking
-            turns), ``most_wrong`` (likewise of the wrong ones) or ``most_uncertain`` (smallest lead of the first class
-            over the second).
+        kind: ``random_right``, ``random_wrong``, ``most_right`` (the correct predictions with the highest confidence,
+            alternating between the true classes), ``most_wrong`` (the same for wrong predictions) or
+            ``most_uncertain`` (smallest difference between the two highest probabilities).
         count: how many at most.
         seed: for the random ones.
     """

@@ -30,7 +30,7 @@ Probabilities = NDArray[np.float32]
 PART = 4096
 """Number of views that are averaged at once: all of them may not fit into memory."""
 TOGETHER = 8
-"""Batches whose predictions are fetched and stored together, because the CPU waits for the device each time."""
+"""Batches whose predictions are fetched and stored together, because the CPU waits for the device at each fetch."""
 
 
 def predict(model: nn.Module, batches: Iterable[Batch], fast: nn.Module | None = None) -> Probabilities:
@@ -83,8 +83,8 @@ class ViewPredictions:
     def averaged(self, temperature: float = 1.0) -> tuple[Probabilities, Probabilities]:
         """Probabilities (N, C) of the plain images, and (N, C) averaged over each image and its views.
 
-        The plain image, which shows the object as its photographer framed it, has half the weight
-        (benchmarks/notes/choices.md).
+        The plain image has a weight of 1/2 and all its views together the other 1/2, because the plain image shows the
+        object as its photographer framed it (benchmarks/notes/choices.md).
 
         Args:
             temperature: divisor of the logits (`unfreeze.evaluation.calibration`).
@@ -108,15 +108,16 @@ def predict_tta(
 ) -> ViewPredictions:
     """Test-time augmentation: probabilities of the plain image and of its augmented views, to be averaged.
 
-    The average of probabilities over views was made popular by Krizhevsky et al. (2012). The views of an image that is
-    not square cover all of it together.
+    The average of probabilities over views was made popular by Krizhevsky et al. (2012). If an image is not square, its
+    views together cover the whole image.
 
     Args:
         model: the classifier.
         loader: of the packed images.
         rows: (N,) row numbers, at least one.
         augment: augmentation that the model was trained with; the views do not exceed it.
-        views: minimum number of views beside the plain one (fewer if more would be duplicates).
+        views: number of views beside the plain one: more if an image that is not square needs them, fewer if the
+            others would be duplicates.
         kept: file to store the predictions in, and to resume from; a resumed prediction is the same, bit for bit, as
             one that was never interrupted.
     """

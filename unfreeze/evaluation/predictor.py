@@ -23,7 +23,7 @@ from unfreeze.parallel import in_order
 CHUNK = 256
 """Images in memory at once."""
 MAX_MEGAPIXELS = 400.0
-"""Larger images are refused by their header, because decoding them would take more than a gigabyte."""
+"""Images whose header states more are rejected, because decoding them would take more than a gigabyte."""
 BATCH = 64
 """Images or views per batch."""
 
@@ -48,8 +48,8 @@ class Predictor:
             tta: average over augmented views of each image, as many as the model was evaluated with.
 
         Returns:
-            A row per image: ``predicted``, ``p_<class>``..., and ``reason`` why it could not be read (else empty), in
-            which case the rest is missing.
+            A row per image: ``predicted``, ``p_<class>``..., and ``reason``, which is empty unless the image could not
+            be read. The other values of an image that could not be read are missing.
         """
         with self._one_at_a_time:  # tracing a network changes how every module of the process is called
             rows = [self._chunk(images[i : i + CHUNK], tta) for i in range(0, max(1, len(images)), CHUNK)]
@@ -69,7 +69,7 @@ class Predictor:
         return table.assign(reason=reasons)
 
     def _read(self, image: str | Path | io.BytesIO) -> NDArray[np.uint8] | str:
-        """The image's pixels (H, W, 3), the shorter side in the network's size; or the reason why it cannot be read."""
+        """The image's pixels (H, W, 3), resized to the network's size by the shorter side; or why it cannot be read."""
         size = self._meta["image_size"]
         try:
             _, decoded = decode(image, MAX_MEGAPIXELS, size, self._meta["grey_range"])

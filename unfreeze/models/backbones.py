@@ -228,7 +228,7 @@ def _load(backbone: Backbone, weights: str, file: Path) -> None:
 
 
 def _check_weights(backbone: Backbone, file: Path) -> None:
-    """Raise a UserError if the weights of a file are not finite, or so large that the activations are not."""
+    """Raise a UserError if the weights of a file are not finite, or so large that the activations are not finite."""
     tensors = backbone.body.state_dict()
     if name := not_finite(tensors):
         raise UserError(f"backbone.weights: the tensor {name} of {file} {NOT_FINITE}, or name other weights.")

@@ -12,7 +12,8 @@ from unfreeze.models.backbones import Backbone
 class Logits(nn.Linear):
     """A linear layer that computes in full precision, even if the rest of the network does not.
 
-    In bfloat16 two logits between 8 and 16 that differ by less than 1/16 are the same number: a tie of classes.
+    In bfloat16 the numbers between 8 and 16 are 1/16 apart. Two logits that differ by less may be rounded to the same
+    number, so that their classes tie.
 
     Attributes:
         temperature: divisor of the logits in eval mode, which calibrates the probabilities

@@ -31,7 +31,7 @@ def _timm_blocks(body: nn.Module) -> list[list[str]]:
 
 
 def _blocks(body: nn.Module) -> list[list[str]]:
-    """Blocks of any other network: its modules in order, with large containers split into their children."""
+    """Blocks of any other network: its modules in order; containers and the largest modules are split into children."""
     half = sum(p.numel() for p in body.parameters()) / 2
     blocks: list[list[str]] = []
 
@@ -81,7 +81,7 @@ def freeze_to(model: Classifier, n: int, bn_freeze: bool = True) -> None:
 
 
 def set_train_mode(model: Classifier) -> None:
-    """Training mode for what trains, eval mode for what is frozen.
+    """Put the modules that train into training mode, and the frozen modules into eval mode.
 
     BatchNorm, dropout and stochastic depth of a frozen part behave as in prediction. A module without parameters gets
     the mode of the module that contains it.
@@ -117,7 +117,7 @@ def parameter_groups(model: Classifier, lr_ratio: float) -> list[dict[str, Any]]
 
 
 def decay_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-    """Parameters for an optimizer: weight decay on matrices, none on biases and norms, which are one-dimensional."""
+    """Parameters for an optimizer: weight decay on weights of two or more dimensions, not on biases and norms."""
     parameters = list(parameters)
     decayed = {"params": [p for p in parameters if p.ndim > 1]}
     plain = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
