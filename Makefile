@@ -1,9 +1,9 @@
-# Each target first sets up the environment.
+# Each target except help and clean first sets up the environment.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# In a copied or moved folder, the environment still refers to the original folder and its code: remove the environment.
+# In a copied or moved folder, .venv still refers to the original folder and its code: remove and recreate it.
 ELSEWHERE := $(shell test ! -L $(VENV) && grep -s '^command = ' $(VENV)/pyvenv.cfg | grep -qvF '$(CURDIR)/$(VENV)' && echo remove-venv)
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -20,8 +20,8 @@ help:  ## show this list
 
 setup: $(READY)  ## install everything into .venv, at the versions that were tested together
 
-# uv installs in a fraction of pip's time. Byte-compiling once here saves seconds at the start of every step.
-# Through the link, DVC watches the sample's file under the name used in data.source.
+# uv installs in a fraction of pip's time. Byte-compiling here saves seconds when a package is imported first.
+# The link sample:elpv lets DVC watch the sample's file under its name in data.source.
 $(READY): pyproject.toml constraints.txt $(ELSEWHERE)
 	@$(PYTHON) -c "import sys; (3, 11) <= sys.version_info[:2] <= (3, 12) or sys.exit('unfreeze needs Python 3.11 or 3.12, and $(PYTHON) is %s.%s: make $(MAKECMDGOALS) PYTHON=python3.12' % sys.version_info[:2])"
 	$(PYTHON) -m venv $(VENV)

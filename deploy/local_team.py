@@ -24,7 +24,7 @@ from unfreeze.errors import UserError
 
 PLACE = Path(".unfreeze/team")
 NEEDED = ("psycopg", "flask_wtf", "boto3", "dvc_s3")
-"""Modules of the extra `team`."""
+"""Modules of the extra `team`, which the extra `local-team` includes."""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from unfreeze.errors import UserError
 PATIENCE = 300.0
 """Timeout in seconds for a server to become ready; its first start creates its database."""
 GOODBYE = 60.0
-"""Seconds between asking a process to end and killing it; a worker's run writes a checkpoint."""
+"""Seconds between asking a process to end and killing it; in this time a worker's run writes a checkpoint."""
 
 
 @dataclass
@@ -77,7 +77,7 @@ def running(
 
 
 def end(process: subprocess.Popen[bytes], stop: int = signal.SIGTERM) -> None:
-    """Stop a process; if it does not end, kill it and the rest of its process group."""
+    """Stop a process, or kill it if it does not end in time. Then kill the rest of its process group."""
     process.send_signal(stop)
     try:
         process.wait(GOODBYE)

@@ -28,12 +28,12 @@ HOST = "127.0.0.1"
 OWNER = "unfreeze"
 """The user in PostgreSQL."""
 PERSON = "team"
-"""The user of people and workers in Prefect and MLflow; MLflow also has `admin`."""
+"""Account that people and workers share in Prefect and MLflow; MLflow also has `admin`."""
 DATABASES = re.findall(r"CREATE DATABASE (\w+)", (Path(__file__).parent / "databases.sql").read_text())
 BUCKETS = ("mlflow", "dvc")
 ACCOUNTS = Path(__file__).parent / "mlflow-auth.ini"
 KEPT = ("PREFECT_", "MLFLOW_", "AWS_", "RCLONE_", "PG", "UNFREEZE_HOME")
-"""Prefixes of environment variables that are removed, because they would name other servers or folders."""
+"""Prefixes of variables that are removed from the environment, as they may name other servers or folders."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Servers:
     Attributes:
         folder: folder of all data.
         ports: ports of the servers.
-        parts: running servers.
+        parts: running servers and workers.
         passwords: passwords and keys by the names in `secret_files.NAMES`.
     """
 
@@ -191,7 +191,7 @@ class Servers:
         data = self.folder / "s3"
         for bucket in BUCKETS:
             (data / bucket).mkdir(parents=True, exist_ok=True)
-        key = f'"{self.passwords["S3_ACCESS_KEY"]},{self.passwords["S3_SECRET_KEY"]}"'  # quoted: one value of a list
+        key = f'"{self.passwords["S3_ACCESS_KEY"]},{self.passwords["S3_SECRET_KEY"]}"'  # CSV: quotes protect the comma
         environment = self._common | {"RCLONE_CONFIG": "", "RCLONE_AUTH_KEY": key}
         command = [str(rclone), "serve", "s3", str(data), "--addr", f"{HOST}:{self.ports.s3}"]
         with running("S3", command, environment, self.logs) as part:
@@ -200,7 +200,7 @@ class Servers:
 
     @contextmanager
     def prefect_server(self) -> Iterator[Part]:
-        """Run only Prefect's server, beside the other servers."""
+        """Run Prefect's server while the block runs; PostgreSQL must be running."""
         environment = self._common | {
             "PREFECT_HOME": str(self.folder / "prefect"),
             "PREFECT_SERVER_DATABASE_CONNECTION_URL": "postgresql+asyncpg:///prefect",
@@ -232,7 +232,7 @@ class Servers:
             "MLFLOW_AUTH_ADMIN_PASSWORD": self.passwords["MLFLOW_ADMIN_PASSWORD"],
             "MLFLOW_FLASK_SERVER_SECRET_KEY": self.passwords["MLFLOW_FLASK_SERVER_SECRET_KEY"],
             "MLFLOW_S3_ENDPOINT_URL": self.s3,
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # ten processes for evaluating language models
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # otherwise ten processes for evaluating language models
             **self.postgresql,
             **self._keys,
         }
@@ -246,7 +246,7 @@ class Servers:
             yield part
 
     def _make_user(self) -> None:
-        """Create the user of people and workers in MLflow. At first MLflow has only an administrator."""
+        """Create the MLflow account of people and workers. A new MLflow server has only the administrator's account."""
         address = f"{self.mlflow}/api/2.0/mlflow/users"
         credentials = base64.b64encode(f"admin:{self.passwords['MLFLOW_ADMIN_PASSWORD']}".encode()).decode()
         headers = {"Authorization": f"Basic {credentials}", "Content-Type": "application/json"}
@@ -257,8 +257,8 @@ class Servers:
         urllib.request.urlopen(urllib.request.Request(f"{address}/create", body, headers)).close()
 
     def _configure_dvc(self) -> None:
-        """Configure a default remote for users and workers outside of any repository. The remote's keys are in their
-        environment."""
+        """Configure DVC's default remote in the global configuration of people and workers (`DVC_GLOBAL_CONFIG_DIR`).
+        The remote's keys are in environment variables."""
         (self.folder / "dvc").mkdir(exist_ok=True)
         remote = f"    url = s3://dvc/team\n    endpointurl = {self.s3}\n"
         (self.folder / "dvc/config").write_text(f"[core]\n    remote = team\n['remote \"team\"']\n{remote}")

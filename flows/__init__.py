@@ -5,6 +5,6 @@ The only place that imports Prefect. It may import `pipeline` and `unfreeze`, no
 
 from pipeline.process.environment import set_environment, set_prefect_home
 
-# A worker imports this package first, before the flow can use any of it.
+# Here, because a worker imports this package before it imports anything that reads these variables.
 set_environment()
 set_prefect_home()

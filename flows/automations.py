@@ -39,7 +39,7 @@ def events(*names: str) -> set[str]:
 
 
 def silent(after: set[str], within: timedelta) -> EventTrigger:
-    """Trigger: no event of a run within a time after one of these events."""
+    """Trigger: after one of these events of a run, no further event of the run in this time."""
     return EventTrigger(
         match=RUNS, match_related=OURS, after=after, expect=events("*"), for_each={"prefect.resource.id"},
         posture=Posture.Proactive, threshold=1, within=within,
@@ -54,9 +54,9 @@ def heard(match: Match, related: Match, expected: set[str]) -> EventTrigger:
 def takeovers() -> list[AutomationCore]:
     """Automations that schedule the same run again if its worker is lost, so that another worker continues it.
 
-    There are two steps: first the state `LOST`, of type CRASHED, then SCHEDULED. A heartbeat may arrive after the end
-    of its run, for example from a machine whose clock is ahead; Prefect refuses to set a run that has ended to
-    CRASHED.
+    The state becomes `LOST`, of type CRASHED, and then SCHEDULED. The intermediate state protects runs that have
+    ended: their last heartbeat may arrive late, for example from a machine whose clock is ahead, and trigger the
+    automation. Prefect does not set a run that has ended to CRASHED, so it is not scheduled again.
     """
 
     def crash(message: str) -> ChangeFlowRunState:

@@ -17,7 +17,7 @@ from unfreeze.settings.schema import Data, Settings
 LOOKED_AT = 100
 """Number of images whose headers are read before anything runs: enough to detect a folder of other files quickly."""
 NETWORK = ("backbone.", "data.image_size")
-"""Prefixes of the settings that need the network to be checked, which takes seconds, mostly for importing torch."""
+"""Prefixes of settings after whose change the network is checked. The check takes seconds, mostly to import torch."""
 
 
 def check_images(settings: Settings) -> pd.DataFrame:

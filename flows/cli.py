@@ -20,7 +20,8 @@ UNREAD = 128 + signal.SIGPIPE
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code.
 
-    These are 0 for success, 1 for a failed step, 2 for a user error, 130 for an interruption and 141 for a broken pipe.
+    It is 0 for success, 2 for a user error, 130 for an interruption, 141 for a broken pipe, and 1 for other failures: a
+    failed step, an unreadable image, weights that differ from the reproduced run's, or results that were not sent.
     """
     from pipeline.process.environment import set_environment, start_in_utf8
 
@@ -143,7 +144,7 @@ def _run(chosen: argparse.Namespace) -> int:
 
 
 def _check_code() -> None:
-    """Raises UserError in a copy of the project that uses the environment, and thus the code, of the original."""
+    """Raises UserError if this folder is a copy of the project, but its environment is that of the original."""
     here, this = Path("flows/cli.py"), Path(__file__)
     if here.exists() and not here.samefile(this):
         raise UserError(
@@ -209,7 +210,7 @@ def _check_surroundings() -> None:
 
 
 def _overrides(chosen: argparse.Namespace) -> list[str]:
-    """The values to change in params.yaml: those of a file, overridden by the single ones."""
+    """The values to change in params.yaml: the file of `--settings`, then `-S`, which overrides the file."""
     from unfreeze.settings.overrides import read_overrides
 
     return (read_overrides(chosen.settings) if chosen.settings else []) + chosen.overrides

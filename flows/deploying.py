@@ -34,7 +34,7 @@ def source() -> dict[str, str]:
         ``repository``: the remote `origin` of this checkout, or the checkout if it has none; ``branch``: its branch.
 
     Raises:
-        UserError: there is no branch.
+        UserError: no branch is checked out, or Git failed.
     """
     try:
         branch = git("branch", "--show-current")

@@ -151,7 +151,7 @@ def reproduce(stage: str, pull: bool) -> Iterator[str]:
 
 
 def _forget_empty_runs() -> list[Path]:
-    """Remove empty folders from DVC's run cache, at which DVC fails with a TypeError; returns them.
+    """Remove empty folders from DVC's run cache, which make DVC fail with a TypeError; returns them.
 
     DVC creates a run's folder, and moves the run's file into it a moment later. A kill in between leaves it empty.
     """
@@ -194,7 +194,7 @@ def push(pauses: Sequence[float] = (2, 8), beside: bool = False) -> str | None:
                 TO_PUSH.unlink()
                 return None
             errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-            trouble = errors[-1] if errors else done.stderr.strip()  # there is one for each file
+            trouble = errors[-1] if errors else done.stderr.strip()  # DVC prints one for each file
     return trouble
 
 

@@ -52,7 +52,7 @@ def use_environment(folder: Path) -> None:
 
 
 def forget_old_environments(seconds: float) -> None:
-    """Remove environments not used by a new run for this many seconds, except that of this process."""
+    """Remove environments that no run has switched to for this many seconds, except that of this process."""
     for ready in (home() / "environments").glob(f"*/{READY}"):
         environment = ready.parent
         if Path(sys.prefix).resolve() != environment and (held := hold_if_free(environment.with_suffix(".lock"))):
@@ -63,7 +63,7 @@ def forget_old_environments(seconds: float) -> None:
 
 
 def meets(folder: Path) -> bool:
-    """Whether this environment has all dependencies of a clone of the project, none at another version than it pins."""
+    """Whether this environment has all dependencies of a clone of the project, at the versions that the clone pins."""
     installed = _installed()
     for pin in _pins(folder):
         if (version := installed.get(canonicalize_name(pin.name))) and not pin.specifier.contains(version, True):
@@ -89,8 +89,8 @@ def _make(environment: Path, folder: Path) -> None:
 
 
 def _added(folder: Path) -> list[str]:
-    """Further packages that are installed here: those of the project's extras, such as `team`, and unpinned ones that
-    no installed package requires."""
+    """Packages of this environment that a new one needs too: those of the project's extras, such as `team`, and
+    packages that are neither pinned nor required by an installed package."""
     known = {canonicalize_name(requirement.name) for requirement in (*_pins(folder), *_dependencies(folder))}
     for package in importlib.metadata.distributions():
         known |= {canonicalize_name(Requirement(text).name) for text in package.requires or []}

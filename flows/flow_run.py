@@ -51,7 +51,7 @@ def say_what_it_computes(run: FlowRun, what: str) -> None:
 
 
 def wait_for_equal(is_shared: Callable[[], bool]) -> None:
-    """Wait until no earlier run of the same commit and settings is running; this run then uses its results.
+    """Wait until no earlier run of the same commit and settings is running; this run then reuses their results.
 
     Args:
         is_shared: whether another process uses the workspace. If not, an earlier run of this host is lost.
@@ -61,7 +61,7 @@ def wait_for_equal(is_shared: Callable[[], bool]) -> None:
     with get_client(sync_client=True) as client:
         while run and (other := _equal(client, run)):
             if other.labels.get(HOST) == socket.gethostname() and not is_shared():
-                return  # Prefect has not noticed yet that it has ended
+                return  # the other run's process has ended; Prefect still lists it as running
             if said != (said := other.name):
                 get_run_logger().info(
                     "The run %s computes the same (%s): this one waits until it has ended, and uses its results.",

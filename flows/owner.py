@@ -1,8 +1,8 @@
 """A deployed flow run belongs to the worker that started it last.
 
-If a worker is lost, Prefect's automation (`flows/automations.py`) schedules its flow run again, the next worker takes
-it, and the server increases its `run_count`. A worker that only lost its connection detects this here, and stops
-without changing the run's state in Prefect or MLflow, which belongs to the new owner.
+If a worker is lost, Prefect's automation (`flows/automations.py`) schedules its flow run again. The next worker starts
+the run, and the server increases the run's `run_count`. If the first worker had only lost its connection, it detects
+this here and stops. It does not change the run's state in Prefect or MLflow, because the run has a new owner.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ def claim(run: FlowRun) -> None:
 
 
 def is_taken() -> bool:
-    """Whether the run is scheduled again, or already executed again; False if the server does not answer."""
+    """Whether the run is marked as lost, scheduled again, or started again; False if the server does not answer."""
     if _owned is None:
         return False
     with contextlib.suppress(Exception), get_client(sync_client=True) as client:
@@ -60,7 +60,7 @@ def stop_if_taken() -> None:
 
 
 def leave_to_another() -> None:
-    """Raises Abort if the flow is stopped because its worker ends, not cancelled: another worker continues the run."""
+    """Raises Abort if the flow stops because its worker ends, not after a cancellation: another worker continues it."""
     if _owned is None:
         return
     with contextlib.suppress(Exception), get_client(sync_client=True) as client:

@@ -62,7 +62,7 @@ def up_to_date(until: str) -> dict[str, Outcome]:
 
 
 def find_stale(warn: Callable[..., None]) -> set[str]:
-    """Names of the stages that DVC finds changed, after what an interruption has left incomplete is removed.
+    """Link the images, and remove incomplete files after a power loss; returns the stages that DVC finds changed.
 
     Args:
         warn: logs a warning, as `logging.Logger.warning`.
@@ -85,7 +85,7 @@ def find_stale(warn: Callable[..., None]) -> set[str]:
 
 
 def begin() -> Plan:
-    """Start a pass: check the settings, ask DVC for stale stages, set the key of the pass and the terminal.
+    """Start a pass: check settings and images, ask DVC for stale stages, set the steps' environment variables.
 
     Raises:
         UserError: a setting is wrong, or the images cannot be listed, watched or split.
@@ -105,7 +105,7 @@ def begin() -> Plan:
         if is_another_attempt():
             get_run_logger().info("Continuing a run that was started before, perhaps on a lost worker.")
     os.environ[PARENT] = identity(psutil.Process())
-    with suppress(OSError):  # a terminal may have no name, for example in a container
+    with suppress(OSError):  # not a terminal, or one without a name, as in a container
         os.environ["UNFREEZE_TTY"] = os.ttyname(sys.stderr.fileno())
     has_remote, trouble = dvc.find_remote() if stale else (False, None)
     if trouble:
@@ -114,10 +114,10 @@ def begin() -> Plan:
 
 
 def finish(outcomes: Mapping[str, Outcome], plan: Plan, status: str, pushing: Pushing) -> None:
-    """Conclude the pass, and send the queued results of earlier passes.
+    """Conclude the pass in MLflow, send queued results to MLflow, and push results to DVC's remote.
 
     Args:
-        outcomes: outcomes of the steps that are up to date.
+        outcomes: outcomes of the steps that ended without an error.
         plan: plan of the pass.
         status: FINISHED, FAILED or KILLED.
         pushing: the pushes after each step.
@@ -131,7 +131,7 @@ def finish(outcomes: Mapping[str, Outcome], plan: Plan, status: str, pushing: Pu
     elif status == "FINISHED":
         log.info(NOTHING, len(outcomes))
     if ran and status == "FINISHED":
-        settle()  # files that DVC cached after the last step
+        settle()  # flush the files that DVC cached after the last step
     if waiting_here():
         Delivery(journal, log.warning).close()
     registered = status == "FINISHED" and "register" in outcomes and outcomes["register"].ran

@@ -1,8 +1,8 @@
 """Prefect's server: the one set by the user, or a temporary one with a separate database in the workspace.
 
 If the user's server does not answer, the pass continues with a temporary one. Prefect retries for about a minute
-(`PREFECT_CLIENT_MAX_RETRIES`), and then the flow fails. This process is then replaced by a new one without that server,
-which continues at the interrupted step, because DVC skips the finished ones.
+(`PREFECT_CLIENT_MAX_RETRIES`), and then the flow fails. `unfreeze run` then replaces its process by a new one with a
+temporary server. The new process continues at the interrupted step, because DVC skips the finished steps.
 """
 
 import logging
@@ -28,10 +28,10 @@ DATABASES = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CON
 """Environment variables for the database of the temporary server."""
 
 ANSWERS = 5.0
-"""Timeout of a request to the server, in seconds."""
+"""Timeout in seconds of a request to the server, and of sending the last records to a temporary one."""
 
 ROOT_LEVEL = "PREFECT_LOGGING_ROOT_LEVEL"
-"""Environment variable: log level of a server's libraries. SQLAlchemy would print a traceback when it is stopped."""
+"""Environment variable: log level of a server's libraries. SQLAlchemy would log a traceback at the server's end."""
 
 TALK = ("prefect.client", "prefect.events", "prefect.logging", "prefect._internal", "EventsWorker", "APILogWorker")
 """Prefect's loggers that report records which could not be sent to a server."""
@@ -62,7 +62,7 @@ def check_api() -> None:
 
 
 def _is_api(url: str) -> bool | None:
-    """Whether Prefect's API is at an address; None if nothing answers, or the answer does not tell."""
+    """Whether Prefect's API is at an address; None if there is no answer, or an HTTP error 401, 403 or 5xx."""
     import httpx
 
     try:
@@ -85,8 +85,9 @@ def has_server() -> bool:
 
 @contextmanager
 def prefect_server() -> Iterator[None]:
-    """Provide a Prefect server for the flow in the block: the user's, or a temporary one, which is stopped when it
-    has received all of the flow's records.
+    """Provide a Prefect server for the flow in the block: the user's, or a temporary one.
+
+    After the block, a temporary server receives the flow's remaining records (for `ANSWERS` seconds) and is stopped.
 
     Raises:
         UserError: the temporary server does not start.
@@ -127,7 +128,8 @@ def hush() -> None:
 def prepare_database() -> None:
     """Give the temporary server its own database: the user's may be of another version, damaged or unreadable.
 
-    There is one for each version of Prefect; a damaged one is replaced. A database named in the environment is kept.
+    The file's name contains Prefect's version. Files of other versions are removed, and a damaged file is replaced. If
+    the environment names a database (`DATABASES`), the server uses that one.
     """
     from prefect import __version__
 
@@ -195,7 +197,7 @@ def go_on_without(overrides: Sequence[str], until: str) -> NoReturn:
         flush=True,
     )
     environment = os.environ | {"PREFECT_API_URL": ""}
-    environment.pop(PARENT, None)  # it is for processes started by the run; this one is the run
+    environment.pop(PARENT, None)  # the new process is the run itself, not a child of it
     if key := os.environ.get(PASS):
         environment[SAME_PASS], overrides = key, ()
     sys.stdout.flush()

@@ -1,6 +1,6 @@
 """Push a step's results to DVC's remote while the next step runs.
 
-If the worker is lost, another one has the results of all steps but the interrupted one.
+If the worker is lost, another one pulls these results instead of computing them again.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +18,7 @@ class Pushing:
         self._done: set[str] = set()
 
     def after(self, stage: str) -> None:
-        """Queue a push of a step's results; a push that has not started yet includes them."""
+        """Queue a push of a step's results, unless a push is queued that has not started: it includes them."""
         self._done.add(stage)
         if self._last is None or self._last.running() or self._last.done():
             self._last = self._thread.submit(self._push)

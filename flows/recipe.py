@@ -48,8 +48,8 @@ def recipe(
 
     Args:
         settings: values to change in `params.yaml` first, for example ``{"train_full.cycles": 2}``; or a list in the
-            form of `unfreeze run -S`, already checked. They are undone if the run cannot start. A run of the
-            deployment has its own `params.yaml`, so that other runs are not affected.
+            form of `unfreeze run -S`, already checked. The changes are undone if the run cannot start. A run of the
+            deployment changes the `params.yaml` of its own workspace only.
         settings_file: a file of such values, such as ``settings/photographs.yaml``; ``settings`` overrides it.
         until: the last step to run.
         sweep: for a trial, the name of its search, which becomes a tag in MLflow.
@@ -68,7 +68,7 @@ def recipe(
         raise UserError(f"until is {until!r}, but must be one of the steps: {', '.join(names)}.")
     if sweep:
         os.environ[SWEEP] = sweep
-    # An equal run that this one waited for (`at_work`) may have ended in Prefect while its process still runs.
+    # `at_work` waits until an equal run has ended in Prefect. Its process may still hold the lock for some seconds.
     with at_work(), alone("run", GRACE), ExitStack() as until_the_end:
         with put_back_on_error("params.yaml"):
             if settings or settings_file:
@@ -104,7 +104,7 @@ def recipe(
 
 def _write(settings: dict[str, Any] | list[str] | None, settings_file: str | None) -> None:
     """Write the settings of this run into `params.yaml`. A list, from `unfreeze run`, has been checked before."""
-    with alone("step", GRACE):  # the other process may be a step of `dvc repro`
+    with alone("step", GRACE):  # wait: a step of `dvc repro` may hold the lock
         if isinstance(settings, list):
             apply_overrides("params.yaml", settings)
         elif overrides := (read_overrides(settings_file) if settings_file else []) + as_overrides(settings or {}):

@@ -29,8 +29,8 @@ class Plan:
 
     Attributes:
         ask: the stages to call DVC for: the first stale one and all later ones, whose inputs may change.
-        pull: whether to fetch results that are not in the cache from DVC's remote.
-        push: whether there is a remote to push to at the end.
+        pull: whether to look in DVC's remote for results that are not in the cache.
+        push: whether there is a remote, to which results are pushed after each step.
     """
 
     ask: frozenset[str]

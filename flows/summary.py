@@ -23,7 +23,7 @@ RESULTS = {
     "retrain": "{epochs:.0f} epochs on train + valid",
     "register": "version {version:.0f}",
 }
-"""Text of a step's row, as a format of its metrics."""
+"""Format string for the column "result", filled with the step's metrics."""
 
 
 def print_summary(outcomes: Mapping[str, Outcome]) -> None:

@@ -166,7 +166,7 @@ def _study(name: str, chosen: SweepSettings, space: Space, seed: int) -> optuna.
         direction=optuna.study.StudyDirection[chosen.direction.upper()],
         load_if_exists=True,
     )
-    if chosen.sampler == "grid":  # Optuna's own GridSampler cannot be asked for one trial after another
+    if chosen.sampler == "grid":  # Optuna's GridSampler works only in `Study.optimize`: it calls `Study.stop`
         values = [those for those in space.values() if isinstance(those, list)]
         for combination in itertools.product(*values):
             study.enqueue_trial(dict(zip(space, combination, strict=True)), skip_if_exists=True)
@@ -180,7 +180,7 @@ def _search(
     trials: LocalTrials | DeployedTrials,
     at_work: list[AtWork],
 ) -> None:
-    """Run trials until the requested number is reached; ``at_work`` lists the running ones."""
+    """Run trials until their number is reached, or nothing is left to try; ``at_work`` lists the running ones."""
     left = [trial for trial in study.trials if trial.state == TrialState.RUNNING]
     for frozen in left:  # trials of a search that was killed
         _begin(study, frozen._trial_id, trials, at_work)
@@ -200,7 +200,7 @@ def _search(
 
 
 def _suggest(study: optuna.Study, space: Space) -> optuna.trial.Trial | None:
-    """The next trial whose settings have not been tried; None if there is nothing left to try."""
+    """The next trial with settings that have not been tried; None after `SAME` suggestions that have been."""
     for _ in range(SAME):
         tried = [trial.params for trial in study.trials if "same" not in trial.user_attrs and trial.params]
         trial = study.ask()

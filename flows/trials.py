@@ -60,7 +60,7 @@ class LocalTrials:
 
         Args:
             number: number of the trial.
-            slot: number of the worktree; no other trial may use it.
+            slot: number of the worktree; no other running trial may use it.
             settings: ``section.key -> value``, overriding `params.yaml`.
             known: not used.
         """
@@ -131,7 +131,7 @@ class DeployedTrials:
         self._study, self._deployment = study, deployment
 
     def start(self, number: int, slot: int, settings: Mapping[str, Any], known: str | None) -> DeployedTrial:
-        """Start a trial, or resume its flow run ``known``, if any. Other arguments are as in `LocalTrials`."""
+        """Start a flow run for a trial, or find its earlier one by the ID ``known``; number and slot are not used."""
         if known is None:
             parameters = {"settings": dict(settings), "until": LAST, "sweep": self._study}
             run: Any = run_deployment(self._deployment, parameters=parameters, timeout=0, as_subflow=False)

@@ -1,14 +1,14 @@
-"""A separate workspace for each run of the deployment: a clone of the newest commit of the deployed branch.
+"""Workspaces for runs of the deployment: clones of the newest commit of the deployed branch.
 
 `prepare` is the deployment's pull step (`prefect.yaml`). Prefect's worker calls it in a new process. The flow then runs
-in that process, in the folder that `prepare` returns, so all other code comes from the commit. Files that
-outlive a workspace are in `UNFREEZE_HOME`:
+in that process, in the folder that `prepare` returns, so all other code comes from the commit. Runs of the same commit
+and settings use the same workspace. `UNFREEZE_HOME` contains the workspaces, and the files that outlive them:
 
     repositories/<hash>.git                  fetched repositories
-    workspaces/<commit>-<hash of settings>/  an interrupted run's is found again by its commit and settings
+    workspaces/<commit>-<hash of settings>/  removed after success; kept after an interruption, to continue
     environments/<hash>/                     for commits whose constraints.txt the worker's own environment does not meet
     cache/, hashes/                          DVC's cache, and its table of file hashes
-    locks/<hash of settings>.lock            the dvc.lock of the last run
+    locks/<hash of settings>.lock            the dvc.lock of the last successful run with these settings
     tracking/, about-cache/                  queues for MLflow and for DVC's remote
     mlflow.db, mlruns/                       MLflow's data if MLFLOW_TRACKING_URI is not set
     cards/                                   the runs' reservations of GPUs
@@ -42,7 +42,7 @@ LOCK = "UNFREEZE_WORKSPACE_LOCK"
 PAUSES = (0, 2, 8)
 """Seconds to wait before each attempt to reach the repository."""
 FORGET = 14 * 24 * 3600
-"""Seconds after which the workspace of an interrupted or failed run is removed."""
+"""Seconds after which unused files are removed: environments, and workspaces of interrupted or failed runs."""
 OUTLIVES = {ROOT: "tracking", ABOUT_CACHE: "about-cache"}
 """Folders of a workspace that are links into `UNFREEZE_HOME`."""
 SHARE = """
@@ -59,7 +59,7 @@ if not own.is_symlink():
     shutil.rmtree(own, ignore_errors=True)
     own.symlink_to(hashes)
 """
-"""Makes DVC share its cache and its table of file hashes: otherwise each run would hash all images again."""
+"""Script that makes DVC share its cache and its table of file hashes: otherwise each run would hash all images."""
 
 
 def prepare(repository: str, branch: str) -> dict[str, str]:
@@ -142,7 +142,7 @@ def make(repository: str, commit: str, name: str) -> Path:
 
 
 def settings_key(parameters: Mapping[str, Any]) -> str:
-    """Hash of a flow run's parameters for settings."""
+    """Hash of the flow run's non-empty parameters: settings, settings file, `until` and `sweep`."""
     given = {key: value for key, value in parameters.items() if value}
     return hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
@@ -227,7 +227,7 @@ def _remove(folder: Path) -> None:
 
 
 def _lock_file(folder: Path) -> Path:
-    """The `dvc.lock` of the last successful run with a workspace's settings, with which DVC skips finished steps."""
+    """Path of the `dvc.lock` of the last successful run with a workspace's settings; DVC skips the steps in it."""
     return home() / "locks" / f"{folder.name.partition('-')[2]}.lock"
 
 
