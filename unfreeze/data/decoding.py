@@ -33,7 +33,9 @@ MAX_ASPECT = 20
 MAX_HELD = 2**28
 """Largest file in bytes that is read as a whole; decoders map parts of larger ones (long multi-page TIFFs)."""
 FAINT = 16
-"""Alpha value, of 255, below which a pixel counts as transparent; also the smallest range of a colour channel in a picture."""
+"""Alpha value (0 to 255) below which a pixel counts as transparent.
+
+Also the smallest difference of the highest and the lowest value of a colour channel that holds a picture."""
 EDGE = 1 / 16
 """Width of the border that is ignored when looking for opaque pixels, as a share of width and height."""
 HIDDEN = "completely transparent: shown as if opaque"
@@ -43,8 +45,9 @@ PROGRAMS = ("EPS", "WMF")
 # Pillow's warnings are not needed: an image is read, or refused with a reason. Set once, because
 # `warnings.catch_warnings` is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-logging.getLogger("PIL").setLevel(logging.CRITICAL)  # otherwise printed if logging is not configured
-# Bytes of text in a PNG, one and all (an editor's history, a workflow, XMP); by default 1 MB and 64 MB are refused.
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # its messages are printed if logging is not configured
+# Largest size in bytes of one text chunk in a PNG, and of all together. Pillow's limits are 1 MB and 64 MB, which an
+# editor's history, a workflow or XMP may exceed.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 
 with contextlib.suppress(ImportError):  # optional dependency for HEIC, the format of many phones
@@ -160,10 +163,10 @@ def _state(status: os.stat_result) -> tuple[int, int]:
 
 
 class _Stream(io.FileIO):
-    """A file that gives decoders neither a name nor a descriptor, so that they read it.
+    """A file without a file descriptor, so that decoders read it.
 
-    Pillow and libtiff would otherwise map it into memory. If another process shortens a mapped file, this process is
-    killed by SIGBUS.
+    With a descriptor, libtiff would map the file into memory. If another process shortens a mapped file, this process
+    is killed by SIGBUS.
     """
 
     def fileno(self) -> int:

@@ -18,7 +18,7 @@ DIFFERENCE = 4.0
 SMALL = 32
 """Side in pixels at which images are compared."""
 COPIES = 20
-"""Largest number of following copies that an image is paired with: all pairs of a thousand would be half a million."""
+"""Largest number of later copies that an image is paired with: a thousand copies would make half a million pairs."""
 REACH = 2000
 """Largest number of following images with the same part of the hash that an image is compared with."""
 TOGETHER = 4096

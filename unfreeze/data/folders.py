@@ -78,7 +78,7 @@ def _word(word: str) -> str:
 
 
 def exclusion(patterns: str | None) -> tuple[Excluded, Callable[[], list[str]]]:
-    """Return a test for paths that ``data.exclude`` leaves out, and a function that lists its unused patterns.
+    """Return a predicate for the paths that ``data.exclude`` leaves out, and a function that lists unused patterns.
 
     Args:
         patterns: comma-separated shell patterns (``*``, ``?``, ``[...]``), matched against paths and against names of
@@ -154,7 +154,7 @@ class Tree:
         return [name for name in names if not self.excluded(os.path.join(folder, name))]
 
     def files(self, folder: str) -> list[str]:
-        """Full names of the files below a folder that may be images."""
+        """Paths, beginning with `root`, of the files below a folder that may be images."""
         return list(self._walk(folder))
 
     def has_files(self, folder: str) -> bool:

@@ -26,7 +26,7 @@ BINS = 256
 VALUES = 2_000_000
 """Largest number of pixels, of all images together, in the histogram."""
 SOME = 1000
-"""Number of files that are examined, evenly spread, if the range is given and only the histogram is needed."""
+"""Largest number of files, evenly spread, that are examined if the range is given: they only give the histogram."""
 AHEAD = 4
 """Images whose values are in memory at once, times the number of cores."""
 

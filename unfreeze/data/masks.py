@@ -22,7 +22,7 @@ def find_masks(files: Iterable[str], folder: str) -> set[str]:
     ``a.png`` beside ``a.jpg`` if every .png file of that folder has such a twin, and at least half of its JPEGs do.
 
     Args:
-        files: full names of the files of the class.
+        files: paths of the files of the class, beginning with ``folder``.
         folder: the class's own folder, whose name is ignored.
     """
     folders: dict[str, list[str]] = defaultdict(list)
@@ -44,7 +44,7 @@ def find_masks(files: Iterable[str], folder: str) -> set[str]:
 
 
 def _twins(files: list[str]) -> Iterator[str]:
-    """Lossless files beside JPEGs of the same name, if all files of that type are, and half of the JPEGs have one."""
+    """Lossless files of a type, if each has the name of a JPEG, and there are at least half as many as JPEGs."""
     photos = {_stem(file) for file in files if _ending(file) in LOSSY}
     others: dict[str, list[str]] = defaultdict(list)
     for file in files:

@@ -23,7 +23,7 @@ NUMBERS = ["width", "height", "packed_width", "packed_height", "offset"]
 
 
 ROWS = 5_000
-"""Rows of `images.csv` read at a time: all at once would leave behind four times the table's own memory."""
+"""Rows of `images.csv` read at a time: reading all at once would leave four times the table's size allocated."""
 
 Pixels = NDArray[np.uint8]
 GreyRange = tuple[float, float]
@@ -62,7 +62,7 @@ class PackedImages:
         sizes: (N, 2) width and height in pixels.
         offsets: (N,) where each image begins, in bytes.
         image_size: shorter side in pixels.
-        greys: of more than 8 bits, if there are such images.
+        greys: the greys of more than 8 bits; None if there are none and `data.grey_range` is auto.
     """
 
     read: Read
@@ -90,8 +90,8 @@ class PackedImages:
 
         Args:
             row: number of the image.
-            low, high: first column and row of the rectangle, and their ends (exclusive).
-            out: array (H, W, 3) to write to, without an intermediate copy if it is as wide as the image.
+            low, high: (column, row) of the rectangle's first pixel, and of its end (exclusive).
+            out: array (H, W, 3) to write to; without an intermediate copy if it is contiguous and as wide as the image.
 
         Raises:
             UserError: the file has been cut short.

@@ -55,8 +55,8 @@ def pack(
         folder: output folder; no file has its final name before all of them are complete.
         data: settings of packing and splitting.
         seed: of the splits.
-        pixels: file for the pixels until then, perhaps with those of an interrupted process; without it they are
-            written to the folder, and removed after an interruption.
+        pixels: file for the pixels while packing is not complete, perhaps with pixels that an interrupted process has
+            written. Without it, they are written to the folder, and removed after an interruption.
 
     Returns:
         Metrics: numbers of images, broken images, classes, and images per split.
@@ -79,7 +79,7 @@ def pack(
             classes = sorted(found.loc[good, "label"].unique())
             pairs = []
             if data.near_duplicates == "group":
-                file.keep()  # or the last pixels may not be in the file yet
+                file.keep()  # flushes the last pixels to the file, which is read next
                 pairs = _near_duplicates(packed_images(file.path, found[good], data.image_size, classes))
             split = assign_splits(found[good], data.valid, data.test, seed, pairs)
             found["split"] = split.reindex(found.index, fill_value="")
@@ -178,7 +178,7 @@ def _keep_unchanged(table: pd.DataFrame, file: ResumableFile, data: Data) -> Non
             return False
         if note["grey_range"] not in (None, _known_range(data)):
             return False
-        # Images that could not be read are tried again: the cause may have been the disk, or may have been fixed.
+        # Images that could not be read are tried again: the cause may have been temporary, or fixed since.
         try:
             return not note["row"]["reason"] or _read(name, data)[0] == note["row"]
         except UnknownGreyRange:
@@ -243,8 +243,8 @@ def _read(file: str, data: Data) -> Decoded:
 def difference_hash(image: Image.Image) -> str:
     """Difference hash of an image (Krawetz's dHash, 2013), 64 bits as hex.
 
-    A bit says whether one of 8 x 8 cells is darker than the next. The hash hardly changes when the image is resized or
-    saved again.
+    Each bit says whether a cell is darker than its right neighbour, in 8 rows of 9 cells. The hash hardly changes when
+    the image is resized or saved again.
     """
     grey = image if image.mode == "F" else image.convert("L")
     cells = np.asarray(grey.resize((9, 8), Image.Resampling.BOX), float)

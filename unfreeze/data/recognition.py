@@ -9,7 +9,7 @@ HEAD = 4096
 LFS = b"version https://git-lfs.github.com/spec/"
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 BITS, BANDS = 258, 277
-"""Tags of TIFF."""
+"""TIFF tags BitsPerSample and SamplesPerPixel."""
 # fmt: off
 BEGINNINGS = (
     (LFS, "a Git LFS pointer in its place; fetch the images with `git lfs pull`"),
@@ -53,7 +53,7 @@ def recognised(stream: BinaryIO) -> str:
 
 
 def _in_boxes(head: bytes) -> str:
-    """What a file of ISO boxes is: an image, or a video."""
+    """What a file in the ISO base media file format (``ftyp`` box) is: an image, or a video."""
     size = int.from_bytes(head[:4])
     brands = {head[8:12], *(head[i : i + 4] for i in range(16, min(size, len(head)), 4))}
     if brands & set(HEIF_BRANDS):
@@ -66,7 +66,7 @@ def _in_boxes(head: bytes) -> str:
 
 
 def _tiff(stream: BinaryIO) -> str:
-    """Why Pillow cannot read a TIFF: mostly because it has more bands than colours."""
+    """Why Pillow cannot read a TIFF: usually because of its number of bands, or of bits per band."""
     stream.seek(0)
     try:
         tags = TiffImagePlugin.ImageFileDirectory_v2(stream.read(8))

@@ -7,11 +7,11 @@ from pathlib import Path
 from unfreeze.errors import UserError
 
 SAMPLES = {"sample:elpv": Path("samples/elpv.yaml")}
-"""Their names in `data.source`, and the file that pins the version of the package."""
+"""Name of each built-in sample in `data.source`, and the file that pins the version of its package."""
 
 
 def link_sample(source: str, folder: Path = Path()) -> None:
-    """Create a link in ``folder`` to a built-in sample's file, named as in `data.source`, so that DVC watches it.
+    """Create a link in ``folder`` to a built-in sample's file, named as in `data.source`, as a dependency for DVC.
 
     `dvc.yaml` lists `data.source` as a dependency of `ingest`. A file named ``sample:elpv`` could not be checked out on
     Windows, so the link is not under version control.
@@ -22,7 +22,7 @@ def link_sample(source: str, folder: Path = Path()) -> None:
 
 
 def elpv() -> list[tuple[Path, str, str]]:
-    """Files of the elpv dataset (Buerhop-Lutz et al., 2018), with path to show and label.
+    """Files of the elpv dataset (Buerhop-Lutz et al., 2018), each with the path to show to users, and the label.
 
     A cell is ``defective`` if the experts' defect probability is above 0.5, else ``functional``.
 

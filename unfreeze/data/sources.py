@@ -46,8 +46,8 @@ def read_source(source: str, exclude: str | None = None, min_images: int = 1) ->
         min_images: classes with fewer images are left out.
 
     Returns:
-        The table described above, sorted by path. ``file`` is absolute. ``attrs["notes"]`` has sentences on how the source
-        was understood, what was left out, and what looks wrong.
+        The table described in the module's docstring, sorted by path. ``file`` is absolute. ``attrs["notes"]`` has
+        sentences on how the source was understood, what was left out, and what looks wrong.
 
     Raises:
         UserError: the source is missing, cannot be read, is empty, of no known kind, or has fewer than two classes.
@@ -195,7 +195,7 @@ def _as_on_disk(root: str, path: str) -> str:
 
 
 def _with_slashes(root: str, path: str) -> str:
-    """A path with Windows' backslashes replaced by slashes, unless a file has a name with a backslash."""
+    """A path with Windows' backslashes replaced by slashes, unless the path exists as it is written."""
     return path if os.path.exists(os.path.join(root, path)) else path.replace("\\", "/")
 
 

@@ -91,7 +91,10 @@ def _deal(
 
 
 def _take(order: list[int], sizes: dict[int, int], goal: int, spare: int) -> list[int]:
-    """Clusters from the end of ``order`` with about ``goal`` images, at least one cluster; ``spare`` ones are left."""
+    """Take clusters from the end of ``order`` with about ``goal`` images in all; leave at least ``spare`` clusters.
+
+    At least one cluster is taken, unless ``goal`` is not positive or there are only ``spare`` clusters.
+    """
     most = len(order) - spare
     if goal <= 0 or most <= 0:
         return []
@@ -149,7 +152,8 @@ def _images(count: int) -> str:
 def _clusters(table: pd.DataFrame, pairs: Iterable[tuple[int, int]]) -> pd.Series:
     """A cluster number for each image. Images of one cluster must stay together.
 
-    They are the connected components of a graph; its edges are the pairs, and images with equal digest or group.
+    The clusters are the connected components of a graph. Its edges join the images of each pair, and images with equal
+    digest or group.
     """
     edges = list(pairs)
     for column in ("digest", "group"):

@@ -1,7 +1,7 @@
 """A file that is written piece by piece, and that another process can resume after an interruption.
 
-A second file beside it has a note for every piece, with a checksum of the file up to there. Pieces are flushed to disk
-before their notes, so that after a power loss every noted piece is complete.
+A second file beside it has a note for every piece, with a checksum of the file up to the end of the piece. Pieces are
+flushed to disk before their notes, so that after a power loss every noted piece is complete.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ BLOCK = 1 << 20
 COPIES = 3
 """Multiple of a finished file's size that must be free to keep a hard link to it.
 
-DVC copies the file into its cache, and from its cache.
+DVC copies the file into its cache, and from the cache back into the workspace.
 """
 
 
@@ -191,7 +191,7 @@ def _link(path: Path, target: Path) -> None:
 
 
 def _copy(path: Path, target: Path) -> None:
-    """Copy a file to another disk, whole or not at all."""
+    """Copy a file atomically; source and target may be on different disks, or the same path."""
     partial = _partial(target)
     try:
         shutil.copyfile(path, partial)

@@ -11,7 +11,7 @@ from unfreeze.reports.html import render
 from unfreeze.reports.plots import balance_plot, greys_plot, sizes_plot
 
 FEW_LEVELS = 16
-"""Number of grey values, of 256. If 99 % of the pixels have fewer, a few outliers may determine the range of greys."""
+"""If 99 % of the pixels are shown in fewer than this many of 256 greys, outliers may determine the range of greys."""
 SHOWN_CLASSES, SHOWN_SAMPLES, SHOWN_PAIRS, SHOWN_FILES, FEW = 30, 6, 12, 200, 30
 SPLITS = ("train", "valid", "test")
 

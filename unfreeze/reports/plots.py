@@ -1,4 +1,4 @@
-"""Plots, in one calm style; each function takes plain tables and returns a figure."""
+"""Plots in a common style; each function takes tables or arrays and returns a figure."""
 
 import base64
 import io
@@ -30,7 +30,7 @@ OTHER_SCRIPTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans Devanagari",
 
 
 def _figure(width: float, height: float, **several: Any) -> tuple[Figure, Any]:
-    """A figure with axes, or with several, as `Figure.subplots` makes them."""
+    """A figure and its axes; ``several`` are arguments of `Figure.subplots`, for more than one."""
     figure = Figure((width, height), dpi=110, layout="constrained")
     axes = figure.subplots(**several)
     for one in np.atleast_1d(axes):

@@ -38,7 +38,7 @@ def apply_overrides(
         check: raises UserError if the changed settings must not be saved; not called if nothing changes.
 
     Raises:
-        UserError: there is no such key, or the settings would be wrong with these values; nothing is written then.
+        UserError: a key does not exist, or the settings would be invalid with these values. The file is unchanged then.
     """
     text = with_overrides(path, overrides)
     settings = parse_text(text, str(path))
@@ -79,7 +79,7 @@ def with_overrides(path: str | Path, overrides: list[str]) -> str:
 
 
 def read_overrides(path: str | Path) -> list[str]:
-    """The values in a file that is like `params.yaml` but has only the keys to change, for `apply_overrides`.
+    """Read overrides for `apply_overrides` from a file like `params.yaml` that has only the keys to change.
 
     Raises:
         UserError: there is no such file, or it is not a YAML mapping.
@@ -91,7 +91,7 @@ def read_overrides(path: str | Path) -> list[str]:
 
 
 def as_overrides(values: Mapping[str, Any]) -> list[str]:
-    """``section.key -> value`` as `apply_overrides` takes them; text is quoted only where it has to be.
+    """Convert a mapping of ``section.key`` to value into overrides for `apply_overrides`; quote text only if needed.
 
     Raises:
         UserError: a value has a type that no setting has, such as a mapping.

@@ -1,7 +1,7 @@
 """The settings of the recipe: a typed, validated model of `params.yaml`.
 
-One dataclass per section, one field per key, annotated with its allowed values. All errors are reported at once, before
-anything expensive starts.
+One dataclass per section, one field per key, annotated with its allowed values. All wrong keys are reported at once,
+before anything expensive starts.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ class Train:
 
 @dataclass(frozen=True)
 class LRFind:
-    """LR range test: the sweep's ends and length, the rule that picks, or a rate that overrides it."""
+    """LR range test: the sweep's ends and length, and the rule that picks a rate, or a rate to use instead."""
 
     start: Rate
     end: Rate
@@ -183,7 +183,7 @@ def load_settings(path: str | Path = "params.yaml") -> Settings:
     """Read and check a file of settings.
 
     Raises:
-        UserError: the file is missing, is not YAML, or has errors; names every wrong key.
+        UserError: the file is missing, is not YAML, or has errors; the message names every wrong key.
     """
     return parse_text(read_text(path), str(path))
 

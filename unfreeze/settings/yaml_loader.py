@@ -28,11 +28,11 @@ def read_yaml(text: str, where: str) -> Any:
     """The content of a YAML file; nothing in it is executed.
 
     Args:
-        text: of the file.
+        text: the file's text.
         where: the file's name, for the messages.
 
     Raises:
-        UserError: the text is not YAML, or a mapping has a key twice; names the line.
+        UserError: the text is not YAML, or a mapping has a key twice; the message names the line.
     """
     loader: Any = YAML(typ="safe", pure=True)
     loader.Composer, loader.Constructor = _Composer, _Constructor

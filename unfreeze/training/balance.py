@@ -40,7 +40,7 @@ def make_loss(train: Train, labels: NDArray[np.int64], classes: int, device: tor
 def chance_loss(train: Train, labels: NDArray[np.int64], classes: int) -> float:
     """The lowest loss of a prediction that is the same for every image, in nats.
 
-    Computed as by `make_loss`, except that with class weights PyTorch weights the label smoothing as well.
+    The loss is that of `make_loss`, except that PyTorch applies class weights to the label smoothing as well.
 
     Args:
         train: the settings; unless ``train.balance`` is ``none``, all classes count the same.

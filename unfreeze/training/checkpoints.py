@@ -40,7 +40,7 @@ class Progress:
         epoch: number of the epoch, from 0.
         batch: number of the next batch in the epoch, from 0.
         iteration: number of the next batch over all epochs, from 0.
-        history: what happened so far.
+        history: losses and metrics so far.
         best: weights of the history's best cycle; empty if the newest weights are kept.
         done: there is nothing left to train.
     """
@@ -60,8 +60,8 @@ class Checkpoint:
     Attributes:
         path: the file; the previous one is kept as ``<path>.before``.
         key: identifies what the training depends on; files with another key are not read.
-        seconds: time between two checkpoints; longer if they would take over 2 % of it.
-        batches: number of batches between two checkpoints, or None for the time alone.
+        seconds: time between two checkpoints; longer if checkpoints would take over 2 % of the time.
+        batches: number of batches after which a checkpoint is written earlier; None if only the time counts.
         interruption: stop-request flag; the training stops after the next checkpoint.
         written: called after each checkpoint that was written.
     """
@@ -133,7 +133,7 @@ class Checkpoint:
         """Use another machine's checkpoint if it is valid, belongs to this training, and has more progress.
 
         Args:
-            other: the file, on the same disk; it is moved.
+            other: the file, on the same disk; if it is used, it is moved to `path`.
 
         Returns:
             Whether it is used.
@@ -189,7 +189,7 @@ def _tensors(weights: Tensors, optimizer: torch.optim.Optimizer, progress: Progr
     for name in COLUMNS:
         column = [row[name] for row in progress.history.batches if name in row]
         tensors[f"batches/{name}"] = torch.tensor(column, dtype=torch.float64)
-    # Cloned: safetensors refuses tensors that share memory, as a buffer and its copy in ``best`` may.
+    # Cloned: safetensors refuses tensors that share memory, such as a buffer that belongs to two modules.
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 

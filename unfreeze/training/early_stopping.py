@@ -7,7 +7,7 @@ import numpy as np
 PATIENCE = 1
 """Consecutive cycles without improvement that count as overfitting.
 
-Another cycle takes as long as the first, or longer.
+It is 1, because each further cycle takes at least as long as the first.
 """
 
 
@@ -26,7 +26,7 @@ def until_overfitting(train_losses: Sequence[float], valid_losses: Sequence[floa
         A loss that is not a number counts as infinite.
 
     Raises:
-        ValueError: there is no cycle yet, or not as many losses of one kind as of the other.
+        ValueError: there is no cycle yet, or the numbers of training and validation losses differ.
     """
     if not len(valid_losses) or len(train_losses) != len(valid_losses):
         raise ValueError("until_overfitting needs a training and a validation loss of every cycle so far")

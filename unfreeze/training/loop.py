@@ -133,7 +133,7 @@ def fit(
 
     Raises:
         Diverged: the loss became infinite or not a number.
-        Interrupted: a stop was requested, and the checkpoint has been written.
+        Interrupted: a stop was requested; raised after the attempt to write a checkpoint.
     """
     callbacks = callbacks or Callbacks()
     checkpoint, validate = callbacks.checkpoint, data.validate

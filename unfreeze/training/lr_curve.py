@@ -1,9 +1,8 @@
 """The learning-rate finder's curve: how the loss changes at each rate, and points of it to pick a rate by.
 
-The LR range test is Smith's (Cyclical Learning Rates for Training Neural Networks, 2017). The losses of
-single batches differ from one another by more than a whole sweep lowers them. The curve is therefore the change of each
-batch's loss against the starting weights' loss of the same batch (a control variate), smoothed, with its standard
-error.
+The LR range test is Smith's (Cyclical Learning Rates for Training Neural Networks, 2017). From batch to batch the loss
+varies by more than it falls in a whole sweep. The curve is therefore the change of each batch's loss against the
+starting weights' loss of the same batch (a control variate), smoothed, with its standard error.
 """
 
 from dataclasses import dataclass
@@ -33,10 +32,10 @@ class Picks:
 
     Attributes:
         minimum: rate of the lowest smoothed loss.
-        divergence: highest rate before the loss diverges: beyond it, the smoothed loss exceeds its minimum by more than
-            the share `LOST` of the distance from the minimum to chance; this rise is kept within `LIMITS`.
+        divergence: highest rate before the loss diverges. At higher rates, the smoothed loss exceeds its minimum by
+            more than the share `LOST` of the distance from the minimum to the chance loss, limited to `LIMITS`.
         steepest: rate at which the smoothed loss falls fastest, on the way to its minimum.
-        valley: rate two thirds into the longest sequence of ever lower smoothed losses, after fastai's rule of that name.
+        valley: rate two thirds into the longest decreasing subsequence of the smoothed losses (fastai's valley rule).
     """
 
     minimum: float
@@ -87,7 +86,7 @@ def _variance(change: Floats) -> Floats:
 
 
 def suggest(curve: pd.DataFrame, chance: float) -> Picks:
-    """Points of a curve (`make_curve`) that a rate can be picked by.
+    """Points of a curve (`make_curve`) from which a rate can be picked.
 
     Args:
         curve: of the sweep.
@@ -116,8 +115,8 @@ def pick_rate(picks: Picks, rule: str) -> float:
 
     Args:
         picks: points of the curve.
-        rule: ``minimum`` (one order of magnitude below the lowest loss, the rule of the fast.ai lesson), ``divergence``
-            (one order of magnitude below it), ``steepest`` or ``valley``.
+        rule: ``minimum`` (one order of magnitude below the rate of the lowest loss, as in the fast.ai lesson),
+            ``divergence`` (one order of magnitude below that point), ``steepest`` or ``valley``.
     """
     return float(getattr(picks, rule)) / (10 if rule in ("minimum", "divergence") else 1)
 

@@ -32,7 +32,7 @@ from unfreeze.training.schedules import Schedule, make_schedule
 
 Rows = NDArray[np.int64]
 HEAD = 2
-"""Layer group that `freeze_to` takes to train only the head: the two groups of the backbone come before it."""
+"""Number of the head's layer group, for `freeze_to`; groups 0 and 1 are the backbone's."""
 
 
 def derive_seed(seed: int, name: str) -> int:
@@ -85,7 +85,7 @@ class Images:
         return make_loss(train, labels, classes, self.loader.device)
 
     def chance_loss(self, train: Train) -> float:
-        """The lowest value of that loss for a prediction that is the same for every image."""
+        """The lowest loss of a prediction that is the same for every image, as `chance_loss` returns it."""
         return chance_loss(train, self.loader.packed.labels[self.train], len(self.loader.packed.classes))
 
     def augmented(self, train: Train, seed: int, epoch: int, first: int = 0, together: int = 1) -> Iterator[Batch]:

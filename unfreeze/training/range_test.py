@@ -47,7 +47,8 @@ def range_test(
     well, with the same views and dropout, which takes one more forward pass.
 
     Args:
-        model, optimizer: trained, in training mode, and restored afterwards.
+        model: in training mode; restored afterwards.
+        optimizer: of the model's trained parameters; restored afterwards.
         batches: the batches of epoch n (from 0), from batch i (from 0) on.
         settings: the sweep's ends and its length.
         checkpoint: where to save the sweep's progress, and to resume from, as in `fit`.
@@ -137,7 +138,8 @@ def lr_find(
 def _diverged(losses: Sequence[Losses]) -> bool:
     """Whether the last loss is not finite, or the running mean and the median of the last three have risen by `DIVERGED`.
 
-    The median is used because in batches of three images a single mistake would raise the mean by as much.
+    Both are of the change against the starting weights, and compared with the lowest running mean. The median is used
+    because in batches of three images a single mistake would raise the mean by as much.
     """
     if losses and not math.isfinite(losses[-1][0]):
         return True

@@ -108,8 +108,8 @@ def record(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, los
 def _end_capture() -> None:
     """Make the GPU's random generator usable again after a failed capture, by a capture that succeeds.
 
-    torch tells the generator about the end of a capture only if it succeeds; until then it refuses to draw numbers
-    (torch 2.11: "Offset increment outside graph capture encountered unexpectedly").
+    torch tells the generator about the end of a capture only if the capture succeeds. Until then, the generator refuses
+    to draw numbers (torch 2.11: "Offset increment outside graph capture encountered unexpectedly").
     """
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.zeros(1, device="cuda")
@@ -145,7 +145,7 @@ class GraphedStep:
             self._value = train_batch(model, optimizer, static, loss)
 
     def fits(self, batch: Batch) -> bool:
-        """Whether a batch has the shape that was recorded."""
+        """Whether a batch has the shape and dtype that were recorded."""
         return batch[0].shape == self._inputs.shape and batch[0].dtype == self._inputs.dtype
 
     def __call__(self, batch: Batch) -> torch.Tensor:
