@@ -3,10 +3,10 @@
 python -m benchmarks.accuracy --set trash=../photos/trash --set "digits=../photos/digits augment.flip=none"
 python -m benchmarks.accuracy --set trash=../photos/trash --jobs 14    # on a GPU: parallel runs
 
-Network, images, split, batch size and image size are the same for all methods. fastai and the plain script train for
-the recipe's maximum number of epochs. Each run has its own process, and its result is saved immediately. A second call
-runs only the missing runs; the table has the results of all calls. With ``--jobs`` above 1, the measured seconds are
-not meaningful.
+Network, images, split, batch size and image size are the same for all methods. fastai and the plain script train the
+whole network for the recipe's maximum number of epochs. Each run has its own process, and its result is saved
+immediately. A second call executes only the missing runs; the table has the results of all calls. With ``--jobs`` above
+1, the measured seconds are not meaningful.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(chosen.jobs) as pool:
         wanted = [
             (text, {"set": text.partition("=")[0], "size": chosen.image_size, "method": method, "seed": seed})
-            for seed in range(chosen.seeds)  # first all runs of seed 0, for an early table of one seed
+            for seed in range(chosen.seeds)  # outermost, so that one seed of every method is complete first
             for text in chosen.sets
             for method in chosen.methods
             if method != "logistic regression" or not seed
@@ -80,7 +80,7 @@ def main() -> None:
                 chosen.out.write_text(json.dumps(rows, indent=1) + "\n")
                 print(f"{name}: {_shown(done.result())}", flush=True)
         finally:
-            pool.shutdown(cancel_futures=True)  # after Ctrl-C, the runs that have not started are left out
+            pool.shutdown(cancel_futures=True)  # after Ctrl-C, cancel the runs that have not started
     print("\n".join(table([row for row in rows if row["size"] == chosen.image_size])))
     if failed:
         sys.exit(f"{failed} runs failed.")
@@ -94,7 +94,12 @@ def _changes(text: str, chosen: argparse.Namespace) -> list[str]:
 
 
 def run(method: str, work: Work, seed: int) -> dict[str, float]:
-    """Train and evaluate with one method; return seconds from images to evaluated model, and scores on valid and test."""
+    """Train and evaluate with one method.
+
+    Returns:
+        Scores on valid and test; for all methods except logistic regression also the seconds from images to evaluated
+        model.
+    """
     if method == "logistic regression":
         return regression(work)
     side: Any = {"recipe": ours, "fastai": peer, "plain": plain}[method]
@@ -102,7 +107,7 @@ def run(method: str, work: Work, seed: int) -> dict[str, float]:
 
 
 def regression(work: Work) -> dict[str, float]:
-    """Scores of scikit-learn's logistic regression on the frozen network's activations."""
+    """Scores of scikit-learn's logistic regression on the frozen network's activations; with TTA they are the same."""
     scores: dict[str, float] = {}
     _, loader, activations = ours.prepare(work, 0)
     packed = loader.packed

@@ -37,7 +37,7 @@ def forward(work: Work) -> Ways:
         for name, model, batch, context in _variants(work, count, train=False):
 
             def run(model: Any = model, batch: Any = batch, context: Any = context) -> None:
-                with torch.no_grad(), context():  # torch.compile folds no constants in inference mode
+                with torch.no_grad(), context():  # not inference mode, in which torch.compile folds no constants
                     model(batch)
 
             ways[f"{name}, {count} images"] = (
@@ -122,8 +122,8 @@ def _constant(model: Any, batch: torch.Tensor, context: Any) -> Any:
     import torch._inductor.config
 
     try:
-        # Freezing is set twice: the option keeps this apart from other compilations of the same code, and the patch
-        # makes it effective from the beginning.
+        # Inductor's freezing is set in two places. The option separates this compiled code from that of the other
+        # variants. The patch is needed because dynamo reads the global setting while it traces the network.
         compiled = torch.compile(model, dynamic=False, options={"freezing": True})
         with torch._inductor.config.patch(freezing=True), torch.no_grad(), context():
             compiled(batch)

@@ -43,7 +43,7 @@ def main() -> None:
 def compare(
     source: str, folder: Path, changes: list[str], seeds: int, last: str, epochs: int, views: list[int]
 ) -> Iterator[str]:
-    """Rows of a Markdown table: means over the seeds, and in how many seeds the change lowered the log loss."""
+    """Rows of a Markdown table: means over the seeds, and the number of seeds for which the log loss is lower."""
     averaged = [f"{count} views" for count in views] or ["with TTA"]
     columns = [
         f"{Path(source).name}, {last}, {seeds} seeds",

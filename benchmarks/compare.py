@@ -1,4 +1,4 @@
-"""Compare unfreeze and fastai in turn on the same work. Each has its own process, which keeps network and workers."""
+"""Measure unfreeze and fastai alternately on the same work, each in its own process, which keeps its network loaded."""
 
 import dataclasses
 import os
@@ -39,7 +39,7 @@ PARTS = {
 }
 """Ceilings, and the functions of `ours` that are compared with each."""
 ALL, OURS = "unfreeze, all layers", "unfreeze, its settings"
-"""Variants of unfreeze's recipe: which layer groups train at its end."""
+"""Two variants of unfreeze's recipe: at the end, all layer groups train, or those of the settings."""
 
 
 def speed(work: Work, repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -63,12 +63,13 @@ def speed(work: Work, repeats: int, say: Callable[[str], None]) -> dict[str, Any
 
 
 def shares(work: Work, repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Throughput of unfreeze without validation, as a share of the fastest way to run the network on one batch.
+    """Throughput of unfreeze without validation, as a share of the ceiling.
 
-    This fastest way is the ceiling. Ceilings and unfreeze are measured in turn; the result is the median share of the
-    turns. unfreeze's own way is one of the compared ways, and usually the fastest; the share of the best other way is
-    therefore reported too. For each ceiling, unfreeze runs in a new process, as steps do: the memory of a process that
-    has trained before is fragmented. The first run of each function is not counted.
+    The ceiling is the throughput of the fastest variant of the network on one batch (`benchmarks.ceilings`). Usually
+    this is unfreeze's own variant, so the share of the fastest other variant is reported too (``of_others``). Ceilings
+    and unfreeze are measured alternately; the result is the turn with the median share. For each ceiling, unfreeze runs
+    in a new process, as in the steps, because the memory of a process that has trained before is fragmented. The first
+    run of each function is not counted.
     """
     found: dict[str, Any] = {}
     for top, rates in PARTS.items():
@@ -150,7 +151,7 @@ def machine() -> str:
 
 
 def _revision() -> str | None:
-    """The measured commit, with ``-dirty`` if tracked files have changed, except results and docs."""
+    """The measured commit, with ``-dirty`` if tracked files other than results and docs have changed."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent.parent), *words]
@@ -187,6 +188,6 @@ def _prepare() -> None:
     A spawned process would spawn its child processes too: fastai's workers would import all modules again in every
     epoch, which took as long as the epoch itself. The hidden warnings are about fastai's use of torch.
     """
-    die_with([identity(psutil.Process(os.getppid()))])  # otherwise it would continue during the next measurement
+    die_with([identity(psutil.Process(os.getppid()))])  # else an orphan would slow down the next measurement
     set_start_method("fork", force=True)
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -29,7 +29,7 @@ SHARES: Rows = {
 
 
 def draw(results: Path, path: Path) -> None:
-    """Draw the results in a folder whose files are named as by `result_name`; without such files, draw nothing.
+    """Draw those results in a folder whose files have the name that `result_name` returns; if none has, do nothing.
 
     Each case is a row, and each result a point: the colour shows network and image size, the marker the images.
     """
@@ -68,7 +68,7 @@ def draw(results: Path, path: Path) -> None:
 
 
 def result_name(settings: Any) -> str:
-    """Name of the results for the default settings with these images, network and image size.
+    """File name, without ``.json``, for results of the default settings with these images, network and image size.
 
     Args:
         settings: all settings, as a mapping of sections.

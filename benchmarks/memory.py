@@ -1,4 +1,4 @@
-"""Peak resident memory of training on packed images: it must not grow with the number of images."""
+"""Peak resident memory of reading training batches: it must not grow with the number of packed images."""
 
 import json
 import resource
@@ -22,8 +22,8 @@ SIZE = 160
 def measure(say: Callable[[str], None], counts: tuple[int, ...] = COUNTS) -> dict[str, Any]:
     """Peak resident megabytes of reading augmented batches, for synthetic sets of each size.
 
-    Each set is read by a new process, as in the steps of the recipe. All processes read as many batches as an epoch of
-    the largest set has: the memory for batches reaches its full size only after a few hundred of them.
+    Each set is read by a new process, as in the steps of the recipe. For every set, the number of batches is that of an
+    epoch of the largest set, because memory reaches its full size only after a few hundred batches.
     """
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:

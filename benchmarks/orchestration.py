@@ -28,7 +28,7 @@ SMALL = {
 
 
 def measure(say: Callable[[str], None], repeats: int) -> dict[str, Any]:
-    """Seconds of overhead of each executed step, of the part before its work, and of a pass with nothing to do."""
+    """Seconds of each executed step's overhead and of the wait before its work, and of a pass with nothing to do."""
     with tempfile.TemporaryDirectory() as base:
         folder = Path(base) / "project"
         subprocess.run(["git", "clone", "-q", str(ROOT), str(folder)], check=True)
@@ -72,7 +72,7 @@ def _run(folder: Path, *words: str) -> tuple[float, str]:
 
 
 def _turns(log: str) -> dict[str, tuple[float, float]]:
-    """For each step, start of its turn (in seconds of the day) and duration (in seconds), from the flow's log.
+    """For each step, start of its turn (in seconds since midnight) and duration (in seconds), from the flow's log.
 
     A turn starts when the previous step has ended; the turn of the first step starts when the flow begins.
     """
@@ -84,7 +84,7 @@ def _turns(log: str) -> dict[str, tuple[float, float]]:
 
 
 def _useful(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """Duration of each step's own function, and its start in seconds of the day, from MLflow."""
+    """Duration of each step's own function in seconds, and its start in seconds since midnight, from MLflow."""
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")

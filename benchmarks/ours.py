@@ -115,7 +115,7 @@ def _trained(loader: Loader) -> int:
 
 
 def packing(work: Work) -> float:
-    """Seconds for decoding and packing the images, which the cases above do not include."""
+    """Seconds for decoding and packing the images, which no function above includes."""
     with tempfile.TemporaryDirectory() as folder:
         return timed(lambda: pack(read_source(work.source), Path(folder), work.settings.data, work.settings.seed))
 
@@ -129,8 +129,8 @@ def recipe(work: Work, seed: int, unfreeze: Unfreeze | None = None) -> dict[str,
         unfreeze: layer groups that train at the end, if different from the settings.
 
     Returns:
-        Seconds; rate and epochs of the whole network; the chosen model (0: logistic regression, 1: head, 2: augmented
-        head, 3: whole network, 4: average of its cycles); its scores on valid and test, plain and with TTA.
+        Seconds; rate, epochs and best cycle of the whole network; the chosen model (0: logistic regression, 1: head, 2:
+        augmented head, 3: whole network, 4: average of its cycles); its scores on valid and test, plain and with TTA.
     """
     start = time.perf_counter()
     seed_everything(seed)
@@ -200,7 +200,7 @@ def stages(
     found: dict[str, float] | None = None,
     cycles: dict[int, State] | None = None,
 ) -> Iterator[str]:
-    """Train head, augmented head and whole network; yield the name of each when it is trained.
+    """Train head, augmented head and whole network; after each, yield the name of its step.
 
     ``found`` receives the rate of the whole network, its number of epochs, the cycle that was kept, and the validation
     loss at the end of each cycle. ``cycles`` receives the weights at the end of each cycle; its keys are cycle numbers

@@ -66,10 +66,12 @@ def open_remote(url: str) -> tuple[Any, str]:
     """The fsspec file system of the default remote, and the remote's path there.
 
     Args:
-        url: address of the remote, as `default_remote` returns it; the result is cached for each.
+        url: address of the remote, as `default_remote` returns it. It is only the key of the cached result: DVC reads
+            the remote from its own configuration.
 
     Raises:
-        OSError: DVC cannot describe it; has DVC's message.
+        OSError: DVC cannot describe the file system; the message is DVC's.
+        subprocess.TimeoutExpired: DVC takes longer than `PATIENCE`.
     """
     import fsspec  # here, as most steps need no remote
 

@@ -81,7 +81,7 @@ def _open(place: str) -> tuple[Any, str]:
     beside, url = shared_place(None), (default_remote() or "").rstrip("/")
     if beside and "://" in beside and f"{place}/".startswith(f"{beside}/"):
         fs, path = open_remote(url)
-        fs.invalidate_cache()  # its listings: other machines write there
+        fs.invalidate_cache()  # cached listings may be out of date: other machines write there
         return fs, path + place.removeprefix(url)
     import fsspec  # here, as most steps share nothing
 
@@ -141,7 +141,11 @@ class Mirror:
             self._thread.join(PATIENCE)
 
     def _found(self, name: str) -> tuple[Any, str]:
-        """The file system (None if not shared) and folder of a checkpoint. Raises OSError without an answer."""
+        """File system (None if the checkpoint is not shared) and folder of a checkpoint.
+
+        Raises:
+            TimeoutError: the shared location does not answer. Its other errors are raised as well.
+        """
         answer: list[tuple[Any, str] | Exception] = []
 
         def ask() -> None:

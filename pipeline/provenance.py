@@ -17,7 +17,10 @@ CODE = ("unfreeze", "pipeline", "tasks", "flows", "dvc.yaml")
 NAMED = ("data.source", "backbone.name", "data.image_size")
 """Settings that are always in a run's name."""
 LONGEST = 200
-"""Largest length of a name, to which the time is added: MLflow's limit is 250. The description has all settings."""
+"""Largest length of a name, to which the time is added: MLflow's limit is 250.
+
+The description lists all settings that differ from the committed ones.
+"""
 
 
 def differing_settings(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,10 @@ from unfreeze.evaluation.evaluating import Predictions
 from unfreeze.evaluation.metrics import Labels, confusion
 
 MANY, LIKELIEST = 100, 20
-"""With more than MANY classes, only the LIKELIEST most probable ones are written: 1,000 took 18 kB per image."""
+"""With more than MANY classes, only the probabilities of the LIKELIEST ones and of the true class are written.
+
+All probabilities of 1,000 classes took 18 kB per image.
+"""
 
 
 def write_predictions(path: Path, packed: PackedImages, predictions: Mapping[str, Predictions]) -> None:
@@ -38,7 +41,10 @@ def write_predictions(path: Path, packed: PackedImages, predictions: Mapping[str
 
 
 def keep_confusion(run: Run, packed: PackedImages, predictions: Mapping[str, Predictions]) -> None:
-    """Write the confusion matrix with TTA, of the test split if there is one, else of the validation split."""
+    """Write the confusion matrix with TTA, of the test split if it was predicted, else of the validation split.
+
+    Without predictions, it contains only zeros.
+    """
     found = predictions.get("test", predictions.get("valid"))
     labels = packed.labels[found.rows] if found else packed.labels[:0]
     predicted = found.tta.argmax(1) if found else labels

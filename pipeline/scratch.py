@@ -1,8 +1,8 @@
 """Folder of a step's checkpoints, and the hash of their dependencies.
 
-They are kept outside of DVC's outputs, because DVC removes these before it runs a step. Like the hard link to a
-finished file, they are not removed at the end of the step: DVC has certainly stored the outputs only when a later
-step begins.
+Checkpoints are kept outside of DVC's outputs, because DVC removes its outputs before it runs a step. Checkpoints and
+hard links to finished files stay when the step ends. They are removed when a later step begins, because only then it
+is certain that DVC has stored the outputs.
 """
 
 import hashlib

@@ -187,7 +187,7 @@ class Step:
             logger.warning(TORN, path)
         settle()
         if torn:
-            # Only `dvc repro` alone gets here: a flow has already called `drop_torn`.
+            # This happens only without a flow (with `dvc repro`, for example): a flow has already called `drop_torn`.
             self._end("DVC may have restored incomplete files as this step's inputs: start again.", WORTH_A_RETRY)
         artifact(self.name, "").mkdir(parents=True, exist_ok=True)
         link_source(settings.data.source)

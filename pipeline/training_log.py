@@ -26,10 +26,10 @@ def callbacks(
 
     Args:
         run: the step's execution.
-        epochs: largest number of epochs, for the log.
+        epochs: largest number of epochs, for the log and for the choice of the batches that are sent.
         batches: number of batches in an epoch.
         phase: name of this part of the step, if it has several.
-        cycle: what to do at the end of each cycle.
+        cycle: called at the end of each cycle with its number (from 0).
     """
     prefix = f"{phase}/" if phase else ""
 

@@ -29,8 +29,8 @@ for path in repo.dvcignore.find(repo.fs, str(folder)):
 """
 """Lists the files that DVC sees in a folder: those that no `.dvcignore` excludes, outside of nested DVC projects.
 
-DVC finds nested projects while it walks down from its root. `dvc status` does so and `dvc repro` does not, so that a
-folder with such a project is always stale."""
+DVC finds a nested project only while it walks down from its own root. `dvc status` does this walk and `dvc repro` does
+not. Therefore a folder with a nested project is always stale."""
 
 
 def check_readable(source: str) -> None:
@@ -120,7 +120,10 @@ def _links(root: str, folders: Iterable[str]) -> set[str]:
 
 
 def _seen(root: str) -> set[str] | None:
-    """The files that DVC sees in a folder of this project; None if it sees all files, or cannot tell yet."""
+    """The files that DVC sees in a folder.
+
+    None if the folder is outside of this project, the project has no `.dvc`, or DVC fails.
+    """
     if not (_is_within(root, os.getcwd()) and os.path.isdir(".dvc")):
         return None
     done = subprocess.run([sys.executable, "-c", FIND, root], capture_output=True)

@@ -6,7 +6,7 @@ try:
     from pipeline.artifacts import STAGES
     from pipeline.process import forkserver
     from pipeline.process.environment import set_environment
-except ModuleNotFoundError as missing:  # `dvc repro`, and the first `python` in PATH is another one
+except ModuleNotFoundError as missing:  # DVC runs the first `python` in PATH, which may be another one
     print(
         f"unfreeze is not installed for {sys.executable}, the first python in PATH (it lacks {missing.name}). Activate "
         "its environment first: . .venv/bin/activate",

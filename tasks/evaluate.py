@@ -1,8 +1,9 @@
 """Evaluate the models and their errors: predictions with and without TTA, confusion matrix, report.
 
 Logistic regression, head, augmented head, full network and the average of its cycles' weights (a model soup) are
-compared on the validation split, with TTA and calibrated. The model with the lowest log loss is selected, of those not
-significantly less accurate than the most accurate one. The test split is used last, for the selected model only.
+compared on the validation split, with TTA and calibrated probabilities. Of the models that are not significantly less
+accurate than the most accurate one, the model with the lowest log loss is selected. The test split is used last, for
+the selected model only.
 """
 
 import copy

@@ -1,8 +1,8 @@
 """Read every source image once; validate, split, pack pixels.
 
 The only step that reads image files: later steps read packed pixels. Images that cannot be read are set aside with a
-reason. Backbone and weights are checked here already, so that a typo is found before the long work. They are not
-parameters of this step, because its result does not depend on them.
+reason. Backbone and weights are not parameters of this step, because its result does not depend on them;
+`unfreeze check` finds a typo in them before the long work.
 """
 
 from pipeline.step import Run, step

@@ -1,7 +1,7 @@
 """Train on train + valid, with the rates, cycles and epochs found before, and evaluate on the test split.
 
-Unless `evaluate` has selected the logistic regression, which is fitted again, this repeats the trainings up to the
-selected model; for the model soup, it then averages the weights of the same cycles. The temperature is kept. No
+If `evaluate` has selected the logistic regression, it is fitted again. Otherwise the trainings up to the selected
+model are repeated; for the model soup, the weights of the same cycles are then averaged. The temperature is kept. No
 validation split is left, so the model is evaluated on the test split only; if there is none, the log says so.
 """
 

@@ -1,7 +1,7 @@
 """Train the whole network: SGDR with growing cycles and differential rates, until it overfits.
 
-Warm restarts lead to wide minima, which generalize better. The weights at the end of every cycle are kept; the step's
-output is those of the best cycle.
+Warm restarts lead to wide minima, which generalize better. The weights at the end of every cycle are written to
+`cycles/`, and the weights of the best cycle to `model.safetensors`.
 """
 
 import shutil

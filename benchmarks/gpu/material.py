@@ -161,7 +161,7 @@ def packed(count: int, size: int) -> PackedImages:
 
 
 def packed_folder(base: Path, count: int, size: int) -> PackedImages:
-    """The same on disk, in the format of `unfreeze.data.packing.pack`, written once; valid and test: a tenth each."""
+    """Synthetic images on disk, packed as by `unfreeze.data.packing.pack`, made once; valid and test: a tenth each."""
     folder = base / f"packed-{size}"
     if not (folder / "dataset.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -184,8 +184,8 @@ def packed_folder(base: Path, count: int, size: int) -> PackedImages:
 def classifier(name: str, size: int, images: PackedImages, batch: int) -> tuple[Classifier, Loader]:
     """A network with random weights on the device, and a loader for it.
 
-    Its BatchNorm layers have the statistics of some of the images. Without these, activations of a deep network with
-    random weights would vanish.
+    The network's BatchNorm layers have the statistics of some of the images. With the initial statistics, activations
+    of a deep network with random weights would vanish.
     """
     device = best_device()
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Check that trainings are repeatable bit for bit: in another process, and if they are killed and resumed."""
+"""Check that trainings give the same bits: in another process, as CUDA graphs, and if they are killed and resumed."""
 
 import time
 import warnings
@@ -139,12 +139,12 @@ def resume(scale: Scale, data: Path) -> list[Row]:
 
 
 def _processes() -> Pool:
-    """Pool that runs every call in a new process; without a GPU in this process, so that the toy size is fast."""
+    """Pool that runs every call in a new process; without a GPU, in a thread, so that the toy size is fast."""
     return get_context("spawn").Pool(AT_ONCE, maxtasksperchild=1) if torch.cuda.is_available() else ThreadPool(1)
 
 
 class _Killed(Exception):
-    """Simulates a kill of the process, which ends immediately afterwards."""
+    """Simulates a kill of the process; the work is resumed in another process."""
 
 
 class _Ending(Loader):
@@ -173,7 +173,7 @@ def _until_killed(work: Callable[..., str], scale: Scale, name: str, folder: Pat
     images = packed(12 * scale.batch * 4 // 3, scale.size)  # twelve batches to train on
     model, loader = classifier(name, scale.size, images, scale.batch)
     try:
-        with mock.patch.object(Loader, "wide", 2 * scale.batch):  # larger batches would be too few to reach `kill`
+        with mock.patch.object(Loader, "wide", 2 * scale.batch):  # larger batches: too few to reach `kill`
             return work(model, loader, folder, kill)
     except _Killed:
         return "killed"

@@ -60,7 +60,7 @@ def ceilings(scale: Scale, data: Path) -> Iterator[Row]:
     ]
 
     def rank(what: tuple[Speed, Any, int, str, bool]) -> tuple[bool, bool, bool]:
-        """Sort the ceilings that the recipe's functions are compared with first; inference uses the largest batches."""
+        """Sort key: first the ceilings that the recipe's functions are compared with (inference: largest batches)."""
         speed, kind, batch, way, deterministic = what
         compared = batch == speed.batch or (kind is _inference and batch == max(scale.batches))
         return not compared, way == COMPILED, not deterministic
@@ -210,7 +210,7 @@ def _measured(what: str, measure: Callable[[], float]) -> Row:
 
 
 def _of(loader: Loader, rows: Rows) -> Loader:
-    """A loader of the first images, as many as ``rows``."""
+    """A loader of the first ``len(rows)`` images."""
     packed = loader.packed
     first = replace(
         packed,
@@ -237,7 +237,7 @@ def _augmented(model: Classifier, loader: Loader, rows: Rows, callbacks: Callbac
 
 
 def _second_epoch(train: Callable[[Callbacks], None], images: int) -> float:
-    """Images per second of the second of two epochs; reading the losses at its end waits for the device."""
+    """Images per second of the second of two epochs. Reading the losses at an epoch's end waits for the GPU."""
     ends: list[float] = []
     train(Callbacks(epoch=lambda row: ends.append(time.perf_counter())))
     return round(images / (ends[1] - ends[0]), 1)

@@ -19,14 +19,15 @@ DEFAULTS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    # On a busy machine, and on its first start in a workspace, when it creates its database, the temporary server takes
-    # longer to start than Prefect would wait.
+    # The temporary server may take longer to start than Prefect waits by default: on a busy machine, and at its first
+    # start in a workspace, when it creates its database.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",
     # The temporary server may be stopped during background tasks, and would print tracebacks about it.
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     "GIT_PYTHON_REFRESH": "quiet",
-    # OpenMP threads wait for each other by spinning, by default ten times as long: two trainings on one machine would
-    # mostly wait for threads that are not running (docs/performance.md). Read when torch is imported.
+    # OpenMP threads spin while they wait for each other. With the default, which is ten times this count, two trainings
+    # on one machine would mostly wait for threads that are not running (docs/performance.md). The variable is read
+    # when torch is imported.
     "GOMP_SPINCOUNT": "30000",
     "MLFLOW_TRACKING_URI": DEFAULT_TRACKING_URI,
     "MLFLOW_EXPERIMENT_NAME": "unfreeze",
@@ -34,8 +35,10 @@ DEFAULTS = {
 
 
 def start_in_utf8() -> None:
-    """Restart this command in Python's UTF-8 mode if the locale has another encoding: this process, DVC and the steps
-    would decode file names, which are UTF-8, wrongly."""
+    """Restart this command in Python's UTF-8 mode if the locale has another encoding.
+
+    Otherwise this process, DVC and the steps would decode file names, which are UTF-8, wrongly.
+    """
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

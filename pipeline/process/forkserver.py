@@ -3,9 +3,9 @@
 Importing torch, timm and MLflow takes longer than many steps themselves, and eleven steps would do it eleven times. A
 flow keeps one such process running; ``python -m tasks <step>``, which DVC starts, finds it by the environment variable
 ``UNFREEZE_WARM`` and hands over its arguments, environment and output. Each step is still a separate process: a crash
-affects no other step, its memory is freed at its end, no module of this project is imported beforehand, and it ends
-when the process that waits for it ends. CUDA is not initialized before the fork. Libraries that start threads
-when they are imported (OpenBLAS, Arrow) restart them after the fork.
+affects no other step, its memory is freed at its end, and it ends when the process that waits for it ends. Of this
+project, only the few modules that the forkserver itself uses are imported before the fork. CUDA is not initialized
+before the fork. Libraries that start threads when they are imported (OpenBLAS, Arrow) restart them after the fork.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ LONGEST = 108
 
 @contextlib.contextmanager
 def warm_process() -> Iterator[None]:
-    """Run the forkserver while the block runs; on Linux only. A block in such a block uses the same one."""
+    """Run the forkserver while the block runs; on Linux only. Nested blocks use the same forkserver."""
     if ADDRESS in os.environ or not sys.platform.startswith("linux"):
         yield
         return
@@ -58,7 +58,7 @@ def warm_process() -> Iterator[None]:
                 listener.bind(path)
             listener.listen()
             number = listener.fileno()
-            # It ends when its standard input is closed: at the end of the block, or of this process.
+            # The forkserver ends when its standard input is closed: at the end of the block, or of this process.
             command = [sys.executable, "-m", "pipeline.process.forkserver", str(number)]
             process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[number])
         os.environ[ADDRESS] = address
@@ -72,7 +72,7 @@ def warm_process() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _short(address: str) -> Iterator[str]:
-    """The address of a socket, through a shorter name of its folder if it is too long (because of `TMPDIR`)."""
+    """A socket's address; if it is too long (because of `TMPDIR`), an equivalent one through /proc/self/fd."""
     if len(os.fsencode(address)) < LONGEST:
         yield address
         return
@@ -108,7 +108,7 @@ def hand_over(step: str) -> int | None:
     if code < 0:
         with contextlib.suppress(OSError):  # SIGKILL always has its default action
             signal.signal(-code, signal.SIG_DFL)
-        os.kill(os.getpid(), -code)  # end as the step ended
+        os.kill(os.getpid(), -code)  # end by the same signal as the step
     return code
 
 
@@ -134,7 +134,7 @@ def serve(listening: int) -> None:
                         waiting.register(ended, selectors.EVENT_READ, (pid, ended, connection))
                 elif key.fd == key.data[1]:
                     _finish(waiting, *key.data)
-                elif key.fd in waiting.get_map():  # the waiting process has ended, but not the step
+                elif key.fd in waiting.get_map():  # the waiting process has ended, or requests a stop
                     waiting.unregister(key.fileobj)
                     os.kill(key.data[0], signal.SIGTERM)
 

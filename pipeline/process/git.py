@@ -11,7 +11,7 @@ TIMEOUT = 600.0
 
 
 class GitError(Exception):
-    """Git failed; the message is the last line of its output, with secrets masked."""
+    """Git failed; the message is the first line of its error output, with secrets masked."""
 
 
 def git(*words: str, folder: Path | str = ".") -> str:
@@ -25,7 +25,8 @@ def git(*words: str, folder: Path | str = ".") -> str:
     quiet = {"GIT_TERMINAL_PROMPT": "0", "GIT_SSH_COMMAND": os.environ.get("GIT_SSH_COMMAND", "ssh -o BatchMode=yes")}
     try:
         done = subprocess.run(
-            # Git refuses to read another user's clone, as in a container. It is trusted: its code runs here.
+            # Git refuses to read a clone that another user owns, as in a container. The clone is trusted: its code
+            # runs here.
             ["git", "-c", "safe.directory=*", *words],
             cwd=folder,
             env=os.environ | quiet,

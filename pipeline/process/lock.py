@@ -73,7 +73,7 @@ def hold(path: Path, shared: bool = False) -> IO[str]:
         The open file.
     """
     while not (file := _hold(path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)):
-        pass  # its holder has removed it
+        pass  # the lock's last holder has removed the file
     return file
 
 

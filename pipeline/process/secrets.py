@@ -16,8 +16,9 @@ SHORTEST = 6
 def mask(text: str) -> str:
     """Mask credentials in a text.
 
-    In addresses, user and password are masked, and query values that are named like a secret. Masked anywhere are the
-    values of environment variables that are named like a secret, and the passwords of addresses in all variables.
+    In addresses, users, passwords, and values of query parameters that are named like a secret are masked. In the
+    whole text, the values of environment variables that are named like a secret are masked, and the passwords of
+    addresses in any environment variable.
     """
     text = _QUERY.sub(r"\1***", _CREDENTIALS.sub("***@", text))
     for value in _secrets():

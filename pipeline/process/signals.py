@@ -40,7 +40,7 @@ def stop_when_asked(interruption: Interruption) -> None:
 
 
 def interrupt_in_time(number: int, frame: FrameType | None) -> None:
-    """A signal handler for a flow: Ctrl-C, and `end_in_time`."""
+    """Signal handler of a flow: call `end_in_time`, and raise KeyboardInterrupt."""
     end_in_time()
     raise KeyboardInterrupt
 
@@ -103,7 +103,7 @@ def die_with(words: Iterable[str], before: Callable[[], None] = lambda: None) ->
 
     Args:
         words: identities of the processes.
-        before: called first.
+        before: called before the signals are sent.
     """
     watched = list(words)
     if not watched:

@@ -1,4 +1,7 @@
-"""The workspace of permanent files such as MLflow's records, including those of DVC's temporary copies of it."""
+"""The workspace: the project's folder, with permanent files such as MLflow's records.
+
+DVC runs experiments in temporary copies of it. Their permanent files are also kept in the original.
+"""
 
 import os
 from contextlib import suppress
@@ -8,11 +11,11 @@ COPIES = (".dvc", "tmp", "exps")
 """Folder in which ``dvc exp run --temp`` and DVC's queue copy the workspace, run an experiment, and remove the copy."""
 
 DEPTHS = ((), ("standalone",))
-"""Its subfolders with the copies: of the queue, and of ``--temp``."""
+"""Subfolders of `COPIES` that contain the copies: the folder itself for the queue, ``standalone`` for ``--temp``."""
 
 
 def workspace() -> Path:
-    """The project's folder, relative to the working directory: the latter, or the folder that DVC copied it from."""
+    """The project's folder, relative to the working directory; from one of DVC's copies, the original project."""
     here = Path.cwd().parts
     for end in range(len(here), len(COPIES), -1):
         if here[end - len(COPIES) : end] == COPIES:
@@ -21,7 +24,7 @@ def workspace() -> Path:
 
 
 def link_source(source: str) -> None:
-    """Link images at a relative path outside of this workspace into DVC's temporary folder, used by the copies.
+    """Make images at a relative path outside of this workspace available in DVC's copies of it, by symbolic links.
 
     Args:
         source: value of `data.source`; any other kind of source is ignored.

@@ -1,5 +1,5 @@
 """MLflow: the journal of records, its sender, the tracker of a step, the registry and the served model.
 
-The only place that imports mlflow. It may import `unfreeze`, `pipeline.process` and `pipeline.artifacts`, not
-`pipeline.step`; `pipeline`, `tasks` and `flows` may import it.
+The only package that uses mlflow; the forkserver imports it in advance. It may import `unfreeze`, `pipeline.process`,
+`pipeline.artifacts` and `pipeline.provenance`, not `pipeline.step`; `pipeline`, `tasks` and `flows` may import it.
 """

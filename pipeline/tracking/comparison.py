@@ -7,7 +7,10 @@ JUDGED = {"retrain/test_tta_accuracy": "test", "evaluate/valid_tta_accuracy": "v
 
 
 def compare_with_the_one_before(name: str, version: int) -> str:
-    """Say whether a registered version is better than the newest earlier one. Errors of MLflow are raised."""
+    """Say whether a registered version is better than the newest earlier one that has a metric in common with it.
+
+    Errors of MLflow are raised.
+    """
     mlflow = client()
     runs = {int(found.version): found.run_id for found in mlflow.search_model_versions(f"name = '{name}'")}
     now = mlflow.get_run(runs[version]).data

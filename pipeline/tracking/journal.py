@@ -72,7 +72,7 @@ class Journal:
         write_json(self.folder / "head.json", self.head)
 
     def write(self, *records: Record) -> None:
-        """Append records: all of them, or, if that fails, none until the next call."""
+        """Append records. If they cannot be written completely, all are kept in memory until the next call."""
         self._left += b"".join(json.dumps(record).encode() + b"\n" for record in records)
         written = 0
         with suppress(OSError):

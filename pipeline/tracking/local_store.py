@@ -1,7 +1,7 @@
-"""MLflow's address, and the folder of files beside a local database, whose paths follow a moved or copied workspace.
+"""MLflow's address, and the paths of artifacts in its local database.
 
-MLflow stores absolute paths. If they were not rewritten, a copied workspace would write its files into the original,
-and a moved workspace would not find its own.
+MLflow stores absolute paths. They are rewritten when the workspace has been moved or copied. Otherwise a copied
+workspace would write its files into the original, and a moved workspace would not find its own.
 """
 
 import os
@@ -87,15 +87,16 @@ def database() -> Path | None:
 
 
 def files_of(experiment: str) -> str | None:
-    """URI of the folder for the files of a new experiment; None if MLflow's server chooses it.
+    """Artifact location of a new experiment; None if MLflow's server chooses it.
 
-    A URI, because MLflow would decode a stored path: a folder named ``a%20b`` would become ``a b``.
+    It is a URI, because MLflow would decode a stored path: a folder named ``a%20b`` would become ``a b``.
     """
     if os.environ["MLFLOW_TRACKING_URI"].startswith(("http", "databricks")):
         return None
     file = database()
     inside = file is None or workspace().resolve() in file.resolve().parents
-    root = _root() if inside or file is None else file.resolve().parent / FILES  # a workspace may be removed earlier
+    # For a database outside of the workspace, beside the database: the workspace may be removed before it.
+    root = _root() if inside or file is None else file.resolve().parent / FILES
     return (root / quote(experiment, safe="")).as_uri()
 
 
@@ -108,7 +109,7 @@ def adopt_files() -> None:
     file = database()
     if file is None or not file.is_file() or workspace().resolve() not in file.resolve().parents:
         return
-    with suppress(sqlite3.Error), closing(sqlite3.connect(file, timeout=30)) as connection:  # MLflow reports it
+    with suppress(sqlite3.Error), closing(sqlite3.connect(file, timeout=30)) as connection:  # MLflow reports errors
         moved = [change for place in NOTED for change in _moved(connection, *place)]
         with connection:
             for statement, values in moved:
@@ -123,7 +124,11 @@ def _moved(connection: sqlite3.Connection, table: str, key: str, column: str) ->
 
 
 def _here(noted: str) -> str:
-    """Path of a folder that MLflow stores as a path or URI."""
+    """A folder that MLflow stores as a path or URI, rewritten as a URI in this workspace.
+
+    It is returned unchanged if it is already there, is not in a folder of this kind, or belongs to a run or model whose
+    files exist only at the stored place.
+    """
     parts = urlsplit(noted)
     found = FOLDER.fullmatch(parts.path if parts.scheme else noted)
     if parts.scheme not in ("", "file") or not found:

@@ -87,7 +87,7 @@ def _version(mlflow: Any, named: str) -> Any:
 
 
 def _weights_digest(mlflow: Any, version: Any, folder: str) -> str | None:
-    """SHA-256 of the weights in a registered model; None if it is not one of this project."""
+    """SHA-256 of the weights in a registered model; None unless it has exactly one `.safetensors` file."""
     from mlflow.artifacts import download_artifacts
 
     model = download_artifacts(f"models:/{version.name}/{version.version}", dst_path=folder)
@@ -98,7 +98,7 @@ def _weights_digest(mlflow: Any, version: Any, folder: str) -> str | None:
 def prepare_experiment() -> None:
     """Create the experiment that `MLFLOW_EXPERIMENT_NAME` names, if it is missing.
 
-    Without an MLflow server, its artifacts are stored in this workspace's folder of files.
+    Without an MLflow server, its artifacts are stored in the local folder that `files_of` returns.
     """
     mlflow, name = client(), os.environ["MLFLOW_EXPERIMENT_NAME"]
     with reaching():

@@ -22,7 +22,7 @@ EXTRAS = ("pillow-heif",)
 """Packages that are added if they are installed: the training images may have been read with them."""
 
 KEY_TAG = "unfreeze.key"
-"""Tag of a model and its version: a key made from the weights, the code that serves them, and the name."""
+"""Tag of a model and its version: hash of what the step depends on, such as weights, serving code and model name."""
 
 
 def register_model(weights: Path, name: str, parent: str, key: str) -> Any:
@@ -48,7 +48,7 @@ def register_model(weights: Path, name: str, parent: str, key: str) -> Any:
 
 
 def _log(client: Any, weights: Path, parent: str, key: str) -> str:
-    """Log the model to the parent run, with its own metrics; returns its id.
+    """Log the model to the parent run, with the metrics of the step retrain; returns the model's id.
 
     Replaces `mlflow.pyfunc.log_model`, which requests the history of each of the run's metrics. With a server behind
     a password, where a request takes a second, this took two minutes.

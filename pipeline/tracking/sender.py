@@ -43,7 +43,7 @@ REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"}
 REFUSED_BY_DATABASE = "BAD_REQUEST"
 """MLflow's error code for a database error, such as a value that is too long for its column."""
 REFUSING = {400, 413, 415, 422}
-"""Error codes of MLflow, and HTTP status codes of MLflow or a proxy, of requests that will never succeed."""
+"""HTTP status codes of MLflow or a proxy for requests that will never succeed; `REFUSALS` has MLflow's error codes."""
 DELETED = (
     "MLflow's experiment {} was deleted: its records stay queued until it is restored "
     "(`mlflow experiments restore --experiment-id {}`)."
@@ -256,8 +256,8 @@ def _run(
 ) -> Generator[float, None, str]:
     """Find a run by its tag, or create it, with its parameters; returns its id.
 
-    An existing run is set to RUNNING, except for a pass's closing journal: if the process were killed while sending
-    it, a finished run would be left RUNNING.
+    The journal of a step sets an existing run to RUNNING. The closing journal of a pass does not: if the process were
+    killed while sending the journal, a finished run would be left RUNNING.
     """
     from mlflow.entities import Param
 
@@ -292,7 +292,7 @@ def attempt(owner: str | None) -> int:
 
 
 def is_taken(client: Any, head: Mapping[str, Any], run: str) -> bool:
-    """Whether a pass's parent run belongs to a later attempt than the one whose journal has this head."""
+    """Whether a pass's parent run belongs to a later attempt than the attempt that wrote a journal with this head."""
     return attempt(client.get_run(run).data.tags.get(OWNER_TAG)) > attempt(head.get("owner"))
 
 
@@ -309,7 +309,7 @@ def _take(client: Any, experiment: str, run: str, owner: str) -> Iterator[float]
 
 
 def _kill(client: Any, folder: Path, head: Mapping[str, Any], runs: Mapping[str, str]) -> Iterator[float]:
-    """End the run of a killed step, and its pass if nothing continues it, here or on another worker."""
+    """End the run of a killed step, and the parent run unless a later journal or another worker continues the pass."""
     when = int((folder / "records.jsonl").stat().st_mtime * 1000)
     later = [other for other in waiting() if other.parent == folder.parent and other.name > folder.name]
     for kind, run in runs.items():

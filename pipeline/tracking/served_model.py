@@ -36,8 +36,8 @@ class Classifier(PythonModel):
 
         Args:
             context: not used.
-            model_input: a column ``image`` of base64 text (also URL-safe, without padding, or as a data URI) or bytes; a
-                dictionary with such a column and a list of images also work.
+            model_input: a table with a column ``image`` of bytes or of base64 text, which may also be URL-safe, without
+                padding, or a data URI. A dictionary with such a column and a list of images also work.
             params: not used.
 
         Returns:
