@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -90,6 +91,25 @@ def test_a_shared_checkpoint_that_is_torn_or_of_another_training_is_not_taken(
     assert not Mirror(STEP, place).fetch(Checkpoint(STEP / "training.safetensors", "word on another device", 60))
     assert reached() == 3
     assert Mirror(STEP, place).fetch(Checkpoint(STEP / "training.safetensors", "word", 60))
+
+
+def test_a_checkpoint_whose_cycles_cannot_be_fetched_is_not_taken(
+    place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lost(place, 5, monkeypatch, tmp_path)
+    get = Mirror._get
+
+    def away_after_the_checkpoint(self: Mirror, fs: Any, file: str, target: Path) -> Path:
+        if "/cycles/" in file:
+            raise OSError("the connection was lost")
+        return get(self, fs, file, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Mirror, "_get", away_after_the_checkpoint)
+        assert not Mirror(STEP, place).fetch(Checkpoint(STEP / "training.safetensors", "word", 60))
+    assert reached() == -1  # otherwise the training would continue without the weights of its cycles
+    assert Mirror(STEP, place).fetch(Checkpoint(STEP / "training.safetensors", "word", 60))
+    assert reached() == 5 and (STEP / "cycles" / "1.safetensors").exists()
 
 
 def test_a_reader_never_sees_half_a_checkpoint(place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
