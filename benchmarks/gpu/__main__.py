@@ -81,9 +81,9 @@ def main() -> None:
         with ThreadPoolExecutor(TOGETHER if gpu else 1) as pool:
             list(pool.map(run, together))
         for name in chosen.parts:
+            _write(chosen.out, found)
             if PARTS[name].alone:
                 run(name)
-                _write(chosen.out, found)
     if {"ours", "ceilings"} <= set(found):
         from benchmarks.gpu.speed import shares
 
@@ -166,8 +166,11 @@ def _line(row: Row) -> str:
 
 
 def _write(out: Path, found: dict[str, Any]) -> None:
-    content = {"date": datetime.date.today().isoformat(), "parts": found}
-    out.write_text(json.dumps(content, indent=1) + "\n")
+    """Write the parts with today's date; those of earlier calls stay in the file."""
+    today = datetime.date.today().isoformat()
+    parts = json.loads(out.read_text())["parts"] if out.exists() else {}
+    parts |= {name: {"date": today, **part} for name, part in found.items()}
+    out.write_text(json.dumps({"parts": parts}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,14 @@ def test_the_command_writes_a_file_and_a_table(tmp_path: Path) -> None:
     assert "a forked process uses it: True  HELD (true)" in done.stdout
 
 
+def test_the_parts_of_earlier_calls_stay_in_the_file(tmp_path: Path) -> None:
+    gpu._write(tmp_path / "gpu.json", {"card": {"rows": [1]}, "fork": {"rows": [2]}})
+    gpu._write(tmp_path / "gpu.json", {"fork": {"rows": [3]}})
+    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert {name: part["rows"] for name, part in parts.items()} == {"card": [1], "fork": [3]}
+    assert all(part["date"] for part in parts.values())
+
+
 def test_a_part_that_takes_too_long_is_ended_and_keeps_what_it_has_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
