@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from pipeline.artifacts import STAGES
@@ -170,7 +171,7 @@ def _run_alone(chosen: argparse.Namespace) -> int:
         check_images(load_settings())
     _check_surroundings()
 
-    from flows.passes import up_to_date
+    from flows.passes import NOTHING, up_to_date
     from flows.prefect_server import go_on_without, has_server, is_away, prefect_server
     from flows.publish import what_waits
     from flows.recipe import recipe
@@ -180,8 +181,11 @@ def _run_alone(chosen: argparse.Namespace) -> int:
 
     try:
         outcomes = {} if changes or has_server() else up_to_date(chosen.until)
-        if not outcomes:
-            with warm_process(), prefect_server():
+        if outcomes:
+            print(NOTHING % len(outcomes))
+        else:
+            # Beside a temporary server, which takes seconds to start. Otherwise, the recipe starts it if a step is stale.
+            with nullcontext() if has_server() else warm_process(), prefect_server():
                 outcomes = recipe(overrides, until=chosen.until)
         if chosen.until == "register":
             print_summary(outcomes)

@@ -42,7 +42,7 @@ NOTHING = "Nothing to run: all %d steps are up to date."
 
 
 def up_to_date(until: str) -> dict[str, Outcome]:
-    """Outcomes of a pass that would run nothing, found without Prefect; empty if there is something to do.
+    """Outcomes of a pass that would run nothing, found without a Prefect server; empty if there is something to do.
 
     Args:
         until: the last step of the pass.
@@ -55,22 +55,22 @@ def up_to_date(until: str) -> dict[str, Outcome]:
         return {}  # without asking DVC, which takes a second
     if SAME_PASS in os.environ or waiting_here() or dvc.to_push():
         return {}
-    if find_stale(lambda text, *values: print(f"unfreeze: {text % values}", file=sys.stderr)) & set(steps):
+    source = load_settings().data.source
+    if find_stale(source, lambda text, *values: print(f"unfreeze: {text % values}", file=sys.stderr)) & set(steps):
         return {}
-    print(NOTHING % len(steps))
     return {step: Outcome(ran=False) for step in steps}
 
 
-def find_stale(warn: Callable[..., None]) -> set[str]:
+def find_stale(source: str, warn: Callable[..., None]) -> set[str]:
     """Link the images, and remove incomplete files after a power loss; returns the stages that DVC finds changed.
 
     Args:
+        source: the setting `data.source`.
         warn: logs a warning, as `logging.Logger.warning`.
 
     Raises:
         UserError: DVC cannot tell what has changed.
     """
-    source = load_settings().data.source
     link_sample(source)
     link_source(source)
     adopt_files()
@@ -92,7 +92,7 @@ def begin() -> Plan:
     """
     settings = load_settings()
     check_images(settings)
-    stale = find_stale(get_run_logger().warning)
+    stale = find_stale(settings.data.source, get_run_logger().warning)
     first = min((STAGES.index(stage) for stage in stale), default=len(STAGES))
     run = current()
     os.environ[PASS] = os.environ.pop(SAME_PASS, "") or f"flow-{run.id if run else uuid.uuid4()}"

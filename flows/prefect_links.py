@@ -44,12 +44,12 @@ def run_address() -> str | None:
 def publish_links(stage: str) -> None:
     """Create Prefect artifacts that link to a step's plot, or to the MLflow run (`ingest`); errors are only logged."""
     try:
-        if (stage != "ingest" and stage not in LINKED) or (address := run_address()) is None:
+        if (address := run_address()) is None:
             return
-        name, title = LINKED.get(stage, ("", ""))
         if stage == "ingest":
             create_link_artifact(address, "MLflow run", key="mlflow-run")
-        elif artifact(stage, name).exists():
+        name, title = LINKED.get(stage, (None, None))
+        if name and artifact(stage, name).exists():
             create_link_artifact(f"{address}/artifacts/{stage}/{name}", title, key=f"{stage.replace('_', '-')}-plot")
     except Exception as error:
         get_run_logger().warning("No link to MLflow for %s: %s", stage, mask(str(error)).split("\n")[0])

@@ -246,7 +246,8 @@ def _look(study: optuna.Study, chosen: SweepSettings, one: AtWork) -> bool:
     value = _value(chosen.metric, one.trial.key) if ended else None
     if value is None:
         study.tell(one.optuna, state=TrialState.FAIL)
-        print(f"{number}: {f'MLflow has no {chosen.metric} for it' if ended else 'failed'}", flush=True)
+        why = f"MLflow has no {chosen.metric} for it" if ended else "failed"
+        print(f"{number}: {why}", flush=True)
         return True
     study.tell(one.optuna, value)
     print(f"{number}: {chosen.metric} {value:.4f}", flush=True)

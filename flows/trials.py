@@ -34,10 +34,12 @@ class LocalTrial:
     process: subprocess.Popen[bytes]
 
     def ended(self) -> bool | None:
+        """Whether the trial succeeded; None while it runs."""
         code = self.process.poll()
         return None if code is None else code == 0
 
     def stop(self) -> None:
+        """Stop the trial; when started again, it continues from its checkpoints."""
         self.process.terminate()
         try:
             self.process.wait(2 * GRACE)
@@ -104,7 +106,7 @@ class LocalTrials:
 
 @dataclass
 class DeployedTrial:
-    """A run of a deployment."""
+    """A run of a deployment; its methods are as in `LocalTrial`."""
 
     key: str
     id: str

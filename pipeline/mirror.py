@@ -116,21 +116,15 @@ class Mirror:
             if fs is None:
                 return False
             new = self._get(fs, f"{folder}/{checkpoint.path.name}", checkpoint.path)
-            # The weights of its cycles first: if one cannot be fetched, the checkpoint is not used either.
-            inside = [Path(os.path.relpath(file, folder)) for file in fs.find(folder)]
-            cycles = [path for path in inside if len(path.parts) > 1 and path.suffix == ".safetensors"]
-            fetched = [
-                (self._get(fs, f"{folder}/{path}", self._scratch / path), self._scratch / path) for path in cycles
-            ]
-            taken = checkpoint.take(new)
-            for file, target in fetched:
-                if taken:
-                    file.replace(target)
-                else:
-                    file.unlink()
-            if not taken:
+            if not checkpoint.is_behind(new):
                 new.unlink()
-            return taken
+                return False
+            for file in fs.find(folder):  # before the checkpoint, which cannot be used without its cycles' weights
+                inside = Path(os.path.relpath(file, folder))
+                if len(inside.parts) > 1 and inside.suffix == ".safetensors":
+                    self._get(fs, file, self._scratch / inside).replace(self._scratch / inside)
+            checkpoint.take(new)
+            return True
         return False
 
     def changed(self) -> None:

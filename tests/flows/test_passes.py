@@ -24,10 +24,9 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_nothing_to_do(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_to_do(finished: Path) -> None:
     outcomes = passes.up_to_date("train_head")
     assert list(outcomes) == list(STAGES[:5]) and not any(outcome.ran for outcome in outcomes.values())
-    assert capsys.readouterr().out == "Nothing to run: all 5 steps are up to date.\n"
 
 
 @pytest.mark.parametrize("what", ["a stale step", "a step that never ran", "a push", "a record", "the same pass"])

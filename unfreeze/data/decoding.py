@@ -204,8 +204,12 @@ def _read(
         seen = image.size  # of containers and TIFF it is known only now
         _check_size(seen, max_megapixels)
     stored = image.size
-    with contextlib.suppress(Exception):  # damaged EXIF does not affect the pixels
+    try:
         ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:
+        raise
+    except Exception:  # damaged EXIF, which does not affect the pixels
+        pass
     rgb, said = _as_rgb(image, grey_range)
     rgb.info.clear()
     rgb.info.update(said)  # without the file's own metadata

@@ -129,20 +129,14 @@ class Checkpoint:
                 logger.warning("%s is not used: %s.", path, refused)
         return None
 
-    def take(self, other: Path) -> bool:
-        """Use another machine's checkpoint if it is valid, belongs to this training, and has more progress.
+    def is_behind(self, other: Path) -> bool:
+        """Whether another machine's checkpoint file is valid, belongs to this training, and has more progress."""
+        return max(self._reached(self.path), self._reached(_before(self.path))) < self._reached(other)
 
-        Args:
-            other: the file, on the same disk; if it is used, it is moved to `path`.
-
-        Returns:
-            Whether it is used.
-        """
-        if max(self._reached(self.path), self._reached(_before(self.path))) >= self._reached(other):
-            return False
+    def take(self, other: Path) -> None:
+        """Move another machine's checkpoint file, which is on the same disk, to `path`."""
         os.replace(other, self.path)
         sync(self.path.parent)
-        return True
 
     def _reached(self, path: Path) -> tuple[int, int, bool]:
         """Progress of a checkpoint file, for comparison; lowest if the file cannot be used."""
