@@ -1,7 +1,8 @@
 """`unfreeze reproduce`: reproduce the model of an earlier run in a worktree, and compare weights and metrics.
 
-The run's commit is checked out beside this project, its `params.yaml` and `dvc.lock` are put there, and the results in
-`dvc.lock` are fetched from the cache and the remote. Only results that neither has are computed.
+The run's commit is checked out beside this project, and its `params.yaml` and `dvc.lock` are put there. The outputs of
+`evaluate`, `retrain` and `register` are fetched from the cache or the remote. If that fails, `dvc repro` runs the steps
+up to `retrain` whose results neither has.
 """
 
 import hashlib

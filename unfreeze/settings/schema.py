@@ -176,7 +176,7 @@ class Settings:
 
 
 KNOWN = tuple(key_names(Settings))
-"""Every key, as ``section.key``."""
+"""Every key: as ``section.key``, or its name alone if it is in no section."""
 
 
 def load_settings(path: str | Path = "params.yaml") -> Settings:

@@ -87,7 +87,7 @@ def hints(section: type) -> dict[str, Any]:
 
 
 def key_names(settings: type) -> Iterator[str]:
-    """Every key there is, as ``section.key``."""
+    """Every key: as ``section.key``, or its name alone if it is in no section."""
     for name, kind in hints(settings).items():
         keys = hints(typing.cast(type, kind)) if dataclasses.is_dataclass(kind) else None
         yield from [name] if keys is None else [f"{name}.{key}" for key in keys]

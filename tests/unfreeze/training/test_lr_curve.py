@@ -28,7 +28,7 @@ CHANCE = 2.0  # loss of a prediction that is the same for every image
 
 
 def near(rate: float, steps: float = 1.0) -> object:
-    """This rate, within a number of steps of the sweep, on a logarithmic scale."""
+    """Equal to the decimal logarithm of any rate that is at most ``steps`` steps of the sweep away from ``rate``."""
     return pytest.approx(math.log10(rate), abs=steps * math.log10(STEP) + 1e-9)
 
 
