@@ -37,7 +37,7 @@ PATIENCE = 10.0
 ANSWERS = 60.0
 """Timeout in seconds for looking for a checkpoint in the shared location."""
 UNFIT = ("http", "https", "webdav", "webdavs", "gdrive", "file")
-"""Kinds of DVC remotes that cannot be written to, or cannot have a folder beside them."""
+"""Kinds of DVC remotes beside which checkpoints are not shared."""
 FORGET = 7 * 24 * 3600
 """Age in seconds at which the checkpoints of an abandoned step are removed."""
 FINGERPRINT = re.compile("[0-9a-f]{16}")
@@ -74,6 +74,8 @@ def check_share(share: str | None) -> None:
                 f"checkpoint.share: {mask(place)} cannot be opened ({mask(str(error))}). Name a folder or an "
                 "fsspec address, install its driver (s3fs for s3://, for example), or set it to none."
             ) from None
+        except Exception as error:  # drivers such as FTP's connect here; without an answer, the training continues
+            logger.debug("%s does not answer: %s", mask(place), mask(str(error)))
 
 
 def _open(place: str) -> tuple[Any, str]:
@@ -194,8 +196,13 @@ class Mirror:
                     target = f"{folder}/{file.relative_to(self._scratch).as_posix()}"
                     fs.makedirs(target.rpartition("/")[0], exist_ok=True)
                     partial = f"{target}.partial-{uuid.uuid4().hex}"
-                    fs.put_file(str(content), partial)
-                    fs.mv(partial, target)
+                    try:
+                        fs.put_file(str(content), partial)
+                        fs.mv(partial, target)
+                    except Exception:
+                        with contextlib.suppress(Exception):
+                            fs.rm_file(partial)
+                        raise
                     self._copied[file] = state
 
     @contextlib.contextmanager
@@ -238,6 +245,7 @@ def forget(stages: set[str]) -> None:
         stages: steps whose results are in DVC's remote.
     """
     noted = read_json(NOTE)
+    places = {address.rsplit("/", 2)[0] for address in noted}
     for address in [address for address, stage in noted.items() if stage in stages]:
         with contextlib.suppress(Exception):
             fs, folder = _open(address)
@@ -245,7 +253,7 @@ def forget(stages: set[str]) -> None:
                 fs.rm(folder, recursive=True)
             del noted[address]
             write_json(NOTE, noted)
-    for place in {address.rsplit("/", 2)[0] for address in read_json(NOTE)}:
+    for place in places:
         with contextlib.suppress(Exception):
             _forget_old(place)
 

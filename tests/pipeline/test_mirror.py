@@ -180,6 +180,28 @@ def test_what_is_safe_in_the_remote_is_shared_no_more_nor_what_is_a_week_old(pla
     assert not old.exists() and new.exists() and all(file.exists() for file in foreign)
 
 
+def test_a_complete_pass_removes_what_is_a_week_old_too(place: str) -> None:
+    saved(1, place)
+    old = Path(place, "retrain/0123456789abcdef/full.safetensors")
+    old.parent.mkdir(parents=True)
+    old.touch()
+    os.utime(old, (time.time() - 8 * 24 * 3600,) * 2)
+    forget({"train_full"})
+    assert not (Path(place) / "train_full/word").exists() and not old.exists()
+
+
+def test_a_failed_copy_leaves_nothing_in_the_shared_location(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **more: Any) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(fsspec.filesystem("file")), "mv", full)
+        saved(1, place)
+    assert not [file for file in Path(place).rglob("*") if file.is_file()]
+    saved(1, place)
+    assert (Path(place) / "train_full/word/training.safetensors").exists()
+
+
 def test_checkpoints_are_shared_beside_dvcs_remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert shared_place(None) is None
@@ -233,6 +255,7 @@ def test_beside_dvcs_remote_checkpoints_lie_in_its_file_system(
 def test_a_place_that_cannot_be_opened_is_refused_with_the_key(tmp_path: Path) -> None:
     check_share(str(tmp_path / "not/there/yet"))
     check_share("none")
+    check_share("ftp://127.0.0.1:1/x")  # it does not answer now, and the training would continue without it
     for place in ("nothing://x", "hdfs3://user:secret@x/y"):
         with pytest.raises(UserError, match="checkpoint.share: .* set it to none") as caught:
             check_share(place)
