@@ -1,6 +1,7 @@
 """The workspace: the project's folder, with permanent files such as MLflow's records.
 
-DVC runs experiments in temporary copies of it. Their permanent files are also kept in the original.
+DVC runs experiments in temporary copies of it. What an experiment records is stored in the original, and outlives the
+copy.
 """
 
 import os

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file atomically, flushed to disk. Raises OSError, in which case the earlier file is unchanged."""
+    """Write a file atomically, flushed to disk. Raises OSError; the file is then the earlier or the new one, complete."""
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_bytes(content)
