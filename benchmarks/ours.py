@@ -168,18 +168,19 @@ def recipe(work: Work, seed: int, unfreeze: Unfreeze | None = None) -> dict[str,
                     states[title] = copy.deepcopy(Classifier(model.backbone, trained).state_dict())
                     judged[title] = evaluate_split(views, rows["valid"], packed, baseline[rows["valid"]])
 
-        soups: dict[tuple[int, ...], Evaluation] = {}
+        soups: dict[tuple[int, ...], tuple[State, Evaluation]] = {}
 
         def soup_loss(numbers: Sequence[int]) -> float:
-            model.load_state_dict(average_weights([cycles[number] for number in numbers]))
-            soups[tuple(numbers)] = judge(model, "valid")
-            return soups[tuple(numbers)].metrics["tta_log_loss"]
+            state = average_weights([cycles[number] for number in numbers])
+            model.load_state_dict(state)
+            result = judge(model, "valid")
+            soups[tuple(numbers)] = state, result
+            return result.metrics["tta_log_loss"]
 
         losses = {number: found.pop(f"cycle {number}") for number in cycles}
         soup = greedy_soup(losses, soup_loss, judged["train_full"].metrics["tta_log_loss"])
         if len(soup) > 1:
-            judged["soup"] = soups[tuple(soup)]
-            states["soup"] = average_weights([cycles[number] for number in soup])
+            states["soup"], judged["soup"] = soups[tuple(soup)]
         labels = packed.labels[rows["valid"]]
         best, _ = choose([Candidate(name, it.predictions.tta, labels) for name, it in judged.items()])
         model.load_state_dict(states[best.name])
