@@ -1,6 +1,5 @@
 """Helpers for tests with real servers: start them, wait for them, send requests to Prefect, find running steps."""
 
-import base64
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import urllib3
 
 from tests.integration.project import ROOT, Project
 
@@ -80,13 +80,21 @@ def deploy(project: Project) -> None:
 
 
 def ask(address: str, body: dict[str, Any] | None = None, credentials: str = "") -> Any:
-    """Request JSON from a server: POST with a body, GET without. ``credentials`` have the form user:password."""
-    headers = {"Content-Type": "application/json"}
-    if credentials:
-        headers["Authorization"] = f"Basic {base64.b64encode(credentials.encode()).decode()}"
-    data = None if body is None else json.dumps(body).encode()
-    with urllib.request.urlopen(urllib.request.Request(address, data, headers), timeout=30) as answer:
-        return json.loads(answer.read() or "null")
+    """Request JSON from a server: POST with a body, GET without. ``credentials`` have the form user:password.
+
+    A request that is answered with 503 is sent again, as Prefect's own client does: its server answers this when SQLite
+    rejects a write because of another transaction. Nothing was written then.
+    """
+    answer = urllib3.request(
+        "GET" if body is None else "POST",
+        address,
+        json=body,
+        headers=urllib3.make_headers(basic_auth=credentials or None),
+        retries=urllib3.Retry(5, connect=0, read=0, status_forcelist=[503], allowed_methods=None, backoff_factor=0.5),
+        timeout=30,
+    )
+    assert answer.status < 400, f"{address}: {answer.status} {answer.reason}\n{answer.data.decode()}"
+    return json.loads(answer.data or "null")
 
 
 def errors_in(log: Path) -> list[str]:
