@@ -286,7 +286,9 @@ def _sweep(
     sweep: LRFind,
     train: Train,
 ) -> pd.DataFrame:
-    return range_test(model, make_optimizer(groups, train), batches, sweep, loss=images.loss(train))
+    return range_test(
+        model, make_optimizer(groups, train), batches, sweep, images.chance_loss(train), loss=images.loss(train)
+    )
 
 
 def _rate(sweep: LRFind, chance: float, test: Callable[[], pd.DataFrame]) -> float:

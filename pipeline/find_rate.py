@@ -36,7 +36,7 @@ def find_rate(
     Returns:
         Metrics: the picked rate, and the candidate points of the curve.
     """
-    curve = range_test(model, optimizer, batches, settings, run.checkpoint("sweep"), loss)
+    curve = range_test(model, optimizer, batches, settings, chance, run.checkpoint("sweep"), loss)
     for i, row in enumerate(curve.itertuples(index=False, name=None)):
         run.tracker.curve(dict(zip(COLUMNS, row, strict=True)), i)
     picks = suggest(curve, chance)

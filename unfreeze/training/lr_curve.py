@@ -15,15 +15,13 @@ from unfreeze.errors import UserError
 
 Floats = NDArray[np.float64]
 COLUMNS = ("rate", "loss", "change", "smoothed", "error")
-LOST = 0.7
-"""The loss has diverged when it has risen by this share of the distance from its minimum to the loss of the best
-constant prediction (`unfreeze.training.balance.chance_loss`).
+DIVERGED = 1.0
+"""The loss has diverged when it exceeds the loss of the best constant prediction
+(`unfreeze.training.balance.chance_loss`) by this, in nats: the right class is e times less likely than by chance.
 
-Of all points of the curve this one varies least between seeds and with the number of images
-(benchmarks/notes/choices.md): the rise is steep there, and many standard errors high."""
-LIMITS = 0.1, 1.0
-"""Lower and upper limit of this rise, in nats. For a network that is hardly better than a constant prediction the rise
-would be almost 0; and at a rise of 1.0 the sweep ends."""
+A network that has forgotten everything gives nearly the same prediction for all images, so the curve often has a
+plateau near the loss of the constant prediction. At higher rates it rises steeply, and the rate varies little between
+seeds (benchmarks/notes/choices.md)."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,7 @@ class Picks:
 
     Attributes:
         minimum: rate of the lowest smoothed loss.
-        divergence: highest rate before the loss diverges. At higher rates, the smoothed loss exceeds its minimum by
-            more than the share `LOST` of the distance from the minimum to the chance loss, limited to `LIMITS`.
+        divergence: highest rate before the loss diverges (`DIVERGED`).
         steepest: rate at which the smoothed loss falls fastest, on the way to its minimum.
         valley: rate two thirds into the longest decreasing subsequence of the smoothed losses (fastai's valley rule).
     """
@@ -102,12 +99,25 @@ def suggest(curve: pd.DataFrame, chance: float) -> Picks:
         )
     rates, smoothed = curve["rate"].to_numpy(), curve["smoothed"].to_numpy()
     lowest = int(smoothed.argmin())
-    starting = float((curve["loss"] - curve["change"]).mean())
-    rise = np.clip(LOST * (chance - starting - smoothed[lowest]), *LIMITS)
-    divergence = int(np.flatnonzero(smoothed <= smoothed[lowest] + rise)[-1])
+    starting = (curve["loss"] - curve["change"]).to_numpy()
+    limit = divergence_limit(smoothed[lowest], starting, chance)
+    divergence = int(np.flatnonzero(smoothed <= limit)[-1])
     # Only on the way down to the lowest loss: past it, the swings of a loss that diverges are steeper than any descent.
     steepest = int(np.gradient(smoothed, np.log(rates))[: lowest + 1].argmin())
     return Picks(*(float(rates[i]) for i in (lowest, divergence, steepest, _valley(smoothed))))
+
+
+def divergence_limit(lowest: float, starting: Floats, chance: float) -> float:
+    """The change of the loss above which it has diverged: `DIVERGED` above the loss of the best constant prediction.
+
+    If the curve's minimum is worse than that prediction, the limit is `DIVERGED` above the minimum.
+
+    Args:
+        lowest: lowest smoothed change of the curve.
+        starting: (n,) the starting weights' loss of each batch.
+        chance: loss of the best prediction that is the same for every image.
+    """
+    return max(lowest, chance - float(starting.mean())) + DIVERGED
 
 
 def pick_rate(picks: Picks, rule: str) -> float:
@@ -116,9 +126,9 @@ def pick_rate(picks: Picks, rule: str) -> float:
     Args:
         picks: points of the curve.
         rule: ``minimum`` (one order of magnitude below the rate of the lowest loss, as in the fast.ai lesson),
-            ``divergence`` (one order of magnitude below that point), ``steepest`` or ``valley``.
+            ``divergence`` (two orders of magnitude below that point), ``steepest`` or ``valley``.
     """
-    return float(getattr(picks, rule)) / (10 if rule in ("minimum", "divergence") else 1)
+    return float(getattr(picks, rule)) / {"minimum": 10, "divergence": 100}.get(rule, 1)
 
 
 def _valley(losses: Floats) -> int:

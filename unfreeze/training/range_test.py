@@ -20,14 +20,11 @@ from unfreeze.progress import track
 from unfreeze.settings.schema import LRFind
 from unfreeze.training.checkpoints import Checkpoint, Progress
 from unfreeze.training.loop import set_rate
-from unfreeze.training.lr_curve import make_curve
+from unfreeze.training.lr_curve import divergence_limit, make_curve
 from unfreeze.training.state import Tensors, put, restored, rng_state, set_rng_state, trainable_state
 from unfreeze.training.train_step import TrainStep, batch_loss
 
 logger = logging.getLogger("unfreeze")
-
-DIVERGED = 1.0
-"""Rise of the loss above its minimum (in nats) that ends a sweep: the right class is e times less likely then."""
 
 Losses = tuple[float, float]
 """A batch's loss, and its loss with the starting weights."""
@@ -38,6 +35,7 @@ def range_test(
     optimizer: torch.optim.Optimizer,
     batches: Callable[[int, int], Iterable[Batch]],
     settings: LRFind,
+    chance: float,
     checkpoint: Checkpoint | None = None,
     loss: nn.Module | None = None,
 ) -> pd.DataFrame:
@@ -51,6 +49,7 @@ def range_test(
         optimizer: of the model's trained parameters; restored afterwards.
         batches: the batches of epoch n (from 0), from batch i (from 0) on.
         settings: the sweep's ends and its length.
+        chance: loss of the best prediction that is the same for every image (`unfreeze.training.balance.chance_loss`).
         checkpoint: where to save the sweep's progress, and to resume from, as in `fit`.
         loss: of logits (B, classes) and class numbers (B,); cross-entropy by default.
 
@@ -79,7 +78,7 @@ def range_test(
             return value, starting
 
         before = [(row["loss"], row["starting"]) for row in at.history.batches]
-        return lr_find(train_at, settings.start, settings.end, settings.iterations, before)
+        return lr_find(train_at, settings.start, settings.end, settings.iterations, chance, before)
 
 
 def _starting_loss(model: nn.Module, weights: Tensors, start: Tensors, batch: Batch, loss: nn.Module) -> float:
@@ -100,17 +99,24 @@ def _endless(batches: Callable[[int, int], Iterable[Batch]], at: Progress) -> It
 
 
 def lr_find(
-    train_at: Callable[[float], Losses], start: float, end: float, iterations: int, before: Sequence[Losses] = ()
+    train_at: Callable[[float], Losses],
+    start: float,
+    end: float,
+    iterations: int,
+    chance: float,
+    before: Sequence[Losses] = (),
 ) -> pd.DataFrame:
     """Sweep the rate exponentially, with one training batch per rate, until the loss diverges.
 
-    It has diverged if it is not finite, or if its change against the starting weights has risen by `DIVERGED`. The
-    caller restores what the training changed (`unfreeze.training.state.restored`).
+    It has diverged if it is not finite, or if it exceeds the loss of the best constant prediction by
+    `unfreeze.training.lr_curve.DIVERGED`. The caller restores what the training changed
+    (`unfreeze.training.state.restored`).
 
     Args:
         train_at: trains on the next batch at a rate; returns its loss, and the starting weights' loss.
         start, end: ends of the sweep.
         iterations: batches in the whole sweep.
+        chance: loss of the best constant prediction.
         before: losses of the sweep's first batches, if an interrupted sweep is resumed.
 
     Returns:
@@ -121,11 +127,11 @@ def lr_find(
     """
     rates, losses = np.geomspace(start, end, iterations), list(before)
     for rate in track(rates[len(losses) :], "learning rates", iterations, len(losses)):
-        if _diverged(losses):
+        if _diverged(losses, chance):
             break
         losses.append(train_at(float(rate)))
     curve = losses if math.isfinite(losses[-1][0]) else losses[:-1]
-    if _diverged(losses) and len(curve) < max(4, iterations // 10):
+    if _diverged(losses, chance) and len(curve) < max(4, iterations // 10):
         rate = rates[len(losses) - 1]
         raise UserError(
             f"The learning-rate finder's loss diverged at once, at the rate {rate:.3g}: lower lr_find.start (or "
@@ -135,14 +141,17 @@ def lr_find(
     return make_curve(rates[: len(curve)], loss, starting)
 
 
-def _diverged(losses: Sequence[Losses]) -> bool:
-    """Whether the last loss is not finite, or the running mean and the median of the last three have risen by `DIVERGED`.
+def _diverged(losses: Sequence[Losses], chance: float) -> bool:
+    """Whether the last loss is not finite, or the running mean and the median of the last three exceed the limit.
 
-    Both are of the change against the starting weights, and compared with the lowest running mean. The median is used
-    because in batches of three images a single mistake would raise the mean by as much.
+    Both are of the change against the starting weights. The median is used because in batches of three images a single
+    mistake would raise the mean by as much.
     """
-    if losses and not math.isfinite(losses[-1][0]):
+    if not losses:
+        return False
+    if not math.isfinite(losses[-1][0]):
         return True
     changes = [loss - starting for loss, starting in losses]
     means = list(accumulate(changes, lambda mean, change: 0.7 * mean + 0.3 * change))
-    return bool(means) and min(means[-1], float(np.median(changes[-3:]))) > min(means) + DIVERGED
+    limit = divergence_limit(min(means), np.array([starting for _, starting in losses]), chance)
+    return min(means[-1], float(np.median(changes[-3:]))) > limit

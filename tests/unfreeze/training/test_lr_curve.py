@@ -16,7 +16,7 @@ from torch import nn
 from tests.devices import DEVICES
 from unfreeze.errors import UserError
 from unfreeze.training.loop import set_rate
-from unfreeze.training.lr_curve import Picks, make_curve, pick_rate, suggest
+from unfreeze.training.lr_curve import DIVERGED, Picks, make_curve, pick_rate, suggest
 from unfreeze.training.range_test import Losses, lr_find
 from unfreeze.training.state import restored
 
@@ -71,7 +71,7 @@ def test_minimum_and_steepest_of_a_dip(lowest: float, shape: Callable[[Floats], 
 def test_rules() -> None:
     picks = points(dip())
     assert pick_rate(picks, "minimum") == pytest.approx(picks.minimum / 10)
-    assert pick_rate(picks, "divergence") == pytest.approx(picks.divergence / 10)
+    assert pick_rate(picks, "divergence") == pytest.approx(picks.divergence / 100)
     assert pick_rate(picks, "steepest") == picks.steepest
     assert pick_rate(picks, "valley") == picks.valley
 
@@ -167,13 +167,32 @@ def test_what_batches_differ_by_is_no_error() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("harm", [1e-3, 1e-2, 1e-1])
-def test_divergence_is_where_the_loss_has_risen_by_a_nat(seed: int, harm: float) -> None:
+def test_divergence_is_where_the_loss_exceeds_that_of_a_constant_prediction(seed: int, harm: float) -> None:
     """The network is already trained: it cannot improve, and its curve's lowest point is random. The noise
     between batches grows with the rate, as measured on photographs of waste."""
     noise = np.random.default_rng(seed).normal(0, 0.1 * (RATES / harm) ** 0.8)
     losses = harmful_from(harm) + noise
-    risen = RATES[np.argmax(harmful_from(harm) > 1)]
-    assert risen / 1.4 < points(losses[: np.argmax(harmful_from(harm) > 1.2)]).divergence < risen * 1.4
+    exceeded = RATES[np.argmax(harmful_from(harm) > CHANCE + DIVERGED)]
+    assert (
+        exceeded / 1.4
+        < points(losses[: np.argmax(harmful_from(harm) > CHANCE + DIVERGED + 0.2)]).divergence
+        < exceeded * 1.4
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("height", [-0.3, 0.0, 0.3])
+def test_a_plateau_near_the_loss_of_a_constant_prediction_is_no_divergence(seed: int, height: float) -> None:
+    """At rates from 1e-3 on, the network gives nearly the same prediction for all images; at 0.1 its loss rises."""
+    plateau = (CHANCE + height) / (1 + (1e-3 / RATES) ** 2)
+    losses = plateau + (RATES / 0.1) ** 3 + np.random.default_rng(seed).normal(0, 0.2 * (RATES > 5e-4))
+    exceeded = RATES[np.argmax(plateau + (RATES / 0.1) ** 3 > CHANCE + DIVERGED)]
+    assert exceeded / 1.4 < points(losses[: np.argmax(losses > CHANCE + DIVERGED + 1)]).divergence < exceeded * 1.4
+
+
+def test_a_network_worse_than_a_constant_prediction_diverges_when_its_own_loss_rises() -> None:
+    picks = points(CHANCE + 1 + harmful_from(1e-2)[:80], CHANCE + 1)
+    assert math.log10(picks.divergence) == near(1e-2 * (DIVERGED / 0.1) ** 0.5, 2)
 
 
 def test_sweep_trains_once_at_every_rate() -> None:
@@ -183,7 +202,7 @@ def test_sweep_trains_once_at_every_rate() -> None:
         given.append(rate)
         return float(dip()[len(given) - 1]), 1.0
 
-    curve = lr_find(train_at, 1e-5, 10, 100)
+    curve = lr_find(train_at, 1e-5, 10, 100, CHANCE)
     np.testing.assert_allclose(given, RATES)
     pd.testing.assert_frame_equal(curve, make_curve(RATES, dip(), np.ones(100)))
 
@@ -191,7 +210,7 @@ def test_sweep_trains_once_at_every_rate() -> None:
 def sweep(losses: Floats) -> int:
     """Number of batches that a sweep with these losses takes."""
     line = iter(losses)
-    return len(lr_find(lambda rate: (float(next(line)), 0.5), 1e-5, 10, len(losses)))
+    return len(lr_find(lambda rate: (float(next(line)), 0.5), 1e-5, 10, len(losses), CHANCE))
 
 
 @pytest.mark.parametrize("bad", [math.nan, 50.0])
@@ -205,15 +224,15 @@ def test_sweep_goes_on_after_the_losses_that_are_there(before: int, bad: float) 
         given.append(rate)
         return next(line)
 
-    found = lr_find(train_at, 1e-5, 10, 100, losses[:before])
+    found = lr_find(train_at, 1e-5, 10, 100, CHANCE, losses[:before])
     line = iter(losses)
-    pd.testing.assert_frame_equal(found, lr_find(lambda rate: next(line), 1e-5, 10, 100))
+    pd.testing.assert_frame_equal(found, lr_find(lambda rate: next(line), 1e-5, 10, 100, CHANCE))
     assert given == RATES[before : 61 if math.isnan(bad) else 62].tolist()  # one bad batch may be chance
 
 
-def test_sweep_stops_when_the_loss_has_risen_by_a_nat() -> None:
+def test_sweep_stops_when_the_loss_exceeds_that_of_a_constant_prediction() -> None:
     taken = sweep(np.concatenate([np.full(60, 0.5), 0.5 + 0.1 * np.arange(40)]))
-    assert 70 <= taken < 75
+    assert 85 <= taken < 90
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -233,12 +252,12 @@ def test_one_batch_of_three_images_does_not_end_a_sweep() -> None:
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("typical", [0.001, 0.01, 0.03])
 def test_where_next_to_nothing_is_lost_an_unlucky_batch_does_not_make_the_pick(seed: int, typical: float) -> None:
-    """Losses of a good network are small, and sometimes twenty times as large. The network breaks at the rate 0.3."""
+    """Losses of a good network are small, and sometimes twenty times as large. The loss diverges at the rate 0.3."""
     rng = np.random.default_rng(seed)
     starting = typical * np.exp(1.2 * rng.normal(size=100))
     starting[rng.integers(4)] = max(20 * typical, 0.1)
-    losses = starting * rng.lognormal(0, np.minimum(1, RATES / 0.1)) + (RATES / 0.3) ** 2 * 0.4
-    upto = np.argmax(losses > 2)
+    losses = starting * rng.lognormal(0, np.minimum(1, RATES / 0.1)) + (RATES / 0.3) ** 2 * (CHANCE + DIVERGED)
+    upto = np.argmax(losses > CHANCE + DIVERGED + 0.2)
     assert 0.3 / 2 < points(losses[:upto], starting[:upto]).divergence < 0.3 * 2
 
 
@@ -254,7 +273,7 @@ def test_sweep_of_a_good_network_does_not_take_a_single_mistake_for_divergence(s
 def test_a_sweep_that_diverges_at_once_is_told(losses: list[float]) -> None:
     line = iter(losses)
     with pytest.raises(UserError, match=r"diverged at once.*lower lr_find\.start \(or unfreeze_lr_find\.start\)"):
-        lr_find(lambda rate: (next(line), 0.7), 1e-2, 10, 100)
+        lr_find(lambda rate: (next(line), 0.7), 1e-2, 10, 100, 0.7)
 
 
 class Net(nn.Module):
@@ -340,7 +359,7 @@ def test_a_sweep_leaves_no_trace(device: torch.device) -> None:
     model, optimizer, train_batch = training(device)
     before = everything(model, optimizer)
     with restored(model, optimizer):
-        curve = lr_find(at_a_rate(optimizer, train_batch), 1e-5, 1, 30)
+        curve = lr_find(at_a_rate(optimizer, train_batch), 1e-5, 1, 30, CHANCE)
         during = everything(model, optimizer)
     assert len(curve) > 10
     assert same(everything(model, optimizer), before)
@@ -356,7 +375,7 @@ def test_training_goes_on_as_if_there_had_been_no_sweep(device: torch.device) ->
         model, optimizer, train_batch = training(device)
         if sweeps:
             with restored(model, optimizer):
-                lr_find(at_a_rate(optimizer, train_batch), 1e-5, 1, 20)
+                lr_find(at_a_rate(optimizer, train_batch), 1e-5, 1, 20, CHANCE)
         set_rate(optimizer, 0.1)
         return [train_batch() for _ in range(5)]
 
@@ -389,5 +408,5 @@ def test_groups_keep_their_share_of_the_rate() -> None:
         seen.append([group["lr"] for group in optimizer.param_groups])
         return 1.0
 
-    lr_find(at_a_rate(optimizer, train_batch), 1e-4, 1, 10)
+    lr_find(at_a_rate(optimizer, train_batch), 1e-4, 1, 10, CHANCE)
     np.testing.assert_allclose(seen, np.outer(np.geomspace(1e-4, 1, 10), [0.1, 1.0]))
