@@ -134,7 +134,7 @@ def test_numbers_that_yaml_1_1_takes_for_text(text: str) -> None:
         (changed("data.source", "~/photos"), f"DVC does not know ~; write {Path.home()}/photos."),
         (changed("data.valid", 0.8), "data.valid and data.test together leave nothing to train on"),
         (changed("lr_find.start", 10.0), "lr_find.start is 10, but must be below lr_find.end, 10."),
-        (changed("unfreeze_lr_find.end", 1e-7), "unfreeze_lr_find.start is 1e-05, but must be below"),
+        (changed("unfreeze_lr_find.end", 1e-7), "unfreeze_lr_find.start is 0.0001, but must be below"),
         (
             changed("train_full.cycle_len", 4000),
             "train_full: cycles, cycle_len and cycle_mult make more than 10000 epochs",
