@@ -164,21 +164,19 @@ def test_divergence_is_where_the_loss_exceeds_that_of_a_constant_prediction(seed
     noise = np.random.default_rng(seed).normal(0, 0.1 * (RATES / harm) ** 0.8)
     losses = harmful_from(harm) + noise
     exceeded = RATES[np.argmax(harmful_from(harm) > CHANCE + DIVERGED)]
-    assert (
-        exceeded / 1.4
-        < points(losses[: np.argmax(harmful_from(harm) > CHANCE + DIVERGED + 0.2)]).divergence
-        < exceeded * 1.4
-    )
+    upto = np.argmax(harmful_from(harm) > CHANCE + DIVERGED + 0.2)
+    assert exceeded / 1.4 < points(losses[:upto]).divergence < exceeded * 1.4
 
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("height", [-0.3, 0.0, 0.3])
 def test_a_plateau_near_the_loss_of_a_constant_prediction_is_no_divergence(seed: int, height: float) -> None:
     """At rates from 1e-3 on, the network gives nearly the same prediction for all images; at 0.1 its loss rises."""
-    plateau = (CHANCE + height) / (1 + (1e-3 / RATES) ** 2)
-    losses = plateau + (RATES / 0.1) ** 3 + np.random.default_rng(seed).normal(0, 0.2 * (RATES > 5e-4))
-    exceeded = RATES[np.argmax(plateau + (RATES / 0.1) ** 3 > CHANCE + DIVERGED)]
-    assert exceeded / 1.4 < points(losses[: np.argmax(losses > CHANCE + DIVERGED + 1)]).divergence < exceeded * 1.4
+    expected = (CHANCE + height) / (1 + (1e-3 / RATES) ** 2) + (RATES / 0.1) ** 3
+    losses = expected + np.random.default_rng(seed).normal(0, 0.2 * (RATES > 5e-4))
+    exceeded = RATES[np.argmax(expected > CHANCE + DIVERGED)]
+    upto = np.argmax(losses > CHANCE + DIVERGED + 1)
+    assert exceeded / 1.4 < points(losses[:upto]).divergence < exceeded * 1.4
 
 
 def test_a_network_worse_than_a_constant_prediction_diverges_when_its_own_loss_rises() -> None:
