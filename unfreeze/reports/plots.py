@@ -70,7 +70,8 @@ def lr_find_plot(curve: pd.DataFrame, picks: Mapping[str, float | None]) -> Figu
 
     Args:
         curve: columns rate, change, smoothed and error, as `unfreeze.training.lr_curve.make_curve` gives them.
-        picks: rate, minimum, divergence, steepest and valley, as learning rates; None and non-finite ones are left out.
+        picks: rate, and the points of `unfreeze.training.lr_curve.Picks`, as learning rates; None and non-finite ones are
+            left out.
     """
     figure, axes = _figure(7.0, 4.4)
     rate, smoothed, error = curve["rate"], curve["smoothed"], curve["error"]
@@ -84,7 +85,8 @@ def lr_find_plot(curve: pd.DataFrame, picks: Mapping[str, float | None]) -> Figu
     space = 0.1 * max(high - low, 0.1)
     axes.set_ylim(low - space, high + space)
     for name, colour, marker in (
-        ("minimum", RED, "v"), ("divergence", ORANGE, "o"), ("steepest", GREEN, "s"), ("valley", PURPLE, "D")
+        ("minimum", RED, "v"), ("midpoint", SKY, "^"), ("divergence", ORANGE, "o"), ("steepest", GREEN, "s"),
+        ("valley", PURPLE, "D"),
     ):  # fmt: skip
         at = picks.get(name)
         if at is not None and np.isfinite(at):

@@ -19,7 +19,7 @@ S = TypeVar("S")
 
 Count = Annotated[int, In(1, 10_000)]
 Rate = Annotated[float, In(0, 1000, open_low=True)]
-Rule = Annotated[str, OneOf(("minimum", "divergence", "steepest", "valley"))]
+Rule = Annotated[str, OneOf(("minimum", "midpoint", "divergence", "steepest", "valley"))]
 ScheduleName = Annotated[str, OneOf(("sgdr", "one_cycle", "step", "constant"))]
 
 

@@ -30,12 +30,15 @@ class Picks:
 
     Attributes:
         minimum: rate of the lowest smoothed loss.
+        midpoint: rate at which half of the descent from the starting weights' loss to the lowest loss is done; `minimum`
+            if there is no descent.
         divergence: highest rate before the loss diverges (`DIVERGED`).
         steepest: rate at which the smoothed loss falls fastest, on the way to its minimum.
         valley: rate two thirds into the longest decreasing subsequence of the smoothed losses (fastai's valley rule).
     """
 
     minimum: float
+    midpoint: float
     divergence: float
     steepest: float
     valley: float
@@ -100,11 +103,12 @@ def suggest(curve: pd.DataFrame, chance: float) -> Picks:
     rates, smoothed = curve["rate"].to_numpy(), curve["smoothed"].to_numpy()
     lowest = int(smoothed.argmin())
     starting = (curve["loss"] - curve["change"]).to_numpy()
+    midpoint = int(np.flatnonzero(smoothed <= max(smoothed[lowest] / 2, smoothed[lowest]))[0])
     limit = divergence_limit(smoothed[lowest], starting, chance)
     divergence = int(np.flatnonzero(smoothed <= limit)[-1])
     # Only on the way down to the lowest loss: past it, the swings of a loss that diverges are steeper than any descent.
     steepest = int(np.gradient(smoothed, np.log(rates))[: lowest + 1].argmin())
-    return Picks(*(float(rates[i]) for i in (lowest, divergence, steepest, _valley(smoothed))))
+    return Picks(*(float(rates[i]) for i in (lowest, midpoint, divergence, steepest, _valley(smoothed))))
 
 
 def divergence_limit(lowest: float, starting: Floats, chance: float) -> float:
@@ -126,7 +130,7 @@ def pick_rate(picks: Picks, rule: str) -> float:
     Args:
         picks: points of the curve.
         rule: ``minimum`` (one order of magnitude below the rate of the lowest loss, as in the fast.ai lesson),
-            ``divergence`` (two orders of magnitude below that point), ``steepest`` or ``valley``.
+            ``divergence`` (two orders of magnitude below that point), ``midpoint``, ``steepest`` or ``valley``.
     """
     return float(getattr(picks, rule)) / {"minimum": 10, "divergence": 100}.get(rule, 1)
 

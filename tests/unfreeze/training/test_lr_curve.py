@@ -64,7 +64,21 @@ def test_rules() -> None:
     assert pick_rate(picks, "minimum") == pytest.approx(picks.minimum / 10)
     assert pick_rate(picks, "divergence") == pytest.approx(picks.divergence / 100)
     assert pick_rate(picks, "steepest") == picks.steepest
+    assert pick_rate(picks, "midpoint") == picks.midpoint
     assert pick_rate(picks, "valley") == picks.valley
+
+
+@pytest.mark.parametrize("lowest", [1e-3, 1e-2, 1e-1])
+@pytest.mark.parametrize("depth", [0.2, 0.6, 3.0])
+def test_midpoint_is_half_way_down_a_dip(lowest: float, depth: float) -> None:
+    losses = 1 - depth / 0.6 * (1 - dip(lowest))
+    half = 10 ** math.sqrt(2 * math.log(2))  # a Gaussian is at half its peak 1.18 standard deviations from it
+    assert math.log10(points(losses, 1.0).midpoint) == near(lowest / half)
+
+
+def test_without_a_descent_the_midpoint_is_the_minimum() -> None:
+    picks = points(harmful_from(1e-2) + 0.1)
+    assert picks.midpoint == picks.minimum == RATES[0]
 
 
 def test_valley_is_two_thirds_into_the_longest_descent() -> None:
