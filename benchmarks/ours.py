@@ -156,6 +156,8 @@ def recipe(work: Work, seed: int, unfreeze: Unfreeze | None = None) -> dict[str,
         judged: dict[str, Evaluation] = {}
         cycles: dict[int, State] = {}
         for name in stages(here, model, loader, activations, found, cycles):
+            if name.endswith("lr_find"):
+                continue
             if name == "train_full":
                 states[name], judged[name] = copy.deepcopy(model.state_dict()), judge(model, "valid")
                 continue
@@ -202,12 +204,13 @@ def stages(
     activations: Activations,
     found: dict[str, float] | None = None,
     cycles: dict[int, State] | None = None,
+    curves: dict[str, pd.DataFrame] | None = None,
 ) -> Iterator[str]:
-    """Train head, augmented head and whole network; after each, yield the name of its step.
+    """Find rates, train head, augmented head and whole network; after each, yield the name of its step.
 
     ``found`` receives the rate of the whole network, its number of epochs, the cycle that was kept, and the validation
     loss at the end of each cycle. ``cycles`` receives the weights at the end of each cycle; its keys are cycle numbers
-    from 1.
+    from 1. ``curves`` receives the curves of the learning-rate finders; its keys are their steps.
     """
     settings, packed = work.settings, loader.packed
     train, valid = _rows(loader, validate=True)
@@ -218,12 +221,21 @@ def stages(
         return activation_batches(activations, packed.labels, order[first:], loader.device)
 
     groups = decay_groups(model.head.parameters())
-    chance = images.chance_loss(settings.train)
-    rate = _rate(
+
+    def find(step: str, sweep: LRFind, test: Callable[[], pd.DataFrame]) -> float:
+        if sweep.rate is not None:
+            return sweep.rate
+        curve = test()
+        if curves is not None:
+            curves[step] = curve
+        return pick_rate(suggest(curve, len(packed.classes)), sweep.pick)
+
+    rate = find(
+        "lr_find",
         settings.lr_find,
-        chance,
         lambda: _sweep(images, model.head, groups, on_activations, settings.lr_find, settings.train),
     )
+    yield "lr_find"
     data = phases.Activations(
         activations, packed.labels, train, valid, settings.batch_size, settings.seed, loader.device
     )
@@ -232,7 +244,8 @@ def stages(
     phases.fit_augmented(model, images, rate, settings.train_augmented, settings.train)
     yield "train_augmented"
     sweep = settings.unfreeze_lr_find
-    rate = _rate(sweep, chance, lambda: _find(work, model, loader, settings.unfreeze, sweep))
+    rate = find("unfreeze_lr_find", sweep, lambda: _find(work, model, loader, settings.unfreeze, sweep))
+    yield "unfreeze_lr_find"
 
     def keep(number: int) -> None:
         if cycles is not None:
@@ -287,12 +300,8 @@ def _sweep(
     train: Train,
 ) -> pd.DataFrame:
     return range_test(
-        model, make_optimizer(groups, train), batches, sweep, images.chance_loss(train), loss=images.loss(train)
+        model, make_optimizer(groups, train), batches, sweep, len(images.loader.packed.classes), loss=images.loss(train)
     )
-
-
-def _rate(sweep: LRFind, chance: float, test: Callable[[], pd.DataFrame]) -> float:
-    return sweep.rate if sweep.rate is not None else pick_rate(suggest(test(), chance), sweep.pick)
 
 
 def predict_views(work: Work, model: Classifier, loader: Loader, split: str) -> Any:

@@ -21,7 +21,7 @@ def find_rate(
     batches: Callable[[int, int], Iterable[Batch]],
     settings: LRFind,
     loss: nn.Module,
-    chance: float,
+    classes: int,
 ) -> dict[str, float]:
     """Sweep the rate over training batches, pick one, write curve and plot.
 
@@ -31,15 +31,15 @@ def find_rate(
         batches: returns the batches of epoch n (from 0), starting with batch i (from 0).
         settings: the sweep's ends, its length, and the rule to pick a rate.
         loss: the training loss.
-        chance: the loss of the best constant prediction.
+        classes: number of classes.
 
     Returns:
         Metrics: the picked rate, and the candidate points of the curve.
     """
-    curve = range_test(model, optimizer, batches, settings, chance, run.checkpoint("sweep"), loss)
+    curve = range_test(model, optimizer, batches, settings, classes, run.checkpoint("sweep"), loss)
     for i, row in enumerate(curve.itertuples(index=False, name=None)):
         run.tracker.curve(dict(zip(COLUMNS, row, strict=True)), i)
-    picks = suggest(curve, chance)
+    picks = suggest(curve, classes)
     rate = settings.rate if settings.rate is not None else pick_rate(picks, settings.pick)
     metrics = {"rate": rate, **asdict(picks)}
     how = "given in params.yaml" if settings.rate is not None else f"rule: {settings.pick}"

@@ -13,7 +13,7 @@ from unfreeze.models.classifier import Head
 from unfreeze.models.freezing import decay_groups
 from unfreeze.settings.schema import Head as HeadSettings
 from unfreeze.settings.schema import LRFind, Train
-from unfreeze.training.balance import chance_loss, make_loss, sampling_probabilities
+from unfreeze.training.balance import make_loss, sampling_probabilities
 from unfreeze.training.loop import make_optimizer
 from unfreeze.training.phases import derive_seed
 
@@ -37,5 +37,4 @@ def lr_find(
         return activation_batches(activations, packed.labels, order[first:], device)
 
     loss = make_loss(train, labels, len(packed.classes), device)
-    chance = chance_loss(train, labels, len(packed.classes))
-    return find_rate(run, model, optimizer, batches, lr_find, loss, chance)
+    return find_rate(run, model, optimizer, batches, lr_find, loss, len(packed.classes))

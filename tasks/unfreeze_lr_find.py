@@ -32,4 +32,4 @@ def unfreeze_lr_find(
 
     with unfrozen(model, loader, rows, unfreeze) as groups:
         optimizer = make_optimizer(groups, train)
-        return find_rate(run, model, optimizer, batches, unfreeze_lr_find, data.loss(train), data.chance_loss(train))
+        return find_rate(run, model, optimizer, batches, unfreeze_lr_find, data.loss(train), len(loader.packed.classes))

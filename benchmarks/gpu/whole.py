@@ -84,11 +84,11 @@ def recipe(scale: Scale, data: Path) -> Iterator[Row]:
         return activation_batches(activations, labels, order[first:], loader.device)
 
     seen = Images(loader, train, valid, ours.augment, ours.seed)
-    chance = seen.chance_loss(ours.train)
+    classes = len(images.classes)
     with _timed(spent, "lr_find"):
         optimizer = make_optimizer(decay_groups(model.head.train().parameters()), ours.train)
-        curve = range_test(model.head, optimizer, batches, ours.lr_find, chance)
-        rate = pick_rate(suggest(curve, chance), ours.lr_find.pick)
+        curve = range_test(model.head, optimizer, batches, ours.lr_find, classes)
+        rate = pick_rate(suggest(curve, classes), ours.lr_find.pick)
     yield _last(spent)
     with _timed(spent, "train_head"):
         on_activations = Activations(activations, labels, train, valid, speed.batch, ours.seed, loader.device)
@@ -106,9 +106,9 @@ def recipe(scale: Scale, data: Path) -> Iterator[Row]:
             make_optimizer(groups, ours.train),
             lambda epoch, first: loader.augmented(train, ours.augment, ours.seed, epoch, first),
             ours.unfreeze_lr_find,
-            chance,
+            classes,
         )
-        rate = pick_rate(suggest(curve, chance), ours.unfreeze_lr_find.pick)
+        rate = pick_rate(suggest(curve, classes), ours.unfreeze_lr_find.pick)
     yield _last(spent)
     with _timed(spent, "train_full"):
         history = fit_full(model, seen, rate, ours.train_full, ours.unfreeze, ours.train)

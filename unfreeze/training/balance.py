@@ -37,22 +37,6 @@ def make_loss(train: Train, labels: NDArray[np.int64], classes: int, device: tor
     return nn.CrossEntropyLoss(weights, label_smoothing=train.label_smoothing).to(device)
 
 
-def chance_loss(train: Train, labels: NDArray[np.int64], classes: int) -> float:
-    """The lowest loss of a prediction that is the same for every image, in nats.
-
-    The loss is that of `make_loss`, except that PyTorch applies class weights to the label smoothing as well.
-
-    Args:
-        train: the settings; unless ``train.balance`` is ``none``, all classes count the same.
-        labels: class numbers of the training images (N,).
-        classes: how many classes there are.
-    """
-    counts = np.bincount(labels, minlength=classes)
-    shares = counts / counts.sum() if train.balance == "none" else (counts > 0) / (counts > 0).sum()
-    smoothed = (1 - train.label_smoothing) * shares + train.label_smoothing / classes
-    return float(-np.sum(smoothed[smoothed > 0] * np.log(smoothed[smoothed > 0])))
-
-
 def sampling_probabilities(train: Train, labels: NDArray[np.int64]) -> NDArray[np.float64] | None:
     """Probability of each training image (N,) to be drawn next, for `unfreeze.batches.loader.shuffled`.
 

@@ -5,6 +5,7 @@ varies by more than it falls in a whole sweep. The curve is therefore the change
 starting weights' loss of the same batch (a control variate), smoothed, with its standard error.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,12 +16,11 @@ from unfreeze.errors import UserError
 
 Floats = NDArray[np.float64]
 COLUMNS = ("rate", "loss", "change", "smoothed", "error")
-DIVERGED = 1.0
-"""The loss has diverged when it exceeds the loss of the best constant prediction
-(`unfreeze.training.balance.chance_loss`) by this, in nats: the right class is e times less likely than by chance.
+DIVERGED = 1.5
+"""The loss has diverged when it exceeds the loss of a uniform prediction, log(classes), by this factor.
 
 A network that has forgotten everything gives nearly the same prediction for all images, so the curve often has a
-plateau near the loss of the constant prediction. At higher rates it rises steeply, and the rate varies little between
+plateau near the loss of the uniform prediction. At higher rates it rises steeply, and the rate varies little between
 seeds (benchmarks/notes/choices.md)."""
 
 
@@ -85,12 +85,12 @@ def _variance(change: Floats) -> Floats:
     return variance
 
 
-def suggest(curve: pd.DataFrame, chance: float) -> Picks:
+def suggest(curve: pd.DataFrame, classes: int) -> Picks:
     """Points of a curve (`make_curve`) from which a rate can be picked.
 
     Args:
         curve: of the sweep.
-        chance: loss of the best prediction that is the same for every image (`unfreeze.training.balance.chance_loss`).
+        classes: number of classes.
 
     Raises:
         UserError: there are fewer than three rates to judge by.
@@ -104,24 +104,25 @@ def suggest(curve: pd.DataFrame, chance: float) -> Picks:
     lowest = int(smoothed.argmin())
     starting = (curve["loss"] - curve["change"]).to_numpy()
     midpoint = int(np.flatnonzero(smoothed <= max(smoothed[lowest] / 2, smoothed[lowest]))[0])
-    limit = divergence_limit(smoothed[lowest], starting, chance)
+    limit = divergence_limit(smoothed[lowest], starting, classes)
     divergence = int(np.flatnonzero(smoothed <= limit)[-1])
     # Only on the way down to the lowest loss: past it, the swings of a loss that diverges are steeper than any descent.
     steepest = int(np.gradient(smoothed, np.log(rates))[: lowest + 1].argmin())
     return Picks(*(float(rates[i]) for i in (lowest, midpoint, divergence, steepest, _valley(smoothed))))
 
 
-def divergence_limit(lowest: float, starting: Floats, chance: float) -> float:
-    """The change of the loss above which it has diverged: `DIVERGED` above the loss of the best constant prediction.
+def divergence_limit(lowest: float, starting: Floats, classes: int) -> float:
+    """The change of the loss above which it has diverged: `DIVERGED` times the loss of a uniform prediction.
 
-    If the curve's minimum is worse than that prediction, the limit is `DIVERGED` above the minimum.
+    If the curve's minimum is worse than that prediction, the limit is as far above the minimum.
 
     Args:
         lowest: lowest smoothed change of the curve.
         starting: (n,) the starting weights' loss of each batch.
-        chance: loss of the best prediction that is the same for every image.
+        classes: number of classes.
     """
-    return max(lowest, chance - float(starting.mean())) + DIVERGED
+    uniform = math.log(classes)
+    return max(lowest, uniform - float(starting.mean())) + (DIVERGED - 1) * uniform
 
 
 def pick_rate(picks: Picks, rule: str) -> float:

@@ -25,7 +25,7 @@ from unfreeze.models.classifier import Classifier, Head
 from unfreeze.models.freezing import decay_groups, freeze_to, parameter_groups, set_train_mode
 from unfreeze.progress import track
 from unfreeze.settings.schema import Augment, Train, TrainAugmented, TrainFull, TrainHead, Unfreeze
-from unfreeze.training.balance import chance_loss, make_loss, sampling_probabilities
+from unfreeze.training.balance import make_loss, sampling_probabilities
 from unfreeze.training.history import History
 from unfreeze.training.loop import Callbacks, Diverged, TrainingData, fit, make_optimizer
 from unfreeze.training.schedules import Schedule, make_schedule
@@ -83,10 +83,6 @@ class Images:
         """The loss of the settings, for the classes of the training images."""
         labels, classes = self.loader.packed.labels[self.train], len(self.loader.packed.classes)
         return make_loss(train, labels, classes, self.loader.device)
-
-    def chance_loss(self, train: Train) -> float:
-        """The lowest loss of a prediction that is the same for every image, as `chance_loss` returns it."""
-        return chance_loss(train, self.loader.packed.labels[self.train], len(self.loader.packed.classes))
 
     def augmented(self, train: Train, seed: int, epoch: int, first: int = 0, together: int = 1) -> Iterator[Batch]:
         """One epoch of augmented training images, sampled as in the settings; arguments as for `Loader.augmented`."""

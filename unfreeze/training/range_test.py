@@ -35,7 +35,7 @@ def range_test(
     optimizer: torch.optim.Optimizer,
     batches: Callable[[int, int], Iterable[Batch]],
     settings: LRFind,
-    chance: float,
+    classes: int,
     checkpoint: Checkpoint | None = None,
     loss: nn.Module | None = None,
 ) -> pd.DataFrame:
@@ -49,7 +49,7 @@ def range_test(
         optimizer: of the model's trained parameters; restored afterwards.
         batches: the batches of epoch n (from 0), from batch i (from 0) on.
         settings: the sweep's ends and its length.
-        chance: loss of the best prediction that is the same for every image (`unfreeze.training.balance.chance_loss`).
+        classes: number of classes.
         checkpoint: where to save the sweep's progress, and to resume from, as in `fit`.
         loss: of logits (B, classes) and class numbers (B,); cross-entropy by default.
 
@@ -78,7 +78,7 @@ def range_test(
             return value, starting
 
         before = [(row["loss"], row["starting"]) for row in at.history.batches]
-        return lr_find(train_at, settings.start, settings.end, settings.iterations, chance, before)
+        return lr_find(train_at, settings.start, settings.end, settings.iterations, classes, before)
 
 
 def _starting_loss(model: nn.Module, weights: Tensors, start: Tensors, batch: Batch, loss: nn.Module) -> float:
@@ -103,20 +103,19 @@ def lr_find(
     start: float,
     end: float,
     iterations: int,
-    chance: float,
+    classes: int,
     before: Sequence[Losses] = (),
 ) -> pd.DataFrame:
     """Sweep the rate exponentially, with one training batch per rate, until the loss diverges.
 
-    It has diverged if it is not finite, or if it exceeds the loss of the best constant prediction by
-    `unfreeze.training.lr_curve.DIVERGED`. The caller restores what the training changed
+    It has diverged if it is not finite, or if it exceeds `unfreeze.training.lr_curve.divergence_limit`. The caller restores what the training changed
     (`unfreeze.training.state.restored`).
 
     Args:
         train_at: trains on the next batch at a rate; returns its loss, and the starting weights' loss.
         start, end: ends of the sweep.
         iterations: batches in the whole sweep.
-        chance: loss of the best constant prediction.
+        classes: number of classes.
         before: losses of the sweep's first batches, if an interrupted sweep is resumed.
 
     Returns:
@@ -127,11 +126,11 @@ def lr_find(
     """
     rates, losses = np.geomspace(start, end, iterations), list(before)
     for rate in track(rates[len(losses) :], "learning rates", iterations, len(losses)):
-        if _diverged(losses, chance):
+        if _diverged(losses, classes):
             break
         losses.append(train_at(float(rate)))
     curve = losses if math.isfinite(losses[-1][0]) else losses[:-1]
-    if _diverged(losses, chance) and len(curve) < max(4, iterations // 10):
+    if _diverged(losses, classes) and len(curve) < max(4, iterations // 10):
         rate = rates[len(losses) - 1]
         raise UserError(
             f"The learning-rate finder's loss diverged at once, at the rate {rate:.3g}: lower lr_find.start (or "
@@ -141,7 +140,7 @@ def lr_find(
     return make_curve(rates[: len(curve)], loss, starting)
 
 
-def _diverged(losses: Sequence[Losses], chance: float) -> bool:
+def _diverged(losses: Sequence[Losses], classes: int) -> bool:
     """Whether the last loss is not finite, or the running mean and the median of the last three exceed the limit.
 
     Both are of the change against the starting weights. The median is used because in batches of three images a single
@@ -153,5 +152,5 @@ def _diverged(losses: Sequence[Losses], chance: float) -> bool:
         return True
     changes = [loss - starting for loss, starting in losses]
     means = list(accumulate(changes, lambda mean, change: 0.7 * mean + 0.3 * change))
-    limit = divergence_limit(min(means), np.array([starting for _, starting in losses]), chance)
+    limit = divergence_limit(min(means), np.array([starting for _, starting in losses]), classes)
     return min(means[-1], float(np.median(changes[-3:]))) > limit

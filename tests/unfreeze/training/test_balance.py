@@ -8,7 +8,7 @@ from unfreeze.batches.loader import shuffled
 from unfreeze.device import seed_everything
 from unfreeze.models.classifier import Head
 from unfreeze.settings.schema import Train, TrainHead
-from unfreeze.training.balance import chance_loss, class_weights, make_loss, sampling_probabilities
+from unfreeze.training.balance import class_weights, make_loss, sampling_probabilities
 from unfreeze.training.phases import Activations, fit_head
 
 CPU = torch.device("cpu")
@@ -30,25 +30,6 @@ def test_the_weighted_loss_of_a_batch_is_its_weighted_mean() -> None:
     weights = torch.tensor([4 / 6, 2, 4 / 6])
     assert float(loss(logits, labels)) == pytest.approx(float((single * weights).sum() / weights.sum()))
     assert make_loss(train("none", 0.1), np.array([0, 0, 0, 1]), 2, CPU).weight is None
-
-
-@pytest.mark.parametrize(("balance", "smoothing"), [("none", 0.0), ("none", 0.2), ("loss", 0.0)])
-def test_no_prediction_that_is_the_same_for_every_image_has_a_lower_loss_than_chance(
-    balance: str, smoothing: float
-) -> None:
-    labels = np.repeat([0, 1, 2], [70, 20, 10])
-    settings = train(balance, smoothing)
-    loss, logits = make_loss(settings, labels, 3, CPU), torch.zeros(3, requires_grad=True)
-    optimizer = torch.optim.LBFGS([logits], max_iter=100)
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        value = torch.as_tensor(loss(logits.expand(len(labels), 3), torch.from_numpy(labels)))
-        value.backward()  # type: ignore[no-untyped-call]
-        return value
-
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
-    assert chance_loss(settings, labels, 3) == pytest.approx(closure().item(), abs=1e-4)
 
 
 def test_the_sampler_draws_every_class_equally_often_and_the_same_again() -> None:

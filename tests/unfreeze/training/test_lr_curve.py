@@ -9,13 +9,14 @@ import pytest
 from numpy.typing import NDArray
 
 from unfreeze.errors import UserError
-from unfreeze.training.lr_curve import DIVERGED, Picks, make_curve, pick_rate, suggest
+from unfreeze.training.lr_curve import DIVERGED, Picks, divergence_limit, make_curve, pick_rate, suggest
 
 Floats = NDArray[np.float64]
 RATES = np.geomspace(1e-5, 10, 100)
 DECADES = np.log10(RATES)
 STEP = RATES[1] / RATES[0]
-CHANCE = 2.0  # loss of a prediction that is the same for every image
+CLASSES = 7
+UNIFORM = math.log(CLASSES)  # loss of the uniform prediction
 
 
 def near(rate: float, steps: float = 1.0) -> object:
@@ -30,7 +31,7 @@ def dip(lowest: float = 1e-2, width: float = 1.0, rates: Floats = RATES) -> Floa
 
 def points(losses: Floats, starting: Floats | float = 0.0, rates: Floats = RATES) -> Picks:
     """Points of the curve of a sweep with these losses. The default loss of the starting weights is 0."""
-    return suggest(make_curve(rates[: len(losses)], losses, np.broadcast_to(starting, np.shape(losses))), CHANCE)
+    return suggest(make_curve(rates[: len(losses)], losses, np.broadcast_to(starting, np.shape(losses))), CLASSES)
 
 
 def harmful_from(rate: float) -> Floats:
@@ -172,30 +173,35 @@ def test_what_batches_differ_by_is_no_error() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("harm", [1e-3, 1e-2, 1e-1])
-def test_divergence_is_where_the_loss_exceeds_that_of_a_constant_prediction(seed: int, harm: float) -> None:
+def test_divergence_is_where_the_loss_exceeds_that_of_a_uniform_prediction(seed: int, harm: float) -> None:
     """The network is already trained: it cannot improve, and its curve's lowest point is random. The noise
     between batches grows with the rate, as measured on photographs of waste."""
     noise = np.random.default_rng(seed).normal(0, 0.1 * (RATES / harm) ** 0.8)
     losses = harmful_from(harm) + noise
-    exceeded = RATES[np.argmax(harmful_from(harm) > CHANCE + DIVERGED)]
-    upto = np.argmax(harmful_from(harm) > CHANCE + DIVERGED + 0.2)
+    exceeded = RATES[np.argmax(harmful_from(harm) > DIVERGED * UNIFORM)]
+    upto = np.argmax(harmful_from(harm) > DIVERGED * UNIFORM + 0.2)
     assert exceeded / 1.4 < points(losses[:upto]).divergence < exceeded * 1.4
+
+
+@pytest.mark.parametrize(("classes", "limit"), [(2, 1.04), (10, 3.454), (1000, 10.36)])
+def test_the_loss_may_be_higher_with_more_classes(classes: int, limit: float) -> None:
+    assert divergence_limit(0.0, np.array([0.2, 0.4]), classes) == pytest.approx(limit - 0.3, abs=0.01)
 
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("height", [-0.3, 0.0, 0.3])
-def test_a_plateau_near_the_loss_of_a_constant_prediction_is_no_divergence(seed: int, height: float) -> None:
+def test_a_plateau_near_the_loss_of_a_uniform_prediction_is_no_divergence(seed: int, height: float) -> None:
     """At rates from 1e-3 on, the network gives nearly the same prediction for all images; at 0.1 its loss rises."""
-    expected = (CHANCE + height) / (1 + (1e-3 / RATES) ** 2) + (RATES / 0.1) ** 3
+    expected = (UNIFORM + height) / (1 + (1e-3 / RATES) ** 2) + (RATES / 0.1) ** 3
     losses = expected + np.random.default_rng(seed).normal(0, 0.2 * (RATES > 5e-4))
-    exceeded = RATES[np.argmax(expected > CHANCE + DIVERGED)]
-    upto = np.argmax(losses > CHANCE + DIVERGED + 1)
+    exceeded = RATES[np.argmax(expected > DIVERGED * UNIFORM)]
+    upto = np.argmax(losses > DIVERGED * UNIFORM + 1)
     assert exceeded / 1.4 < points(losses[:upto]).divergence < exceeded * 1.4
 
 
-def test_a_network_worse_than_a_constant_prediction_diverges_when_its_own_loss_rises() -> None:
-    picks = points(CHANCE + 1 + harmful_from(1e-2)[:80], CHANCE + 1)
-    assert math.log10(picks.divergence) == near(1e-2 * (DIVERGED / 0.1) ** 0.5, 2)
+def test_a_network_worse_than_a_uniform_prediction_diverges_when_its_own_loss_rises() -> None:
+    picks = points(UNIFORM + 1 + harmful_from(1e-2)[:80], UNIFORM + 1)
+    assert math.log10(picks.divergence) == near(1e-2 * ((DIVERGED - 1) * UNIFORM / 0.1) ** 0.5, 2)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -205,6 +211,6 @@ def test_where_next_to_nothing_is_lost_an_unlucky_batch_does_not_make_the_pick(s
     rng = np.random.default_rng(seed)
     starting = typical * np.exp(1.2 * rng.normal(size=100))
     starting[rng.integers(4)] = max(20 * typical, 0.1)
-    losses = starting * rng.lognormal(0, np.minimum(1, RATES / 0.1)) + (RATES / 0.3) ** 2 * (CHANCE + DIVERGED)
-    upto = np.argmax(losses > CHANCE + DIVERGED + 0.2)
+    losses = starting * rng.lognormal(0, np.minimum(1, RATES / 0.1)) + (RATES / 0.3) ** 2 * DIVERGED * UNIFORM
+    upto = np.argmax(losses > DIVERGED * UNIFORM + 0.2)
     assert 0.3 / 2 < points(losses[:upto], starting[:upto]).divergence < 0.3 * 2

@@ -21,7 +21,7 @@ from unfreeze.training.state import restored
 
 Floats = NDArray[np.float64]
 RATES = np.geomspace(1e-5, 10, 100)
-CHANCE = 2.0  # loss of a prediction that is the same for every image
+CLASSES = 7
 
 
 def test_sweep_trains_once_at_every_rate() -> None:
@@ -32,7 +32,7 @@ def test_sweep_trains_once_at_every_rate() -> None:
         given.append(rate)
         return float(losses[len(given) - 1]), 1.0
 
-    curve = lr_find(train_at, 1e-5, 10, 100, CHANCE)
+    curve = lr_find(train_at, 1e-5, 10, 100, CLASSES)
     np.testing.assert_allclose(given, RATES)
     pd.testing.assert_frame_equal(curve, make_curve(RATES, losses, np.ones(100)))
 
@@ -40,7 +40,7 @@ def test_sweep_trains_once_at_every_rate() -> None:
 def sweep(losses: Floats) -> int:
     """Number of batches that a sweep with these losses takes."""
     line = iter(losses)
-    return len(lr_find(lambda rate: (float(next(line)), 0.5), 1e-5, 10, len(losses), CHANCE))
+    return len(lr_find(lambda rate: (float(next(line)), 0.5), 1e-5, 10, len(losses), CLASSES))
 
 
 @pytest.mark.parametrize("bad", [math.nan, 50.0])
@@ -54,13 +54,13 @@ def test_sweep_goes_on_after_the_losses_that_are_there(before: int, bad: float) 
         given.append(rate)
         return next(line)
 
-    found = lr_find(train_at, 1e-5, 10, 100, CHANCE, losses[:before])
+    found = lr_find(train_at, 1e-5, 10, 100, CLASSES, losses[:before])
     line = iter(losses)
-    pd.testing.assert_frame_equal(found, lr_find(lambda rate: next(line), 1e-5, 10, 100, CHANCE))
+    pd.testing.assert_frame_equal(found, lr_find(lambda rate: next(line), 1e-5, 10, 100, CLASSES))
     assert given == RATES[before : 61 if math.isnan(bad) else 62].tolist()  # one bad batch may be chance
 
 
-def test_sweep_stops_when_the_loss_exceeds_that_of_a_constant_prediction() -> None:
+def test_sweep_stops_when_the_loss_exceeds_that_of_a_uniform_prediction() -> None:
     taken = sweep(np.concatenate([np.full(60, 0.5), 0.5 + 0.1 * np.arange(40)]))
     assert 85 <= taken < 90
 
@@ -92,7 +92,7 @@ def test_sweep_of_a_good_network_does_not_take_a_few_mistakes_for_divergence(see
 def test_a_sweep_that_diverges_at_once_is_told(losses: list[float]) -> None:
     line = iter(losses)
     with pytest.raises(UserError, match=r"diverged at once.*lower lr_find\.start \(or unfreeze_lr_find\.start\)"):
-        lr_find(lambda rate: (next(line), 0.7), 1e-2, 10, 100, 0.7)
+        lr_find(lambda rate: (next(line), 0.7), 1e-2, 10, 100, 2)
 
 
 class Net(nn.Module):
@@ -178,7 +178,7 @@ def test_a_sweep_leaves_no_trace(device: torch.device) -> None:
     model, optimizer, train_batch = training(device)
     before = everything(model, optimizer)
     with restored(model, optimizer):
-        curve = lr_find(at_a_rate(optimizer, train_batch), 1e-5, 1, 30, CHANCE)
+        curve = lr_find(at_a_rate(optimizer, train_batch), 1e-5, 1, 30, CLASSES)
         during = everything(model, optimizer)
     assert len(curve) > 10
     assert same(everything(model, optimizer), before)
@@ -194,7 +194,7 @@ def test_training_goes_on_as_if_there_had_been_no_sweep(device: torch.device) ->
         model, optimizer, train_batch = training(device)
         if sweeps:
             with restored(model, optimizer):
-                lr_find(at_a_rate(optimizer, train_batch), 1e-5, 1, 20, CHANCE)
+                lr_find(at_a_rate(optimizer, train_batch), 1e-5, 1, 20, CLASSES)
         set_rate(optimizer, 0.1)
         return [train_batch() for _ in range(5)]
 
@@ -227,5 +227,5 @@ def test_groups_keep_their_share_of_the_rate() -> None:
         seen.append([group["lr"] for group in optimizer.param_groups])
         return 1.0
 
-    lr_find(at_a_rate(optimizer, train_batch), 1e-4, 1, 10, CHANCE)
+    lr_find(at_a_rate(optimizer, train_batch), 1e-4, 1, 10, CLASSES)
     np.testing.assert_allclose(seen, np.outer(np.geomspace(1e-4, 1, 10), [0.1, 1.0]))
