@@ -45,6 +45,9 @@ def find_rate(
     how = "given in params.yaml" if settings.rate is not None else f"rule: {settings.pick}"
     run.log("rate %.2e (%s); lowest loss at %.2e", rate, how, picks.minimum)
 
+    if settings.pick == "divergence" and settings.rate is None and len(curve) == settings.iterations:
+        run.log("the loss did not diverge up to the last rate; a higher %s.end may give a higher rate", run.stage)
+
     curve.to_csv(run.path("curve.csv"), index=False)
     save_png(lr_find_plot(curve, metrics), run.path("lr_find.png"))
     return metrics

@@ -224,7 +224,7 @@ def _range_test(model: Classifier, loader: Loader, folder: Path | None, kill: in
     with unfrozen(model, loader, rows, ours.unfreeze) as groups:
         optimizer = make_optimizer(groups, ours.train)
         curve = range_test(
-            model, optimizer, batches, LRFind(1e-5, 0.1, 16, "minimum", None), classes, _checkpoint(folder, "sweep")
+            model, optimizer, batches, LRFind(1e-5, 0.01, 16, "minimum", None), classes, _checkpoint(folder, "sweep")
         )
     return digest([torch.tensor(curve.to_numpy())])
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as bench
-from benchmarks import accuracy, checkpoints, choices, compare, figure, memory, orchestration, ours
+from benchmarks import accuracy, checkpoints, choices, compare, figure, finder, memory, orchestration, ours
 from benchmarks.work import Work, files, make_work
 from tests.integration.project import paint
 from unfreeze.settings.overrides import apply_overrides
@@ -109,6 +109,17 @@ def test_choices_of_views_are_judged_on_one_training(work: Work, tmp_path: Path)
     assert "plain" in head and "| 1 views | 4 views |" in head
     _, plain, one, four, lower = usual.strip("| ").split(" | ")
     assert lower == "0, 0, 0" and len({plain, one, four}) == 3 and rule.count("---") == 5
+
+
+def test_the_finder_is_run_with_every_seed(work: Work, tmp_path: Path) -> None:
+    changes = [f"data.source={work.source}", "data.image_size=32", *TINY]
+    picks = finder.find(tmp_path, changes, 2, "unfreeze_lr_find")
+    assert set(picks["step"]) == {"lr_find", "unfreeze_lr_find"}
+    assert (picks.groupby(["step", "rule"]).size() == 2).all()
+    midpoints = picks.query("step == 'lr_find' and rule == 'midpoint'")["rate"]
+    row = next(line for line in finder.table(picks) if line.startswith("| lr_find, midpoint"))
+    cells = row.strip("| ").split(" | ")
+    assert cells[1] == f"{midpoints.min():.1e}" and cells[3] == f"{midpoints.max():.1e}"
 
 
 def test_both_sides_see_the_same_images_in_the_same_split(work: Work) -> None:

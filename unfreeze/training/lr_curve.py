@@ -17,7 +17,7 @@ from unfreeze.errors import UserError
 Floats = NDArray[np.float64]
 COLUMNS = ("rate", "loss", "change", "smoothed", "error")
 DIVERGED = 1.5
-"""The loss has diverged when it exceeds the loss of a uniform prediction, log(classes), by this factor.
+"""The loss has diverged when it is more than this many times log(classes), the loss of a uniform prediction.
 
 A network that has forgotten everything gives nearly the same prediction for all images, so the curve often has a
 plateau near the loss of the uniform prediction. At higher rates it rises steeply, and the rate varies little between
@@ -32,7 +32,7 @@ class Picks:
         minimum: rate of the lowest smoothed loss.
         midpoint: rate at which half of the descent from the starting weights' loss to the lowest loss is done; `minimum`
             if there is no descent.
-        divergence: highest rate before the loss diverges (`DIVERGED`).
+        divergence: highest rate before the loss diverges (`DIVERGED`); the last rate if it does not.
         steepest: rate at which the smoothed loss falls fastest, on the way to its minimum.
         valley: rate two thirds into the longest decreasing subsequence of the smoothed losses (fastai's valley rule).
     """
@@ -112,9 +112,11 @@ def suggest(curve: pd.DataFrame, classes: int) -> Picks:
 
 
 def divergence_limit(lowest: float, starting: Floats, classes: int) -> float:
-    """The change of the loss above which it has diverged: `DIVERGED` times the loss of a uniform prediction.
+    """The change of the loss at which the loss has diverged: it is `DIVERGED` times that of a uniform prediction.
 
-    If the curve's minimum is worse than that prediction, the limit is as far above the minimum.
+    If even the curve's lowest loss is higher than that of a uniform prediction, log(classes), the limit is
+    (`DIVERGED` - 1) * log(classes) above the lowest. With class weights and label smoothing together, the loss of a
+    uniform prediction is higher, as PyTorch applies the weights to the smoothing as well; this is ignored.
 
     Args:
         lowest: lowest smoothed change of the curve.

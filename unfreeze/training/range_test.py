@@ -108,7 +108,8 @@ def lr_find(
 ) -> pd.DataFrame:
     """Sweep the rate exponentially, with one training batch per rate, until the loss diverges.
 
-    It has diverged if it is not finite, or if it exceeds `unfreeze.training.lr_curve.divergence_limit`. The caller restores what the training changed
+    It has diverged if it is not finite, or if its change against the starting weights exceeds
+    `unfreeze.training.lr_curve.divergence_limit`. The caller restores what the training changed
     (`unfreeze.training.state.restored`).
 
     Args:

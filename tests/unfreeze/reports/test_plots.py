@@ -1,5 +1,6 @@
 """Plots show their input: marks, labels and numbers are read back."""
 
+import dataclasses
 import io
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from unfreeze.reports.plots import (
     sizes_plot,
     to_data_uri,
 )
-from unfreeze.training.lr_curve import make_curve
+from unfreeze.training.lr_curve import Picks, make_curve
 
 NAN = float("nan")
 CURVE = make_curve(np.geomspace(1e-5, 1, 40), np.linspace(2, 1, 40), np.full(40, 2.0))
@@ -48,13 +49,12 @@ def ticks(figure: Figure, axis: str) -> list[str]:
 
 
 def test_lr_find_marks_every_point() -> None:
-    picks = {"rate": 1e-3, "minimum": 1e-2, "steepest": 2e-3, "valley": 3e-3}
-    axes = panels(lr_find_plot(CURVE, picks))[0]
+    points = {field.name: 1e-3 * (2 + i) for i, field in enumerate(dataclasses.fields(Picks))}
+    axes = panels(lr_find_plot(CURVE, {"rate": 1e-3, **points}))[0]
     at = {line.get_label(): line.get_xdata()[0] for line in axes.lines}
     assert axes.get_xscale() == "log"
-    assert at["minimum 1.0e-02"] == 1e-2
-    assert at["steepest 2.0e-03"] == 2e-3
-    assert at["valley 3.0e-03"] == 3e-3
+    for name, rate in points.items():
+        assert at[f"{name} {rate:.1e}"] == rate
     assert at["picked 1.0e-03"] == 1e-3
 
 

@@ -96,7 +96,7 @@ def check(text: str) -> Reader:
 
 def course() -> Course:
     curve = make_curve(np.array([1e-4, 1e-3, 1e-2]), np.array([1.0, 0.5, 2.0]), np.ones(3))
-    picks = {"rate": 1e-4, "minimum": 1e-3, "divergence": 2e-3, "steepest": 5e-4, "valley": 5e-4}
+    picks = {"rate": 1e-4, "minimum": 1e-3, "midpoint": 5e-4, "divergence": 2e-3, "steepest": 5e-4, "valley": 5e-4}
     history = pd.DataFrame(
         {
             "epoch": [0, 1],

@@ -94,10 +94,12 @@ def test_valley_is_two_thirds_into_the_longest_descent() -> None:
 def test_noise_moves_the_picks_little(seed: int, iterations: int) -> None:
     rates = np.geomspace(1e-5, 10, iterations)
     losses = dip(1e-2, 0.7, rates) + np.random.default_rng(seed).normal(0, 0.04, iterations)
-    picks = points(losses, rates=rates)
+    picks = points(losses, 1.0, rates)
     assert 1e-2 / 4 < picks.minimum < 1e-2 * 4
     assert 10**-2.7 / 8 < picks.steepest < 1e-2
     assert 1e-5 < picks.valley <= 1e-2 * 4
+    expected = 1e-2 / 10 ** (0.7 * math.sqrt(2 * math.log(2)))
+    assert expected / 2 < picks.midpoint < expected * 2
 
 
 @pytest.mark.parametrize("at", [0, 5, 20, 40, 80, 99])

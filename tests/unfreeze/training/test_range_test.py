@@ -37,10 +37,10 @@ def test_sweep_trains_once_at_every_rate() -> None:
     pd.testing.assert_frame_equal(curve, make_curve(RATES, losses, np.ones(100)))
 
 
-def sweep(losses: Floats) -> int:
+def sweep(losses: Floats, classes: int = CLASSES, starting: float = 0.5) -> int:
     """Number of batches that a sweep with these losses takes."""
     line = iter(losses)
-    return len(lr_find(lambda rate: (float(next(line)), 0.5), 1e-5, 10, len(losses), CLASSES))
+    return len(lr_find(lambda rate: (float(next(line)), starting), 1e-5, 10, len(losses), classes))
 
 
 @pytest.mark.parametrize("bad", [math.nan, 50.0])
@@ -60,9 +60,10 @@ def test_sweep_goes_on_after_the_losses_that_are_there(before: int, bad: float) 
     assert given == RATES[before : 61 if math.isnan(bad) else 62].tolist()  # one bad batch may be chance
 
 
-def test_sweep_stops_when_the_loss_exceeds_that_of_a_uniform_prediction() -> None:
-    taken = sweep(np.concatenate([np.full(60, 0.5), 0.5 + 0.1 * np.arange(40)]))
-    assert 85 <= taken < 90
+@pytest.mark.parametrize(("classes", "batches"), [(2, 69), (7, 88), (100, 128)])
+def test_sweep_stops_when_the_loss_exceeds_that_of_a_uniform_prediction(classes: int, batches: int) -> None:
+    losses = np.concatenate([np.full(60, 0.5), 0.5 + 0.1 * np.arange(140)])
+    assert sweep(losses, classes) == batches
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -84,6 +85,14 @@ def test_one_batch_of_three_images_does_not_end_a_sweep() -> None:
 def test_sweep_of_a_good_network_does_not_take_a_few_mistakes_for_divergence(seed: int) -> None:
     rng = np.random.default_rng(seed)
     assert sweep(np.where(rng.random(100) < 0.1, 4.0, 0.001) * rng.uniform(0.5, 1.5, 100)) == 100
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sweep_of_a_network_for_two_classes_goes_on_through_a_plateau(seed: int) -> None:
+    """Up to batch 50 nearly all is right. Then the network gives about the same prediction for all images."""
+    rng = np.random.default_rng(seed)
+    losses = np.concatenate([rng.exponential(0.06, 50), rng.normal(0.7, 0.15, 50)])
+    assert sweep(losses, 2, 0.06) == 100
 
 
 @pytest.mark.parametrize(
