@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks.ours import Activations, predict_views, prepare, stages
-from benchmarks.work import Work, changed_settings, classifier, make_work, with_epochs
+from benchmarks.work import Work, changed_settings, classifier, make_work, with_epochs, with_seed
 from unfreeze.device import seed_everything
 from unfreeze.evaluation.metrics import Scores, score
 
@@ -73,7 +73,7 @@ def compare(
 def trial(work: Work, seed: int, last: str, activations: Activations, views: list[int]) -> list[Scores]:
     """Train up to a stage, and score the validation images: without TTA, and with TTA for each number of views."""
     seed_everything(seed)
-    work = dataclasses.replace(work, settings=dataclasses.replace(work.settings, seed=seed))
+    work = with_seed(work, seed)
     model, loader = classifier(work, seed)
     for name in stages(work, model, loader, activations):
         if name == last:

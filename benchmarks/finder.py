@@ -9,7 +9,6 @@ picks differ by at most a factor of 2. A head takes seconds, a whole network min
 """
 
 import argparse
-import dataclasses
 import itertools
 import tempfile
 from collections.abc import Iterator
@@ -20,12 +19,12 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.ours import prepare, stages
-from benchmarks.work import changed_settings, classifier, make_work
+from benchmarks.work import changed_settings, classifier, make_work, with_seed
 from unfreeze.device import seed_everything
 from unfreeze.training.lr_curve import pick_rate, suggest
 
-SAME = 2.0
-"""Factor by which the picks of two seeds may differ."""
+FACTOR = 2.0
+"""The picks of two seeds may differ by this factor (bar)."""
 
 
 def main() -> None:
@@ -52,7 +51,7 @@ def find(folder: Path, changes: list[str], seeds: int, last: str) -> pd.DataFram
     rows = []
     for seed in range(seeds):
         seed_everything(seed)
-        seeded = dataclasses.replace(work, settings=dataclasses.replace(work.settings, seed=seed))
+        seeded = with_seed(work, seed)
         curves: dict[str, pd.DataFrame] = {}
         model, _ = classifier(seeded, seed)
         for step in stages(seeded, model, loader, activations, curves=curves):
@@ -66,13 +65,13 @@ def find(folder: Path, changes: list[str], seeds: int, last: str) -> pd.DataFram
 
 def table(picks: pd.DataFrame) -> Iterator[str]:
     """Lines of a Markdown table, one row per step and rule."""
-    yield f"| step, rule | lowest | median | highest | ratio | pairs within {SAME:g} | batches |"
+    yield f"| step, rule | lowest | median | highest | ratio | pairs within {FACTOR:g} | batches |"
     yield "|---|---|---|---|---|---|---|"
     for (step, rule), found in picks.groupby(["step", "rule"], sort=False):
         rates, batches = found["rate"], found["batches"]
         low, high = rates.min(), rates.max()
         ratios = [max(a, b) / min(a, b) for a, b in itertools.combinations(rates, 2)]
-        within = np.mean(np.array(ratios) <= SAME) if ratios else 1.0
+        within = np.mean(np.array(ratios) <= FACTOR) if ratios else 1.0
         yield (
             f"| {step}, {rule} | {low:.1e} | {rates.median():.1e} | {high:.1e} | {high / low:.1f} | {within:.0%} | "
             f"{batches.min()} to {batches.max()} |"

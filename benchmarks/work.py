@@ -75,6 +75,11 @@ def with_epochs(work: Work, frozen: int, full: int) -> Work:
     return dataclasses.replace(work, settings=settings)
 
 
+def with_seed(work: Work, seed: int) -> Work:
+    """Work with another seed of training. The split stays the same, as the images are already packed."""
+    return dataclasses.replace(work, settings=dataclasses.replace(work.settings, seed=seed))
+
+
 def changed_settings(file: Path, changes: list[str]) -> Settings:
     """Settings of `params.yaml` with changes (``key=value``); the changed settings are written to ``file``."""
     shutil.copy(ROOT / "params.yaml", file)

@@ -112,7 +112,7 @@ def suggest(curve: pd.DataFrame, classes: int) -> Picks:
 
 
 def divergence_limit(lowest: float, starting: Floats, classes: int) -> float:
-    """The change of the loss at which the loss has diverged: it is `DIVERGED` times that of a uniform prediction.
+    """Limit of the change of the loss. Above it, the loss is more than `DIVERGED` times that of a uniform prediction.
 
     If even the curve's lowest loss is higher than that of a uniform prediction, log(classes), the limit is
     (`DIVERGED` - 1) * log(classes) above the lowest. With class weights and label smoothing together, the loss of a
