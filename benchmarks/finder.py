@@ -23,8 +23,8 @@ from benchmarks.work import changed_settings, classifier, make_work, with_seed
 from unfreeze.device import seed_everything
 from unfreeze.training.lr_curve import pick_rate, suggest
 
-FACTOR = 2.0
-"""The picks of two seeds may differ by this factor (bar)."""
+MAX_RATIO = 2.0
+"""Bar for the ratio of two seeds' picks."""
 
 
 def main() -> None:
@@ -65,13 +65,13 @@ def find(folder: Path, changes: list[str], seeds: int, last: str) -> pd.DataFram
 
 def table(picks: pd.DataFrame) -> Iterator[str]:
     """Lines of a Markdown table, one row per step and rule."""
-    yield f"| step, rule | lowest | median | highest | ratio | pairs within {FACTOR:g} | batches |"
+    yield f"| step, rule | lowest | median | highest | ratio | pairs within {MAX_RATIO:g} | batches |"
     yield "|---|---|---|---|---|---|---|"
     for (step, rule), found in picks.groupby(["step", "rule"], sort=False):
         rates, batches = found["rate"], found["batches"]
         low, high = rates.min(), rates.max()
         ratios = [max(a, b) / min(a, b) for a, b in itertools.combinations(rates, 2)]
-        within = np.mean(np.array(ratios) <= FACTOR) if ratios else 1.0
+        within = np.mean(np.array(ratios) <= MAX_RATIO) if ratios else 1.0
         yield (
             f"| {step}, {rule} | {low:.1e} | {rates.median():.1e} | {high:.1e} | {high / low:.1f} | {within:.0%} | "
             f"{batches.min()} to {batches.max()} |"
