@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.ours import WHOLE
-from benchmarks.work import Work, classifier
+from benchmarks.work import Work, batch_size, classifier
 from unfreeze.acceleration.fast_training import fast_training
 from unfreeze.acceleration.frozen import frozen_copy
 from unfreeze.device import best_device, precision, to_device
@@ -33,7 +33,7 @@ _for_good = contextlib.ExitStack()
 def forward(work: Work) -> Ways:
     """Images per second of the frozen network, for each variant; 0 if a variant is not available on this machine."""
     device, ways = best_device(), {}
-    for count in (work.settings.batch_size, 2 * work.settings.batch_size):
+    for count in (batch_size(work), 2 * batch_size(work)):
         for name, model, batch, context in _variants(work, count, train=False):
 
             def run(model: Any = model, batch: Any = batch, context: Any = context) -> None:
@@ -49,7 +49,7 @@ def forward(work: Work) -> Ways:
 def training(work: Work, unfreeze: Unfreeze = WHOLE) -> Ways:
     """Images per second of a training step (forward, backward, optimizer), for each variant."""
     device, ways = best_device(), {}
-    for name, model, batch, context in _variants(work, work.settings.batch_size, train=True, unfreeze=unfreeze):
+    for name, model, batch, context in _variants(work, batch_size(work), train=True, unfreeze=unfreeze):
         inner: Any = getattr(model, "_orig_mod", model)
         optimizer = make_optimizer(parameter_groups(inner, unfreeze.lr_ratio), work.settings.train)
         set_rate(optimizer, 1e-6)

@@ -217,7 +217,7 @@ def stages(
     images = _images(work, loader)
 
     def on_activations(epoch: int, first: int) -> Iterator[Batch]:
-        order = shuffled(train, settings.batch_size, settings.seed, epoch, images.probabilities(settings.train))
+        order = shuffled(train, loader.batch_size, settings.seed, epoch, images.probabilities(settings.train))
         return activation_batches(activations, packed.labels, order[first:], loader.device)
 
     groups = decay_groups(model.head.parameters())
@@ -236,9 +236,7 @@ def stages(
         lambda: _sweep(images, model.head, groups, on_activations, settings.lr_find, settings.train),
     )
     yield "lr_find"
-    data = phases.Activations(
-        activations, packed.labels, train, valid, settings.batch_size, settings.seed, loader.device
-    )
+    data = phases.Activations(activations, packed.labels, train, valid, loader.batch_size, settings.seed, loader.device)
     phases.fit_head(model.head, data, rate, settings.train_head, settings.train)
     yield "train_head"
     phases.fit_augmented(model, images, rate, settings.train_augmented, settings.train)

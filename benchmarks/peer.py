@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.work import SWEEP, Work, backbone, files, timed
+from benchmarks.work import SWEEP, Work, backbone, batch_size, files, timed
 from unfreeze.evaluation.metrics import measure
 
 
@@ -26,7 +26,7 @@ def make_learner(work: Work, seed: int = 0, train_bn: bool = True) -> Any:
         table, path="/", fn_col="file", label_col="label", valid_col="is_valid",
         item_tfms=fastai.Resize(work.image_size),
         batch_tfms=[*_augmentations(work), fastai.Normalize.from_stats(network.mean, network.std)],
-        bs=work.settings.batch_size, num_workers=work.workers,
+        bs=batch_size(work), num_workers=work.workers,
     )  # fmt: skip
     library, short = work.settings.backbone.name.split(":")
     arch = short if library == "timm" else getattr(fastai, short)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from benchmarks.work import Work, backbone, files
+from benchmarks.work import Work, backbone, batch_size, files
 from unfreeze.device import autocast, best_device
 from unfreeze.evaluation.metrics import measure
 
@@ -50,7 +50,7 @@ def recipe(work: Work, seed: int) -> dict[str, float]:
 
     def batches(split: str, transform: list[v2.Transform], **kwargs: Any) -> DataLoader:
         chosen = Photographs(table[table["split"] == split], classes, v2.Compose([*transform, *to_tensor]))
-        return DataLoader(chosen, work.settings.batch_size, num_workers=work.workers, **kwargs)
+        return DataLoader(chosen, batch_size(work), num_workers=work.workers, **kwargs)
 
     training, epochs = batches("train", changed, shuffle=True, drop_last=True), work.full_epochs
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=work.settings.train.weight_decay)

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from unfreeze.batches.loader import Loader, Normalisation
+from unfreeze.batches.loader import Loader, Normalisation, images_per_batch
 from unfreeze.data.packed import open_packed
 from unfreeze.data.packing import pack
 from unfreeze.data.sources import read_source
@@ -105,13 +105,18 @@ def backbone(work: Work) -> Backbone:
     return create_backbone(work.settings.backbone.name, work.settings.backbone.weights, work.image_size)
 
 
+def batch_size(work: Work) -> int:
+    """Images per batch, of both sides."""
+    return images_per_batch(work.settings.batch_size, open_packed(work.folder))
+
+
 def classifier(work: Work, seed: int) -> tuple[Classifier, Loader]:
     """unfreeze's network with a new head, on the device, and a loader for it."""
     network, device = backbone(work), best_device()
     packed = open_packed(work.folder)
     torch.manual_seed(seed)
     head = Head(network.num_features, len(packed.classes), work.settings.head.dropout)
-    loader = Loader(packed, Normalisation(network.mean, network.std), device, work.settings.batch_size)
+    loader = Loader(packed, Normalisation(network.mean, network.std), device, batch_size(work))
     return to_device(Classifier(network, head), device), loader
 
 

@@ -30,7 +30,7 @@ from unfreeze.settings.schema import Augment, Evaluate
 
 
 @step
-def evaluate(run: Run, seed: int, batch_size: int, augment: Augment, evaluate: Evaluate) -> dict[str, float]:
+def evaluate(run: Run, seed: int, batch_size: int | str, augment: Augment, evaluate: Evaluate) -> dict[str, float]:
     seed_everything(seed)
     model, loader = frozen_classifier("train_augmented", batch_size, run.device)
     packed = loader.packed

@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.artifacts import artifact
 from pipeline.step import Run, step
-from unfreeze.batches.loader import Loader, Normalisation
+from unfreeze.batches.loader import Loader, Normalisation, images_per_batch
 from unfreeze.data.packed import open_packed
 from unfreeze.device import seed_everything, to_device
 from unfreeze.evaluation.baseline import baseline_head, baseline_probabilities, fit_baseline
@@ -23,12 +23,12 @@ from unfreeze.settings.schema import Backbone
 
 
 @step
-def precompute(run: Run, seed: int, batch_size: int, backbone: Backbone) -> dict[str, float]:
+def precompute(run: Run, seed: int, batch_size: int | str, backbone: Backbone) -> dict[str, float]:
     seed_everything(seed)
     device = run.device
     packed = open_packed(artifact("ingest", ""))
     network = create_backbone(backbone.name, backbone.weights, packed.image_size)
-    loader = Loader(packed, Normalisation(network.mean, network.std), device, batch_size)
+    loader = Loader(packed, Normalisation(network.mean, network.std), device, images_per_batch(batch_size, packed))
     weights = checksum(network.state_dict())
     to_device(network, device)
     # Written batch by batch: for a hundred thousand images the activations are half a gigabyte.
@@ -54,7 +54,12 @@ def precompute(run: Run, seed: int, batch_size: int, backbone: Backbone) -> dict
         save_head(head, run.path("baseline.safetensors"))
         save_backbone(network.cpu(), run.path("backbone.safetensors"))
         file.put(run.path("activations.npy"))
-    return {"images": len(packed), "features": activations.shape[1], "valid_baseline_accuracy": accuracy}
+    return {
+        "images": len(packed),
+        "features": activations.shape[1],
+        "batch_size": loader.batch_size,
+        "valid_baseline_accuracy": accuracy,
+    }
 
 
 def _header(images: int, features: int) -> bytes:

@@ -31,7 +31,7 @@ from unfreeze.training.phases import Activations, Images, fit_augmented, fit_ful
 def retrain(
     run: Run,
     seed: int,
-    batch_size: int,
+    batch_size: int | str,
     head: Head,
     augment: Augment,
     train: Train,
@@ -47,7 +47,7 @@ def retrain(
     activations = precomputed("activations.npy")
     rows = np.sort(np.concatenate([packed.rows("train"), packed.rows("valid")]))
     nothing = rows[:0]
-    batches = batches_per_epoch(len(rows), batch_size)
+    batches = batches_per_epoch(len(rows), loader.batch_size)
     choice = json.loads(artifact("evaluate", "chosen.json").read_text())
     chosen = choice["chosen"]
     rate = run.read_metrics("lr_find")["rate"]
@@ -57,7 +57,7 @@ def retrain(
         model.head, history = baseline_head(baseline, activations.shape[1], len(packed.classes)), History()
         to_device(model, loader.device)
     else:
-        data = Activations(activations, packed.labels, rows, nothing, batch_size, seed, loader.device)
+        data = Activations(activations, packed.labels, rows, nothing, loader.batch_size, seed, loader.device)
         history = fit_head(
             model.head, data, rate, train_head, train, callbacks(run, train_head.epochs, batches, "head")
         )

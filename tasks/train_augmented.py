@@ -15,13 +15,13 @@ from unfreeze.training.phases import Images, fit_augmented
 
 @step
 def train_augmented(
-    run: Run, seed: int, batch_size: int, augment: Augment, train: Train, train_augmented: TrainAugmented
+    run: Run, seed: int, batch_size: int | str, augment: Augment, train: Train, train_augmented: TrainAugmented
 ) -> dict[str, float]:
     seed_everything(seed)
     model, loader = frozen_classifier("train_head", batch_size, run.device)
     data = Images(loader, loader.packed.rows("train"), loader.packed.rows("valid"), augment, seed)
     rate = run.read_metrics("lr_find")["rate"]
-    batches = batches_per_epoch(len(data.train), batch_size)
+    batches = batches_per_epoch(len(data.train), loader.batch_size)
     history = fit_augmented(model, data, rate, train_augmented, train, callbacks(run, train_augmented.epochs, batches))
     save_head(model.head, run.path("head.safetensors"))
     return keep(run, history)

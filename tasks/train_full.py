@@ -19,14 +19,20 @@ from unfreeze.training.phases import Images, fit_full
 
 @step
 def train_full(
-    run: Run, seed: int, batch_size: int, augment: Augment, train: Train, unfreeze: Unfreeze, train_full: TrainFull
+    run: Run,
+    seed: int,
+    batch_size: int | str,
+    augment: Augment,
+    train: Train,
+    unfreeze: Unfreeze,
+    train_full: TrainFull,
 ) -> dict[str, float]:
     seed_everything(seed)
     model, loader = frozen_classifier("train_augmented", batch_size, run.device)
     cycles = run.scratch / "cycles"  # not in artifacts/, which DVC clears before an interrupted step is restarted
     data = Images(loader, loader.packed.rows("train"), loader.packed.rows("valid"), augment, seed)
     rate = run.read_metrics("unfreeze_lr_find")["rate"]
-    batches = batches_per_epoch(len(data.train), batch_size)
+    batches = batches_per_epoch(len(data.train), loader.batch_size)
     history = fit_full(
         model, data, rate, train_full, unfreeze, train,
         callbacks(run, train_full.epochs, batches, cycle=keep_cycles(cycles, model, loader.packed, augment)),

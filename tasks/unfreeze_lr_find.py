@@ -16,7 +16,7 @@ from unfreeze.training.phases import Images, derive_seed, unfrozen
 def unfreeze_lr_find(
     run: Run,
     seed: int,
-    batch_size: int,
+    batch_size: int | str,
     augment: Augment,
     train: Train,
     unfreeze: Unfreeze,

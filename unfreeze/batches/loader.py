@@ -33,6 +33,8 @@ PIECE = 1 << 26
 """Bytes that are read at once on their way to a GPU."""
 WIDE = 512 * 224 * 224
 """Pixels in a batch without gradients on a GPU; the largest activation of a ResNet-50 in half precision then has 0.8 GB."""
+FEW = 1000
+"""Training images below which ``batch_size: auto`` makes smaller batches (benchmarks/notes/choices.md)."""
 READERS = 4
 """Threads that read batches, one each, for a GPU that does not hold all pixels."""
 
@@ -131,6 +133,13 @@ def _contiguous(packed: PackedImages) -> bool:
     """Whether the images follow one another from the beginning of the file, with nothing between them."""
     ends = packed.offsets + 3 * packed.sizes.prod(1)
     return bool(packed.offsets[0] == 0 and (packed.offsets[1:] == ends[:-1]).all())
+
+
+def images_per_batch(batch_size: int | str, packed: PackedImages) -> int:
+    """Value of the setting ``batch_size`` for these images; ``auto``: 64, or 32 with fewer than `FEW` training images."""
+    if isinstance(batch_size, int):
+        return batch_size
+    return 32 if len(packed.rows("train")) < FEW else 64
 
 
 def batches_per_epoch(images: int, batch_size: int) -> int:

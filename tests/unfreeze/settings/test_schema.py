@@ -96,6 +96,7 @@ def test_flatten_of_one_section() -> None:
         ("augment.flip", False, "one of none, horizontal, both, dihedral"),
         ("augment.zoom", 0.9, "at least 1"),
         ("batch_size", 1, "at least 2"),
+        ("batch_size", "autoo", "a whole number, at least 2 and at most 65536, or auto."),
         ("train.optimizer", "adam", "one of adamw, sgd. Did you mean adamw?"),
         ("lr_find.start", float("nan"), "a number"),
         ("lr_find.start", "nan", "a number"),

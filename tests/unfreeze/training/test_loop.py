@@ -5,13 +5,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from unfreeze.batches.loader import Loader, activation_batches, shuffled
+from unfreeze.batches.loader import FEW, Loader, activation_batches, images_per_batch, shuffled
 from unfreeze.batches.rendering import Normalisation
 from unfreeze.batches.views import random_views, tta_views
 from unfreeze.data.packed import PackedImages
@@ -92,6 +93,15 @@ def test_batches_without_gradients_are_larger_on_a_gpu_and_never_smaller_than_in
     for size, batch, expected in ((224, 32, 512), (160, 32, 1003), (1024, 32, 64), (224, 300, 600)):
         loader = Loader(dataclasses.replace(packed, image_size=size), NORM, torch.device("cuda"), batch)
         assert loader.wide == expected
+
+
+def test_small_training_sets_get_smaller_batches() -> None:
+    packed = images(4)
+    for train, expected in ((FEW - 1, 32), (FEW, 64)):
+        splits = ["train"] * train + ["valid"] * FEW  # images of other splits do not count
+        table = pd.DataFrame({"split": splits})
+        assert images_per_batch("auto", dataclasses.replace(packed, table=table)) == expected
+        assert images_per_batch(8, dataclasses.replace(packed, table=table)) == 8
 
 
 @pytest.mark.parametrize("first", [0, 16, 32])
