@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks import ours, peer, plain
 from benchmarks.compare import machine, process
-from benchmarks.work import ROOT, Work, changed_settings, make_work
+from benchmarks.work import ROOT, Work, batch_size, changed_settings, make_work
 from unfreeze.evaluation.baseline import baseline_probabilities, fit_baseline
 from unfreeze.evaluation.metrics import measure
 from unfreeze.settings.overrides import read_overrides
@@ -97,13 +97,13 @@ def run(method: str, work: Work, seed: int) -> dict[str, float]:
     """Train and evaluate with one method.
 
     Returns:
-        Scores on valid and test; for all methods except logistic regression also the seconds from images to evaluated
-        model.
+        Scores on valid and test; for all methods except logistic regression also the batch size, and the seconds from
+        images to evaluated model.
     """
     if method == "logistic regression":
         return regression(work)
     side: Any = {"recipe": ours, "fastai": peer, "plain": plain}[method]
-    return dict(side.recipe(work, seed))
+    return {**side.recipe(work, seed), "batch_size": batch_size(work)}
 
 
 def regression(work: Work) -> dict[str, float]:

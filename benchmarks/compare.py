@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from benchmarks import ceilings, ours, peer
-from benchmarks.work import Work, with_epochs
+from benchmarks.work import Work, batch_size, with_epochs
 from pipeline.process.signals import die_with, identity
 from unfreeze.data.packed import open_packed
 
@@ -128,6 +128,7 @@ def about(work: Work) -> dict[str, Any]:
     packages = {name: installed.get(name) for name in ("torch", "torchvision", "timm", "fastai")}
     settings = dataclasses.asdict(work.settings)
     settings["data"]["source"] = Path(work.source).name  # without the folder, which is private
+    settings["batch_size"] = batch_size(work)
     packed = open_packed(work.folder)
     return {
         "settings": settings,

@@ -33,12 +33,13 @@ def main() -> None:
     parser.add_argument("--source", action="append", required=True, help="images, as in data.source; can be repeated")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--image-size", type=int, default=160)
+    parser.add_argument("--try", default="", dest="changes", metavar="KEY=VALUE ...", help="changes to params.yaml")
     parser.add_argument("--whole", action="store_true", help="find the rate of the whole network, too")
     chosen = parser.parse_args()
     last = "unfreeze_lr_find" if chosen.whole else "lr_find"
     for source in chosen.source:
         with tempfile.TemporaryDirectory() as folder:
-            changes = [f"data.source={source}", f"data.image_size={chosen.image_size}"]
+            changes = [f"data.source={source}", f"data.image_size={chosen.image_size}", *chosen.changes.split()]
             print(f"{Path(source).name}, {chosen.seeds} seeds", flush=True)
             for line in table(find(Path(folder), changes, chosen.seeds, last)):
                 print(line, flush=True)

@@ -42,6 +42,7 @@ def precompute(run: Run, seed: int, batch_size: int | str, backbone: Backbone) -
         file.keep()
         activations = np.load(file.path, mmap_mode="r")
         run.log("%d images through %s: %d activations each", len(packed), backbone.name, activations.shape[1])
+        run.log("batches of %d images", loader.batch_size)
 
         rows = packed.rows("train")
         regression = fit_baseline(activations[rows], packed.labels[rows])

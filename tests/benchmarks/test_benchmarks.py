@@ -73,6 +73,7 @@ def test_accuracies_are_noted_run_by_run_and_go_on_where_they_stopped(
     accuracy.main()
     rows = json.loads(out.read_text())
     assert [row["method"] for row in rows] == ["recipe", "plain", "logistic regression"]
+    assert [row.get("batch_size") for row in rows] == [32, 32, None]
     for row in rows:
         assert all(0 <= row[f"{split}_tta_accuracy"] <= 1 for split in ("valid", "test"))
         assert np.isfinite(row["test_tta_log_loss"])

@@ -129,7 +129,7 @@ def test_memory_that_runs_out_is_told_with_what_to_do(capsys: pytest.CaptureFixt
 
     for lacking in (work, refused):
         code, said = ended(Step("explore", lacking, ()), capsys)
-        assert code == WORTH_A_RETRY and said.startswith("explore: Memory ran out. A smaller batch_size")
+        assert code == WORTH_A_RETRY and said.startswith("explore: Memory ran out. A smaller batch_size (such as 16)")
 
 
 def test_another_error_is_not_taken_for_it() -> None:

@@ -1,5 +1,6 @@
 """The step `precompute`, interrupted and resumed."""
 
+import dataclasses
 import logging
 import shutil
 from collections.abc import Iterator
@@ -66,6 +67,7 @@ def test_what_was_computed_is_not_computed_again(
 ) -> None:
     expected = run(settings), written()
     assert np.load(artifact("precompute", "activations.npy")).shape == (48, expected[0]["features"])
+    assert expected[0]["batch_size"] == int(SMALL["batch_size"])
     shutil.rmtree(artifact("precompute", ""))
     shutil.rmtree(scratch.ROOT / "precompute")
 
@@ -89,6 +91,10 @@ def test_what_was_computed_is_not_computed_again(
     artifact("precompute", "metrics.json").touch()  # as the step itself does at its end
     scratch.clear_earlier("lr_find")
     assert not (scratch.ROOT / "precompute").exists()
+
+
+def test_few_images_are_read_in_small_batches_by_default(settings: Settings) -> None:
+    assert run(dataclasses.replace(settings, batch_size="auto"))["batch_size"] == 32
 
 
 def test_activations_of_other_weights_are_not_gone_on_with(

@@ -136,7 +136,11 @@ def _contiguous(packed: PackedImages) -> bool:
 
 
 def images_per_batch(batch_size: int | str, packed: PackedImages) -> int:
-    """Value of the setting ``batch_size`` for these images; ``auto``: 64, or 32 with fewer than `FEW` training images."""
+    """Value of the setting ``batch_size`` for these images; ``auto``: 64, or 32 with fewer than `FEW` training images.
+
+    Images for validation do not count, also where a model is retrained on train + valid: its learning rates were found
+    with batches of this size.
+    """
     if isinstance(batch_size, int):
         return batch_size
     return 32 if len(packed.rows("train")) < FEW else 64

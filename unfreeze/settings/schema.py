@@ -157,7 +157,7 @@ class Settings:
     """Everything in `params.yaml`."""
 
     seed: Annotated[int, In(0, 2**31 - 1)]
-    batch_size: Annotated[int, In(2, 65_536)] | Annotated[str, OneOf(("auto",))]
+    batch_size: Annotated[str, OneOf(("auto",))] | Annotated[int, In(2, 65_536)]
     data: Data
     backbone: Backbone
     head: Head

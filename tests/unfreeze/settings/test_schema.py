@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from unfreeze.errors import UserError
+from unfreeze.settings.overrides import apply_overrides, read_overrides
 from unfreeze.settings.schema import Settings, flatten, load_settings, parse_settings, parse_text
 from unfreeze.settings.yaml_loader import read_yaml
 
@@ -96,7 +97,7 @@ def test_flatten_of_one_section() -> None:
         ("augment.flip", False, "one of none, horizontal, both, dihedral"),
         ("augment.zoom", 0.9, "at least 1"),
         ("batch_size", 1, "at least 2"),
-        ("batch_size", "autoo", "a whole number, at least 2 and at most 65536, or auto."),
+        ("batch_size", "autoo", "auto, or a whole number, at least 2 and at most 65536. Did you mean auto?"),
         ("train.optimizer", "adam", "one of adamw, sgd. Did you mean adamw?"),
         ("lr_find.start", float("nan"), "a number"),
         ("lr_find.start", "nan", "a number"),
@@ -144,6 +145,13 @@ def test_numbers_that_yaml_1_1_takes_for_text(text: str) -> None:
 )
 def test_values_that_do_not_go_together(params: dict[str, Any], told: str) -> None:
     assert told in complaint(params)
+
+
+@pytest.mark.parametrize("file", sorted(SHIPPED.parent.glob("settings/*.yaml")), ids=lambda file: file.stem)
+def test_shipped_changes_of_settings_are_valid(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(TEXT, encoding="utf-8")
+    apply_overrides(tmp_path / "params.yaml", read_overrides(file))
+    assert load_settings(tmp_path / "params.yaml") != parse_text(TEXT)
 
 
 def test_unknown_keys_suggest_near_ones() -> None:
