@@ -1,10 +1,12 @@
 """A separate project for tests: the real tools on a few small images and a tiny network."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +130,10 @@ def make_project(base: Path, settings: dict[str, str] = SMALL) -> Project:
     }
     project = Project(folder, environment)
     apply_overrides(folder / "params.yaml", [f"{key}={value}" for key, value in settings.items()])
+    deployments = folder / "prefect.yaml"
+    half_a_day_on = datetime.now(UTC) + timedelta(hours=12)  # else a test that runs at 2:00 UTC has a second run
+    cron = f'cron: "0 {half_a_day_on.hour} * * *"'
+    deployments.write_text(re.sub(r'cron: "[^"]*"', cron, deployments.read_text(encoding="utf-8")), encoding="utf-8")
     for words in (
         ("init", "-q", "-b", "main"),
         ("add", "-A"),
