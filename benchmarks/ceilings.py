@@ -32,8 +32,8 @@ _for_good = contextlib.ExitStack()
 
 def forward(work: Work) -> Ways:
     """Images per second of the frozen network, for each variant; 0 if a variant is not available on this machine."""
-    device, ways = best_device(), {}
-    for count in (batch_size(work), 2 * batch_size(work)):
+    device, ways, size = best_device(), {}, batch_size(work)
+    for count in (size, 2 * size):
         for name, model, batch, context in _variants(work, count, train=False):
 
             def run(model: Any = model, batch: Any = batch, context: Any = context) -> None:

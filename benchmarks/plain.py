@@ -46,11 +46,11 @@ def recipe(work: Work, seed: int) -> dict[str, float]:
     model.to(device).to(memory_format=torch.channels_last)
     to_tensor = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(network.mean, network.std)]
     changed = [v2.Resize(size * 8 // 7), v2.RandomCrop(size)] + [v2.RandomHorizontalFlip()] * mirrored
-    plain = [v2.Resize(size), v2.CenterCrop(size)]
+    plain, count = [v2.Resize(size), v2.CenterCrop(size)], batch_size(work)
 
     def batches(split: str, transform: list[v2.Transform], **kwargs: Any) -> DataLoader:
         chosen = Photographs(table[table["split"] == split], classes, v2.Compose([*transform, *to_tensor]))
-        return DataLoader(chosen, batch_size(work), num_workers=work.workers, **kwargs)
+        return DataLoader(chosen, count, num_workers=work.workers, **kwargs)
 
     training, epochs = batches("train", changed, shuffle=True, drop_last=True), work.full_epochs
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=work.settings.train.weight_decay)

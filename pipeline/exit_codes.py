@@ -10,8 +10,8 @@ STOPPED = 143
 """Exit code of a step that was asked to stop."""
 
 LESS_MEMORY = (
-    "A smaller batch_size (such as 16) or data.image_size needs less, and restarts the steps that depend on it; with unchanged "
-    "settings the step continues from its last checkpoint."
+    "A smaller batch_size (such as 16) or data.image_size needs less, and restarts the steps that depend on it; "
+    "with unchanged settings the step continues from its last checkpoint."
 )
 """What to do when memory runs out."""
 
