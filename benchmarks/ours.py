@@ -253,7 +253,8 @@ def stages(
         model, images, rate, settings.train_full, settings.unfreeze, settings.train, Callbacks(cycle=keep)
     )
     if found is not None:
-        found |= {f"cycle {row['cycle'] + 1:.0f}": row["valid_loss"] for row in history.epochs if "valid_loss" in row}
+        name = "valid_calibrated_loss"
+        found |= {f"cycle {row['cycle'] + 1:.0f}": row[name] for row in history.epochs if name in row}
         found |= {"rate": rate, "epochs": len(history.epochs), "best_cycle": history.best_cycle + 1}
     yield "train_full"
 

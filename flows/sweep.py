@@ -255,7 +255,7 @@ def _look(study: optuna.Study, chosen: SweepSettings, one: AtWork) -> bool:
 
 
 def _is_poor(chosen: SweepSettings, one: AtWork) -> bool:
-    """Report the validation loss at the end of each cycle to Optuna; returns whether it prunes the trial."""
+    """Report the calibrated validation loss at the end of each cycle to Optuna; returns whether it prunes the trial."""
     try:
         losses = course_of(one.trial.key).valid_losses
     except Unreachable:

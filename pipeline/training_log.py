@@ -10,7 +10,8 @@ from unfreeze.training.checkpoints import Progress
 from unfreeze.training.history import History
 from unfreeze.training.loop import Callbacks
 
-EPOCH = ["epoch", "cycle", "train_loss", "valid_loss", "valid_accuracy", "rate"]
+VALID = ["valid_loss", "valid_calibrated_loss", "valid_accuracy"]
+EPOCH = ["epoch", "cycle", "train_loss", *VALID, "rate"]
 BATCH = ["iteration", "rate", "loss"]
 POINTS = 1000
 """Largest number of points of a curve in MLflow, which shows no more; each point is sent and stored."""
@@ -47,12 +48,15 @@ def callbacks(
             f"epoch {row['epoch'] + 1:.0f}/{epochs}, cycle {row['cycle'] + 1:.0f}: train loss {row['train_loss']:.4f}"
         )
         if "valid_loss" in row:
-            text += f", valid loss {row['valid_loss']:.4f}, accuracy {row['valid_accuracy']:.4f}"
+            text += f", valid loss {row['valid_loss']:.4f}"
+            if "valid_calibrated_loss" in row:
+                text += f" ({row['valid_calibrated_loss']:.4f} calibrated)"
+            text += f", accuracy {row['valid_accuracy']:.4f}"
         run.log("%s, rate up to %.2e", text, row["rate"])
         curves_of(row)
 
     def curves_of(row: Mapping[str, float]) -> None:
-        curves = {k: row[k] for k in ("train_loss", "valid_loss", "valid_accuracy") if k in row}
+        curves = {k: row[k] for k in ("train_loss", *VALID) if k in row}
         run.tracker.curve({prefix + k: v for k, v in curves.items()}, int(row["epoch"]))
 
     def resumed(progress: Progress) -> None:
@@ -77,5 +81,5 @@ def keep(run: Run, history: History) -> dict[str, float]:
     if not history.epochs:
         return {"epochs": 0}
     kept = [row for row in history.epochs if row["cycle"] == history.best_cycle][-1]
-    metrics = {name: kept[name] for name in ("train_loss", "valid_loss", "valid_accuracy") if name in kept}
+    metrics = {name: kept[name] for name in ("train_loss", *VALID) if name in kept}
     return metrics | {"epochs": len(history.epochs), "best_cycle": history.best_cycle + 1}

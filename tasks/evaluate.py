@@ -106,8 +106,8 @@ def evaluate(run: Run, seed: int, batch_size: int | str, augment: Augment, evalu
 
 
 def cycle_losses() -> dict[int, float]:
-    """The validation loss at the end of each cycle of the whole network's training, by the cycle's number from 1."""
-    ends = pd.read_csv(artifact("train_full", "history.csv")).groupby("cycle")["valid_loss"].last()
+    """The calibrated validation loss at the end of each of `train_full`'s cycles, by the cycle's number from 1."""
+    ends = pd.read_csv(artifact("train_full", "history.csv")).groupby("cycle")["valid_calibrated_loss"].last()
     return dict(zip((ends.index.to_numpy() + 1).tolist(), ends.tolist(), strict=True))
 
 

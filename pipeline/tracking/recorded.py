@@ -108,7 +108,7 @@ def prepare_experiment() -> None:
 
 @dataclass(frozen=True)
 class Course:
-    """Progress of a pass: validation losses of `train_full`'s epochs so far, and final metrics of finished steps."""
+    """Progress of a pass: final metrics of finished steps, and `train_full`'s calibrated validation loss by epoch."""
 
     valid_losses: list[float]
     metrics: dict[str, float]
@@ -128,6 +128,6 @@ def course_of(key: str) -> Course:
             f"tags.`mlflow.parentRunId` = '{parent.info.run_id}' and tags.`{STAGE_TAG}` = 'train_full'",
             order_by=["attributes.start_time DESC"],
         )
-        points = mlflow.get_metric_history(steps[0].info.run_id, "valid_loss") if steps else []
+        points = mlflow.get_metric_history(steps[0].info.run_id, "valid_calibrated_loss") if steps else []
     by_epoch = {point.step: point.value for point in points}
     return Course([by_epoch[epoch] for epoch in sorted(by_epoch)], dict(parent.data.metrics))

@@ -4,10 +4,12 @@ Networks are usually overconfident. Dividing the logits by one number, the tempe
 changing the predicted class (Guo et al., On Calibration of Modern Neural Networks, 2017).
 """
 
+import dataclasses
 import math
+from collections.abc import Callable, Sequence
 
-from unfreeze.evaluation.metrics import Labels, score
-from unfreeze.evaluation.predicting import ViewPredictions
+from unfreeze.evaluation.metrics import Labels, Scores, score
+from unfreeze.evaluation.predicting import Probabilities, ViewPredictions, with_temperature
 
 LIMITS = (0.1, 10.0)
 """Bounds of the search for a temperature."""
@@ -26,11 +28,26 @@ def fit_temperature(found: ViewPredictions, labels: Labels) -> float:
         found: the model's predictions for N images without a temperature.
         labels: (N,) class numbers.
     """
+    return _best_temperature(found.averaged, labels)
+
+
+def score_calibrated(probabilities: Probabilities, labels: Labels) -> Scores:
+    """Log loss and accuracy of probabilities (N, C) for class numbers (N,), and the log loss after temperature scaling.
+
+    The temperature is fitted to the same predictions, as by `fit_temperature`.
+    """
+    temperature = _best_temperature(lambda temperature: [with_temperature(probabilities, temperature)], labels)
+    calibrated = score(with_temperature(probabilities, temperature), labels).loss
+    return dataclasses.replace(score(probabilities, labels), calibrated_loss=calibrated)
+
+
+def _best_temperature(predict: Callable[[float], Sequence[Probabilities]], labels: Labels) -> float:
+    """The temperature with the highest posterior; ``predict`` returns the predictions at a temperature."""
     from scipy.optimize import minimize_scalar
 
     def loss(log_temperature: float) -> float:
-        both = found.averaged(math.exp(log_temperature))
-        likelihood = sum(score(probabilities, labels).loss for probabilities in both) / len(both)
+        found = predict(math.exp(log_temperature))
+        likelihood = sum(score(probabilities, labels).loss for probabilities in found) / len(found)
         return len(labels) * likelihood + (log_temperature / SPREAD) ** 2 / 2
 
     low, high = map(math.log, LIMITS)

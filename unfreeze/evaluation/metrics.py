@@ -26,10 +26,11 @@ def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Scores:
-    """Mean cross-entropy (log loss) and accuracy of predictions."""
+    """Mean cross-entropy (log loss) and accuracy of predictions; the log loss after temperature scaling, if computed."""
 
     loss: float
     accuracy: float
+    calibrated_loss: float | None = None
 
 
 def score(probabilities: NDArray[Any], labels: Labels) -> Scores:

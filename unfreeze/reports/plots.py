@@ -144,7 +144,8 @@ def learning_curves_plot(history: pd.DataFrame, best_cycle: int | None = None) -
     """Loss and accuracy after each epoch, with the ends of cycles and the cycle whose weights were kept.
 
     Args:
-        history: columns epoch, cycle, train_loss, valid_loss, valid_accuracy (the last two may be empty).
+        history: columns epoch, cycle, train_loss, valid_loss, valid_accuracy, and perhaps valid_calibrated_loss; the
+            last three may be empty.
         best_cycle: number of the cycle that was kept, from 0; None to mark none.
     """
     figure, axes = _figure(7.0, 3.4, ncols=2)
@@ -163,6 +164,9 @@ def learning_curves_plot(history: pd.DataFrame, best_cycle: int | None = None) -
     axes[0].plot(epochs, history["train_loss"], "o-", color=GREY, label="train", markersize=4)
     if history["valid_loss"].notna().any():
         axes[0].plot(epochs, history["valid_loss"], "o-", color=BLUE, label="valid", markersize=4)
+        if "valid_calibrated_loss" in history:
+            calibrated = history["valid_calibrated_loss"]
+            axes[0].plot(epochs, calibrated, "o--", color=BLUE, alpha=0.6, label="valid, calibrated", markersize=3)
         axes[1].plot(epochs, history["valid_accuracy"], "o-", color=BLUE, markersize=4)
     else:
         axes[1].text(0.5, 0.5, "no validation split", ha="center", transform=axes[1].transAxes, color=GREY)

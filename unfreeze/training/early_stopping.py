@@ -15,11 +15,13 @@ def until_overfitting(train_losses: Sequence[float], valid_losses: Sequence[floa
     """Whether training overfits, judged at the end of the newest cycle.
 
     Training overfits if the validation loss at the end of the last `PATIENCE` cycles was no better than the best before
-    them, while the training loss is still the lowest so far.
+    them, while the training loss is still the lowest so far. The losses should be calibrated: a network often becomes
+    overconfident while its predictions still improve, and temperature scaling corrects that after training (Berta et
+    al., Rethinking Early Stopping: Refine, Then Calibrate, 2025).
 
     Args:
         train_losses: training loss of the last epoch of each cycle so far.
-        valid_losses: validation loss at the end of each cycle so far.
+        valid_losses: validation loss at the end of each cycle so far, after temperature scaling.
 
     Returns:
         Whether to stop, and the number (from 0) of the cycle with the lowest validation loss, the first of equal ones.

@@ -10,7 +10,8 @@ class History:
     Attributes:
         batches: iteration (from 0), rate (of the last layer group), loss; in an LR range test also starting, the
             starting weights' loss.
-        epochs: epoch (from 0), cycle (from 0), train_loss, valid_loss, valid_accuracy, rate (the epoch's highest).
+        epochs: epoch (from 0), cycle (from 0), train_loss, valid_loss, valid_accuracy, rate (the epoch's highest); for
+            the whole network also valid_calibrated_loss, the validation loss after temperature scaling.
         best_cycle: the cycle whose weights were kept.
     """
 

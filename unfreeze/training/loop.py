@@ -191,6 +191,8 @@ def _judge(
     row = {"epoch": at.epoch, "cycle": cycle, "train_loss": float(np.mean([row["loss"] for row in rows]))}
     if scores is not None:
         row |= {"valid_loss": scores.loss, "valid_accuracy": scores.accuracy}
+        if scores.calibrated_loss is not None:
+            row["valid_calibrated_loss"] = scores.calibrated_loss
     row["rate"] = max(batch["rate"] for batch in rows)
     at.history.epochs.append(row)
     callbacks.epoch(row)
@@ -203,7 +205,7 @@ def _judge(
     if stop_when_overfitting and scores is not None:
         ends = [at.history.epochs[end - 1] for end in schedule.cycle_ends if end <= at.epoch]
         stop, at.history.best_cycle = until_overfitting(
-            [r["train_loss"] for r in ends], [r["valid_loss"] for r in ends]
+            [r["train_loss"] for r in ends], [r["valid_calibrated_loss"] for r in ends]
         )
         if at.history.best_cycle == cycle:
             at.best = {name: tensor.clone() for name, tensor in weights.items()}

@@ -19,6 +19,7 @@ from unfreeze.acceleration.fast_training import fast_training
 from unfreeze.acceleration.frozen import frozen_copy
 from unfreeze.batches.loader import Batch, Loader, activation_batches, batches_per_epoch, shuffled
 from unfreeze.errors import UserError
+from unfreeze.evaluation.calibration import score_calibrated
 from unfreeze.evaluation.metrics import Scores, score
 from unfreeze.evaluation.predicting import infer, predict
 from unfreeze.models.classifier import Classifier, Head
@@ -204,7 +205,7 @@ def fit_full(
     def validate() -> Scores:
         nonlocal copied
         copied = frozen_copy(model, _example(loader, data.valid, loader.wide), copied)
-        return score(predict(model, loader.plain(data.valid), copied), loader.packed.labels[data.valid])
+        return score_calibrated(predict(model, loader.plain(data.valid), copied), loader.packed.labels[data.valid])
 
     with unfrozen(model, loader, data.train, unfreeze) as groups, _named_images(data, train, seed):
         return fit(

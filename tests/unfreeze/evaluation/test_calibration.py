@@ -5,7 +5,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from unfreeze.evaluation.calibration import LIMITS, fit_temperature
+from unfreeze.evaluation.calibration import LIMITS, fit_temperature, score_calibrated
 from unfreeze.evaluation.metrics import calibration_error_by_chance, expected_calibration_error, reliability, score
 from unfreeze.evaluation.predicting import ViewPredictions, with_temperature
 from unfreeze.models.classifier import Head
@@ -51,6 +51,18 @@ def test_calibration_changes_no_prediction_and_lowers_log_loss_and_error_on_othe
     assert score(calibrated, labels[1000:]).loss < score(sure[1000:], labels[1000:]).loss
     before, after = (expected_calibration_error(p, labels[1000:]) for p in (sure[1000:], calibrated))
     assert before > 0.1 > 0.05 > after
+
+
+def test_the_calibrated_loss_compares_networks_of_different_confidence_by_what_they_know() -> None:
+    logits, labels = drawn(2000, 4)
+    noise = np.random.default_rng(1).normal(size=logits.shape)
+    vague, known, sure = (score_calibrated(softmax(x), labels) for x in (logits + noise, logits, 3 * logits))
+    assert known.loss < vague.loss < sure.loss
+    assert sure.calibrated_loss == pytest.approx(known.calibrated_loss, rel=1e-3)
+    assert known.calibrated_loss == pytest.approx(known.loss, rel=0.01)
+    assert vague.calibrated_loss is not None and sure.calibrated_loss is not None
+    assert sure.calibrated_loss < vague.calibrated_loss < vague.loss
+    assert (sure.loss, sure.accuracy) == (score(softmax(3 * logits), labels).loss, known.accuracy)
 
 
 @pytest.mark.parametrize("count", [3, 30, 300])

@@ -199,7 +199,7 @@ def test_rates_follow_the_schedule_and_the_best_cycle_is_handed_on() -> None:
         from unfreeze.evaluation.metrics import Scores
 
         states.append(model.weight.detach().clone())
-        return Scores(next(losses), 0.5)
+        return Scores(len(states), 0.5, calibrated_loss=next(losses))  # only the calibrated loss is compared
 
     def epochs(epoch: int, first: int):  # type: ignore[no-untyped-def]
         for i in range(first, 3):
@@ -215,6 +215,7 @@ def test_rates_follow_the_schedule_and_the_best_cycle_is_handed_on() -> None:
     assert [row["rate"] for row in history.batches] == pytest.approx(0.1 * schedule.factors[: len(told)])
     assert [row["rate"] for row in history.epochs] == pytest.approx([0.1] * len(history.epochs))  # at a cycle's start
     assert told == history.batches
+    assert history.best_cycle == 1 and len(history.epochs) == 3
     assert torch.equal(model.weight, states[history.best_cycle])
 
 
