@@ -49,7 +49,7 @@ def test_settings_are_typed_and_frozen() -> None:
     settings = parse_settings(changed("augment.rotate", 10))
     assert isinstance(settings.augment.rotate, float)
     assert settings.lr_find.rate is None
-    assert settings.train_full.epochs == 3 * 4
+    assert settings.train_full.epochs == 3 + 6 + 12
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.seed = 1  # type: ignore[misc]
 
